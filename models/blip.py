@@ -1,0 +1,118 @@
+"""BLIP (Li et al., 2022, arXiv 2201.12086): one class for the teacher and every student."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.text import ImageKV, TextDecoder, TextTower, tie_decoder
+from models.vit import VisionTower
+
+TASKS = ('pretrain', 'retrieval', 'caption')
+
+
+@dataclass(frozen=True)
+class BLIPConfig:
+    """Architecture of a BLIP. It travels in every checkpoint, so that a file alone rebuilds its net.
+
+    `task` says which text parts exist: 'pretrain' has encoder and decoder (tied), 'retrieval' the encoder
+    with its projections and matching head, 'caption' the decoder.
+    """
+
+    image_size: int
+    patch_size: int
+    vision_width: int
+    vision_depth: int
+    vision_heads: int
+    text_width: int
+    text_depth: int
+    text_heads: int
+    text_ffn: int
+    embed_dim: int = 256
+    vocab_size: int = 30524
+    max_positions: int = 512
+    dropout: float = 0.1
+    task: str = 'pretrain'
+
+    def __post_init__(self):
+        if self.task not in TASKS:
+            raise ValueError(f'unknown task {self.task!r}: one of {", ".join(TASKS)}')
+        if self.image_size % self.patch_size:
+            raise ValueError(f'image size {self.image_size} is not a multiple of the patch size {self.patch_size}')
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+class BLIP(nn.Module):
+    """Vision tower, text encoder and text decoder with the parameter names of the original checkpoints.
+
+    Args:
+        config: the architecture.
+        vit_ckpt_layer: recompute the activations of the last this many ViT blocks (training memory).
+    """
+
+    def __init__(self, config: BLIPConfig, vit_ckpt_layer: int = 0):
+        super().__init__()
+        self.config = config
+        self.visual_encoder = VisionTower(config.image_size, config.patch_size, config.vision_width,
+                                          config.vision_depth, config.vision_heads, vit_ckpt_layer)
+        self.text_encoder = self.text_decoder = None
+        if config.task != 'caption':
+            self.text_encoder = build_text_tower(config)
+            self.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
+            self.text_proj = nn.Linear(config.text_width, config.embed_dim)
+            self.itm_head = nn.Linear(config.text_width, 2)
+            self.temp = nn.Parameter(torch.tensor(0.07))
+        if config.task != 'retrieval':
+            self.text_decoder = TextDecoder(build_text_tower(config))
+        if config.task == 'pretrain':
+            tie_decoder(self.text_encoder, self.text_decoder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.visual_encoder.cls_token.device
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        """images [B, 3, S, S] normalised float -> image tokens [B, N, vision_width]"""
+        return self.visual_encoder(images)
+
+    def project_image(self, image_tokens: torch.Tensor) -> ImageKV:
+        """Image tokens -> cross-attention keys and values, valid for the encoder and the (tied) decoder."""
+        tower = self.text_encoder if self.text_encoder is not None else self.text_decoder.bert
+        return tower.project_image(image_tokens)
+
+    def encode_text(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """ids, mask [B, T] starting with [CLS] -> hidden [B, T, text_width], without the image"""
+        return self.text_encoder(ids, mask).hidden
+
+    def image_feat(self, image_tokens: torch.Tensor) -> torch.Tensor:
+        """image tokens [B, N, vision_width] -> unit-norm float32 embedding [B, embed_dim]"""
+        return F.normalize(self.vision_proj(image_tokens[:, 0]).float(), dim=-1)
+
+    def text_feat(self, text_hidden: torch.Tensor) -> torch.Tensor:
+        """text hidden [B, T, text_width] -> unit-norm float32 embedding [B, embed_dim]"""
+        return F.normalize(self.text_proj(text_hidden[:, 0]).float(), dim=-1)
+
+    def match_logits(self, ids: torch.Tensor, mask: torch.Tensor, image_kv: ImageKV,
+                     image_index: torch.Tensor | None = None) -> torch.Tensor:
+        """Image-text matching logits [R, 2] (column 1: match) of texts starting with [ENC].
+
+        Row r is matched with image `image_index[r]` of `image_kv`; None: rows are spread evenly over the
+        images, the rows of an image side by side (row i with image i when there are as many).
+        """
+        hidden = self.text_encoder(ids, mask, image_kv=select_images(image_kv, image_index)).hidden
+        return self.itm_head(hidden[:, 0])
+
+
+def build_text_tower(config: BLIPConfig, cross_attention: bool = True) -> TextTower:
+    return TextTower(config.vocab_size, config.text_width, config.text_depth, config.text_heads, config.text_ffn,
+                     config.vision_width if cross_attention else 0, config.dropout, config.max_positions)
+
+
+def select_images(image_kv: ImageKV, image_index: torch.Tensor | None) -> ImageKV:
+    """The keys and values of the images `image_index` [R] (all of them, in order, when None)."""
+    if image_index is None:
+        return image_kv
+    return [(k[image_index], v[image_index]) for k, v in image_kv]

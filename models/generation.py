@@ -1,0 +1,193 @@
+"""Caption generation: greedy, beam search and nucleus sampling with one static cache.
+
+The image's keys and values are projected once per image and shared by its beams; finished images leave the
+batch. Token ids equal those of the original BLIP (transformers' `generate`) for greedy and beam search.
+"""
+
+import torch
+
+from models.blip import BLIP, select_images
+from models.text import KVCache
+from models.tokenizer import DEC, Tokenizer
+
+PROMPT = 'a picture of '
+
+
+class Decoder:
+    """The rows being decoded: `images` x `group` rows side by side, with their cache and image keys/values."""
+
+    def __init__(self, model: BLIP, image_tokens: torch.Tensor, capacity: int):
+        self.model = model
+        self.image_kv = model.text_decoder.bert.project_image(image_tokens)
+        self.cache = KVCache(capacity)
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Feed ids [R, T] after the cached positions -> float32 logits [R, V] of the next token."""
+        hidden = self.model.text_decoder.bert(ids, causal=True, image_kv=self.image_kv, cache=self.cache).hidden
+        return self.model.text_decoder.logits(hidden[:, -1]).float()
+
+    def keep_images(self, keep: torch.Tensor) -> None:
+        """Drop images: keep [images] bool. The cache rows are dropped by the next `cache.reorder`."""
+        self.image_kv = select_images(self.image_kv, keep.nonzero()[:, 0])
+
+
+def penalise_repeats(scores: torch.Tensor, ids: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Divide positive and multiply negative scores [R, V] of the tokens in ids [R, T] (CTRL, Keskar et al.)."""
+    if penalty == 1.0:
+        return scores
+    seen = scores.gather(1, ids)
+    return scores.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
+
+
+def filter_top(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """Set logits [R, V] outside the k largest (0: all) and outside the nucleus of mass top_p to -inf."""
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[1])).values[:, -1:], -torch.inf)
+    if top_p < 1.0:
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        outside = probabilities.cumsum(-1) - probabilities >= top_p  # the most likely token always stays
+        logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
+    return logits
+
+
+def extend(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tensor, eos_id: int, pad_id: int,
+           max_length: int, min_length: int, pick, repetition_penalty: float) -> torch.Tensor:
+    """Decode one token at a time with `pick(logits [R, V]) -> ids [R]`; returns ids [B, <= max_length]."""
+    batch, length = len(image_tokens), len(prompt_ids)
+    out = torch.full((batch, max_length), pad_id, device=image_tokens.device)
+    out[:, :length] = prompt_ids
+    rows = torch.arange(batch, device=out.device)  # the unfinished images
+    decoder = Decoder(model, image_tokens, max_length)
+    fresh = out[:, :length]
+    while length < max_length:
+        scores = penalise_repeats(decoder.logits(fresh), out[rows, :length], repetition_penalty)
+        if length < min_length:
+            scores[:, eos_id] = -torch.inf
+        tokens = pick(scores)
+        out[rows, length] = tokens
+        length += 1
+        unfinished = tokens != eos_id
+        if not unfinished.all():
+            decoder.keep_images(unfinished)
+            decoder.cache.reorder(unfinished.nonzero()[:, 0])
+            rows, tokens = rows[unfinished], tokens[unfinished]
+            if not len(rows):
+                break
+        fresh = tokens[:, None]
+    return out[:, :length]
+
+
+def beam_search(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tensor, eos_id: int, pad_id: int,
+                num_beams: int, max_length: int, min_length: int, length_penalty: float,
+                repetition_penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Beam search -> (ids [B, <= max_length], scores [B]: log-probability / length^length_penalty).
+
+    An image is finished when it has `num_beams` ended hypotheses and none of its running ones can beat the
+    worst of them at the present length (transformers' `early_stopping=False`).
+    """
+    batch, beams, length, device = len(image_tokens), num_beams, len(prompt_ids), image_tokens.device
+    best_ids = torch.full((batch, max_length), pad_id, device=device)
+    best_scores = torch.zeros(batch, device=device)
+    rows = torch.arange(batch, device=device)  # the unfinished images
+    running = best_ids[:, None].repeat(1, beams, 1)  # [images, beams, max_length]
+    running[..., :length] = prompt_ids
+    running_scores = torch.tensor([0.0] + [-1e9] * (beams - 1), device=device).repeat(batch, 1)
+    ended, ended_scores = running.clone(), running_scores.new_full((batch, beams), -torch.inf)
+    decoder = Decoder(model, image_tokens, max_length)
+    logits = decoder.logits(running[:, 0, :length]).repeat_interleave(beams, 0)  # the prompt runs once per image
+    decoder.cache.reorder(rows.repeat_interleave(beams))
+
+    def merge(ids, scores, more_ids, more_scores):
+        """The best `beams` of two sets of hypotheses."""
+        scores, order = torch.cat([scores, more_scores], 1).topk(beams)
+        return torch.cat([ids, more_ids], 1).gather(1, order[..., None].expand(-1, -1, max_length)), scores
+
+    while True:
+        scores = penalise_repeats(logits.log_softmax(-1), running.flatten(0, 1)[:, :length], repetition_penalty)
+        if length < min_length:
+            scores[:, eos_id] = -torch.inf
+        vocab = scores.shape[1]
+        scores = (scores.unflatten(0, (-1, beams)) + running_scores[..., None]).flatten(1)
+        top_scores, top = scores.topk(2 * beams)
+        source, tokens = top // vocab, top % vocab
+        ids = running.gather(1, source[..., None].expand(-1, -1, max_length))
+        ids[..., length] = tokens
+        length += 1
+        ends = tokens == eos_id
+        ended_length = (length - 1) ** length_penalty  # the original counts the prompt, but not the [SEP]
+        eligible = ends.clone()
+        eligible[:, beams:] = False  # an end below the top `beams` candidates does not count
+        ended, ended_scores = merge(ended, ended_scores, ids,
+                                    (top_scores / ended_length).masked_fill(~eligible, -torch.inf))
+        order = ends.int().argsort(dim=1, stable=True)[:, :beams]  # the best candidates that go on
+        running = ids.gather(1, order[..., None].expand(-1, -1, max_length))
+        running_scores, source = top_scores.gather(1, order), source.gather(1, order)
+
+        done = ended_scores[:, -1] >= top_scores[:, 0] / ended_length
+        if length == max_length:  # the running hypotheses compete as they are
+            scores = (running_scores / max_length ** length_penalty).masked_fill(done[:, None], -torch.inf)
+            ended, ended_scores = merge(ended, ended_scores, running, scores)
+            done[:] = True
+        if done.any():
+            best_ids[rows[done]], best_scores[rows[done]] = ended[done, 0], ended_scores[done, 0]
+            if done.all():
+                break
+            keep = ~done
+            decoder.keep_images(keep)
+            rows, running, running_scores = rows[keep], running[keep], running_scores[keep]
+            ended, ended_scores, source = ended[keep], ended_scores[keep], source[keep]
+            offsets = keep.nonzero() * beams
+        else:
+            offsets = torch.arange(len(rows), device=device)[:, None] * beams
+        decoder.cache.reorder((source + offsets).flatten())
+        logits = decoder.logits(running.flatten(0, 1)[:, length - 1:length])
+    width = int((best_ids != pad_id).sum(1).max())
+    return best_ids[:, :width], best_scores
+
+
+@torch.inference_mode()
+def generate_ids(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tensor, eos_id: int, pad_id: int, *,
+                 num_beams: int = 3, max_length: int = 30, min_length: int = 10, sample: bool = False,
+                 top_k: int = 0, top_p: float = 0.9, temperature: float = 1.0, repetition_penalty: float = 1.0,
+                 length_penalty: float = 1.0, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Image tokens [B, N, vision_width] -> token ids [B, <= max_length], prompt included, [SEP]-ended, padded.
+
+    Lengths count the prompt's tokens. `sample` draws from the nucleus; otherwise beam search, or greedy with
+    one beam.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+    if model.text_decoder is None:
+        raise ValueError(f'this {model.config.task} model has no text decoder: captions need a caption checkpoint')
+    checks = {f'num_beams >= 1, got {num_beams}': num_beams >= 1,
+              f'{len(prompt_ids)} (prompt) < max_length <= {model.config.max_positions}, got {max_length}':
+                  len(prompt_ids) < max_length <= model.config.max_positions,
+              f'min_length <= max_length, got {min_length} > {max_length}': min_length <= max_length,
+              f'temperature > 0, got {temperature}': temperature > 0,
+              f'0 < top_p <= 1, got {top_p}': 0 < top_p <= 1,
+              f'top_k >= 0, got {top_k}': top_k >= 0,
+              f'repetition_penalty > 0, got {repetition_penalty}': repetition_penalty > 0}
+    for rule, holds in checks.items():
+        if not holds:
+            raise ValueError(f'generation needs {rule}')
+    prompt_ids = prompt_ids.to(image_tokens.device)
+    shared = (model, image_tokens, prompt_ids, eos_id, pad_id)
+    if sample:
+        def pick(logits):
+            probabilities = filter_top(logits / temperature, top_k, top_p).softmax(-1)
+            return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        return extend(*shared, max_length, min_length, pick, repetition_penalty)
+    if num_beams == 1:
+        return extend(*shared, max_length, min_length, lambda logits: logits.argmax(-1), repetition_penalty)
+    return beam_search(*shared, num_beams, max_length, min_length, length_penalty, repetition_penalty)[0]
+
+
+@torch.inference_mode()
+def generate(model: BLIP, tokenizer: Tokenizer, images: torch.Tensor, prompt: str = PROMPT, **settings) -> list[str]:
+    """Normalised images [B, 3, S, S] -> one caption each, without the prompt (settings: `generate_ids`)."""
+    prompt_ids = tokenizer([prompt], max_length=model.config.max_positions, start=DEC)[0][0, :-1]
+    ids = generate_ids(model, model.encode_image(images.to(model.device)), prompt_ids, tokenizer.sep_id,
+                       tokenizer.pad_id, **settings)
+    return tokenizer.batch_decode(ids[:, len(prompt_ids):])

@@ -1,0 +1,118 @@
+"""Losses as pure functions: tensors in, float32 scalar out (DESIGN: every weight in YAML, 0 skips the term).
+
+Sources: BLIP (arXiv 2201.12086) for ITA, ITM and LM; DLIP (arXiv 2308.12956) for the distillation terms.
+"""
+
+import torch
+import torch.nn.functional as F
+
+IGNORE = -100  # label of a position that carries no loss
+
+
+def positives(ids: torch.Tensor, all_ids: torch.Tensor) -> torch.Tensor:
+    """Contrastive targets [B, N]: row-normalised `ids[i] == all_ids[j]` (a picture's captions share an id)."""
+    same = (ids[:, None] == all_ids[None, :]).float()
+    return same / same.sum(1, keepdim=True)
+
+
+def soft_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean over rows of -sum_j targets[i, j] log softmax(logits)[i, j]; targets are probabilities [B, N]."""
+    return -(targets * logits.float().log_softmax(1)).sum(1).mean()
+
+
+def ita_loss(image_feat: torch.Tensor, text_feat: torch.Tensor, image_feat_m: torch.Tensor,
+             text_feat_m: torch.Tensor, image_all: torch.Tensor, text_all: torch.Tensor,
+             temp: torch.Tensor, targets: torch.Tensor, alpha: float) -> torch.Tensor:
+    """Image-text alignment with momentum soft targets (BLIP section 3.2, ALBEF).
+
+    Args:
+        image_feat, text_feat: student features [B, E], unit norm.
+        image_feat_m, text_feat_m: momentum features [B, E] of the same pairs.
+        image_all, text_all: momentum features [N, E] of the global batch followed by the queue.
+        temp: temperature, scalar.
+        targets: hard targets [B, N], rows sum to one (`positives`).
+        alpha: share of the momentum model's soft targets, 0..1.
+    """
+    with torch.no_grad():
+        soft_i2t = alpha * (image_feat_m @ text_all.T / temp).softmax(1) + (1 - alpha) * targets
+        soft_t2i = alpha * (text_feat_m @ image_all.T / temp).softmax(1) + (1 - alpha) * targets
+    return (soft_cross_entropy(image_feat @ text_all.T / temp, soft_i2t)
+            + soft_cross_entropy(text_feat @ image_all.T / temp, soft_t2i)) / 2
+
+
+def soft_ita_loss(image_feat: torch.Tensor, text_feat: torch.Tensor, image_all: torch.Tensor,
+                  text_all: torch.Tensor, temp: torch.Tensor, teacher_image_feat: torch.Tensor,
+                  teacher_text_feat: torch.Tensor, teacher_image_all: torch.Tensor,
+                  teacher_text_all: torch.Tensor, teacher_temp: torch.Tensor) -> torch.Tensor:
+    """The student's similarity distribution against the teacher's, each in its own space and temperature.
+
+    Column j of the student's `*_all` [N, E] and of the teacher's [N, E_t] belongs to the same pair.
+    """
+    with torch.no_grad():
+        soft_i2t = (teacher_image_feat @ teacher_text_all.T / teacher_temp).softmax(1)
+        soft_t2i = (teacher_text_feat @ teacher_image_all.T / teacher_temp).softmax(1)
+    return (soft_cross_entropy(image_feat @ text_all.T / temp, soft_i2t)
+            + soft_cross_entropy(text_feat @ image_all.T / temp, soft_t2i)) / 2
+
+
+def hard_negatives(similarity: torch.Tensor, ids: torch.Tensor, candidate_ids: torch.Tensor,
+                   noise: torch.Tensor) -> torch.Tensor:
+    """One negative per row, drawn with probability softmax(similarity) + 1e-4 among other ids -> index [B].
+
+    Gumbel-max with given noise is a batched multinomial whose draw depends only on the step, not on the
+    number of processes that share the batch.
+
+    Args:
+        similarity: logits [B, N] of the rows against the candidates.
+        ids [B], candidate_ids [N]: equal ids are never a negative. A row with no negative at all (every
+            candidate has its id) gets an arbitrary candidate.
+        noise: uniform (0, 1) float [B, N].
+    """
+    weights = similarity.float().softmax(1) + 1e-4
+    weights = weights.masked_fill(ids[:, None] == candidate_ids[None, :], 0)
+    return (weights.log() - (-noise.log()).log()).argmax(1)
+
+
+def itm_loss(logits: torch.Tensor) -> torch.Tensor:
+    """Matching loss: logits [3B, 2], the first B rows are matching pairs, the rest hard negatives."""
+    labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    labels[:len(logits) // 3] = 1
+    return F.cross_entropy(logits.float(), labels)
+
+
+def lm_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.1) -> torch.Tensor:
+    """Label-smoothed cross-entropy; logits [..., V], labels [...] with IGNORE skipped; 0 if all are ignored."""
+    loss = F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORE,
+                           label_smoothing=label_smoothing, reduction='sum')
+    return loss / (labels != IGNORE).sum().clamp(min=1)
+
+
+def logit_kl_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """KL(teacher || student) over the classes, mean over rows; logits [M, V] of valid positions only.
+
+    Scaled by temperature^2, so that the gradient does not shrink with it (Hinton et al., 2015). No rows: 0.
+    """
+    student = (logits.float() / temperature).log_softmax(-1)
+    teacher = (teacher_logits.float() / temperature).log_softmax(-1)
+    kl = F.kl_div(student, teacher, log_target=True, reduction='sum')
+    return kl * temperature ** 2 / max(1, len(logits))
+
+
+def cosine_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """1 - cosine similarity of vectors [..., E], mean over the positions where mask [...] is 1."""
+    distance = 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
+    if mask is None:
+        return distance.mean()
+    mask = mask.to(distance.dtype)
+    return (distance * mask).sum() / mask.sum().clamp(min=1)
+
+
+def attention_kl_loss(log_map: torch.Tensor, teacher_log_map: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """KL(teacher || student) of attention, given as log-probabilities [B, heads, T, keys].
+
+    Mean over heads and over the query rows where mask [B, T] is 1 (pads teach nothing). Masked keys have a
+    probability of exactly zero in both maps and contribute nothing.
+    """
+    kl = F.kl_div(log_map.float(), teacher_log_map.float(), log_target=True, reduction='none').sum(-1).mean(1)
+    mask = mask.to(kl.dtype)
+    return (kl * mask).sum() / mask.sum().clamp(min=1)

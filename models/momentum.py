@@ -1,0 +1,77 @@
+"""Momentum twin and feature queues (MoCo, ALBEF, BLIP): one home for pre-training and retrieval finetuning."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.blip import BLIP, build_text_tower
+from models.losses import IGNORE
+from models.vit import VisionTower
+
+
+class MomentumQueue(nn.Module):
+    """An exponential moving average of the student's two feature towers, and the last `queue_size` features.
+
+    Only what the features need is kept: no cross-attention, no matching head, no decoder. Parameter names are
+    the student's, so that the average pairs them by name.
+
+    Args:
+        student: the net to follow; the twin starts equal to it.
+        queue_size: features kept; need not be a multiple of the batch.
+        momentum: decay of the average per optimizer step.
+        teacher_dim: embedding width of a teacher whose features of the same pairs are queued too; 0: none.
+    """
+
+    def __init__(self, student: BLIP, queue_size: int, momentum: float, teacher_dim: int = 0):
+        super().__init__()
+        config = student.config
+        self.visual_encoder = VisionTower(config.image_size, config.patch_size, config.vision_width,
+                                          config.vision_depth, config.vision_heads)
+        self.text_encoder = build_text_tower(config, cross_attention=False)
+        self.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
+        self.text_proj = nn.Linear(config.text_width, config.embed_dim)
+        self.momentum = momentum
+        self.requires_grad_(False)
+        self.copy_from(student)
+        dims = {'image_queue': config.embed_dim, 'text_queue': config.embed_dim}
+        if teacher_dim:
+            dims |= {'teacher_image_queue': teacher_dim, 'teacher_text_queue': teacher_dim}
+        for name, dim in dims.items():
+            self.register_buffer(name, F.normalize(torch.randn(queue_size, dim), dim=1))
+        self.register_buffer('id_queue', torch.full((queue_size,), IGNORE))
+        self.register_buffer('pointer', torch.zeros((), dtype=torch.long))
+
+    def pairs(self, student: BLIP) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The twin's parameters and the student's of the same names."""
+        theirs = dict(student.named_parameters())
+        names, ours = zip(*self.named_parameters(), strict=True)
+        return [p.data for p in ours], [theirs[name].data for name in names]
+
+    def copy_from(self, student: BLIP) -> None:
+        torch._foreach_copy_(*self.pairs(student))
+
+    @torch.no_grad()
+    def update(self, student: BLIP) -> None:
+        """twin = momentum * twin + (1 - momentum) * student; call it after each optimizer step."""
+        ours, theirs = self.pairs(student)
+        torch._foreach_lerp_(ours, theirs, 1 - self.momentum)
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """images [B, 3, S, S], ids and mask [B, T] -> unit-norm image and text features [B, embed_dim]"""
+        image = self.vision_proj(self.visual_encoder(images)[:, 0]).float()
+        text = self.text_proj(self.text_encoder(ids, mask).hidden[:, 0]).float()
+        return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+
+    @torch.no_grad()
+    def enqueue(self, ids: torch.Tensor, **features: torch.Tensor) -> None:
+        """Overwrite the oldest entries with the global batch: ids [N], `image`, `text`, ... features [N, E].
+
+        Call it after the losses were computed: a batch in its own queue would be its own negative.
+        """
+        size = len(self.id_queue)
+        rows = (self.pointer + torch.arange(len(ids), device=ids.device)[-size:]) % size
+        for name, feature in features.items():
+            self.get_buffer(f'{name}_queue')[rows] = feature[-size:].float()
+        self.id_queue[rows] = ids[-size:]
+        self.pointer.add_(len(ids)).remainder_(size)

@@ -1,0 +1,263 @@
+"""Text tower: a BERT with cross-attention to image tokens, as BLIP's encoder and decoder.
+
+Parameter names are those of the original BLIP checkpoints (BLIP's `med.py`). Attention is torch's
+scaled_dot_product_attention; attention maps are computed only where a loss asks for them. The image's keys
+and values are projected once per image (`project_image`) and shared by every pass over that image: the
+matching pass, the decoder (whose cross-attention is tied), all decode steps and all beams.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ImageKV = list[tuple[torch.Tensor, torch.Tensor]]  # per layer: keys and values, each [images, heads, N, D]
+
+
+class TextOutput(NamedTuple):
+    """hidden [R, T, width]; the maps are log-probabilities [R, heads, T, keys] of the last layer, or None."""
+
+    hidden: torch.Tensor
+    self_map: torch.Tensor | None = None
+    cross_map: torch.Tensor | None = None
+
+
+class KVCache:
+    """Static self-attention cache: per layer keys and values [R, heads, capacity, D], filled from the left."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.length = 0
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new positions [R, heads, T, D] of a layer; return all keys and values so far."""
+        if layer not in self.layers:
+            shape = (k.shape[0], k.shape[1], self.capacity, k.shape[3])
+            self.layers[layer] = (k.new_empty(shape), v.new_empty(shape))
+        end = self.length + k.shape[2]
+        keys, values = self.layers[layer]
+        keys[:, :, self.length:end] = k
+        values[:, :, self.length:end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        """Keep the given rows, in that order (beam search moves hypotheses; finished rows are dropped)."""
+        for i, (keys, values) in self.layers.items():
+            kept = keys.new_empty(len(rows), *keys.shape[1:]), values.new_empty(len(rows), *values.shape[1:])
+            for new, old in zip(kept, (keys, values), strict=True):
+                new[:, :, :self.length] = old[rows, :, :self.length]
+            self.layers[i] = kept
+
+
+class Projections(nn.Module):
+    def __init__(self, width: int, memory_width: int):
+        super().__init__()
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(memory_width, width)
+        self.value = nn.Linear(memory_width, width)
+
+
+class ResidualNorm(nn.Module):
+    """dense -> dropout -> add -> LayerNorm (BERT is post-norm)."""
+
+    def __init__(self, width_in: int, width: int, dropout: float):
+        super().__init__()
+        self.dense = nn.Linear(width_in, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=1e-12)
+        self.dropout = dropout
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return self.LayerNorm(F.dropout(self.dense(x), self.dropout, self.training) + residual)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of text queries over text (self) or image (cross) keys."""
+
+    def __init__(self, width: int, memory_width: int, heads: int, dropout: float):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f'text width {width} is not divisible by its {heads} heads')
+        self.self = Projections(width, memory_width)
+        self.output = ResidualNorm(width, width, dropout)
+        self.heads = heads
+        self.dropout = dropout
+
+    def split(self, x: torch.Tensor) -> torch.Tensor:
+        """[R, T, width] -> [R, heads, T, D]"""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def keys_values(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.split(self.self.key(memory)), self.split(self.self.value(memory))
+
+    def forward(self, hidden: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                mask: torch.Tensor | None = None, causal: bool = False,
+                want_map: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden [R, T, width]; k, v [R or images, heads, N, D]; mask bool, True = may attend.
+
+        With fewer images than rows (R = images x group, rows of an image side by side), the rows of an image
+        are folded into the query length, so that beams and texts share its keys and values without a copy.
+        """
+        rows, length, _ = hidden.shape
+        q = self.split(self.self.query(hidden))
+        group = rows // k.shape[0]
+        if group > 1:
+            q = q.unflatten(0, (-1, group)).transpose(1, 2).flatten(2, 3)  # [images, heads, group * T, D]
+        log_map = None
+        dropout = self.dropout if self.training else 0.0
+        if want_map:
+            scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
+            if causal:
+                mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+            if mask is not None:
+                scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            log_map = scores.log_softmax(-1)
+            context = F.dropout(log_map.exp(), dropout).to(v.dtype) @ v
+        else:
+            context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+        if group > 1:
+            context = context.unflatten(2, (group, length)).transpose(1, 2).flatten(0, 1)
+        return self.output(context.transpose(1, 2).flatten(2), hidden), log_map
+
+
+class Intermediate(nn.Module):
+    def __init__(self, width: int, ffn: int):
+        super().__init__()
+        self.dense = nn.Linear(width, ffn)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(self.dense(x))
+
+
+class TextLayer(nn.Module):
+    def __init__(self, width: int, heads: int, ffn: int, image_width: int, dropout: float):
+        super().__init__()
+        self.attention = Attention(width, width, heads, dropout)
+        if image_width:
+            self.crossattention = Attention(width, image_width, heads, dropout)
+        self.intermediate = Intermediate(width, ffn)
+        self.output = ResidualNorm(ffn, width, dropout)
+
+    def forward(self, hidden, mask, causal, image_kv, want_maps, extend):
+        k, v = self.attention.keys_values(hidden)
+        if extend is not None:
+            k, v = extend(k, v)
+        hidden, self_map = self.attention(hidden, k, v, mask, causal, want_maps)
+        cross_map = None
+        if image_kv is not None:
+            hidden, cross_map = self.crossattention(hidden, *image_kv, want_map=want_maps)
+        return self.output(self.intermediate(hidden), hidden), self_map, cross_map
+
+
+class Embeddings(nn.Module):
+    def __init__(self, vocab_size: int, width: int, max_positions: int, dropout: float):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(vocab_size, width)
+        self.position_embeddings = nn.Embedding(max_positions, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=1e-12)
+        self.dropout = dropout
+
+    def forward(self, ids: torch.Tensor, start: int) -> torch.Tensor:
+        positions = self.position_embeddings.weight[start:start + ids.shape[1]]
+        return F.dropout(self.LayerNorm(self.word_embeddings(ids) + positions), self.dropout, self.training)
+
+
+class TextTower(nn.Module):
+    """BERT: bidirectional or causal, with or without image tokens.
+
+    Args:
+        image_width: width of the image tokens; 0 builds a tower without cross-attention.
+    """
+
+    def __init__(self, vocab_size: int, width: int, depth: int, heads: int, ffn: int, image_width: int,
+                 dropout: float, max_positions: int):
+        super().__init__()
+        self.embeddings = Embeddings(vocab_size, width, max_positions, dropout)
+        self.encoder = nn.ModuleDict({'layer': nn.ModuleList(
+            TextLayer(width, heads, ffn, image_width, dropout) for _ in range(depth))})
+        self.apply(init_bert)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.encoder['layer']
+
+    def project_image(self, image_tokens: torch.Tensor) -> ImageKV:
+        """image tokens [images, N, image_width] -> every layer's keys and values."""
+        return [layer.crossattention.keys_values(image_tokens) for layer in self.layers]
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = False,
+                image_kv: ImageKV | None = None, want_maps: bool = False,
+                cache: KVCache | None = None) -> TextOutput:
+        """ids [R, T] int64; mask [R, T], 1 = token, 0 = pad (right-padded), None = no pads.
+
+        With a cache, `ids` continue the cached positions (causal, no pads). `want_maps` returns the last
+        layer's attention maps.
+        """
+        start = cache.length if cache else 0
+        length = ids.shape[1]
+        attend = None
+        if mask is not None:
+            attend = mask[:, None, None, :].bool()
+            if causal:
+                attend = attend & torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+        hidden = self.embeddings(ids, start)
+        self_map = cross_map = None
+        for i, layer in enumerate(self.layers):
+            extend = None if cache is None else (lambda k, v, i=i: cache.extend(i, k, v))
+            hidden, self_map, cross_map = layer(
+                hidden, attend, causal and mask is None and length > 1,
+                image_kv[i] if image_kv is not None else None, want_maps and i == len(self.layers) - 1, extend)
+        if cache is not None:
+            cache.length += length
+        return TextOutput(hidden, self_map, cross_map)
+
+
+class LMHead(nn.Module):
+    """Dense, GELU, LayerNorm, then the (shared) word embedding with a bias."""
+
+    def __init__(self, word_embeddings: nn.Embedding):
+        super().__init__()
+        vocab_size, width = word_embeddings.weight.shape
+        self.transform = nn.Module()
+        self.transform.dense = nn.Linear(width, width)
+        self.transform.LayerNorm = nn.LayerNorm(width, eps=1e-12)
+        self.decoder = nn.Linear(width, vocab_size)
+        self.apply(init_bert)
+        self.decoder.weight = word_embeddings.weight
+        self.bias = self.decoder.bias  # the checkpoints hold the bias under both names
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.transform.LayerNorm(F.gelu(self.transform.dense(hidden))))
+
+
+class TextDecoder(nn.Module):
+    """A causal text tower (`bert`) with a language-model head (`cls.predictions`)."""
+
+    def __init__(self, bert: TextTower):
+        super().__init__()
+        self.bert = bert
+        self.cls = nn.Module()
+        self.cls.predictions = LMHead(bert.embeddings.word_embeddings)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [..., width] -> logits [..., vocabulary]"""
+        return self.cls.predictions(hidden)
+
+
+def tie_decoder(encoder: TextTower, decoder: TextDecoder) -> None:
+    """Share everything but the self-attention, as BLIP does (its `tie_encoder_decoder_weights`)."""
+    decoder.bert.embeddings = encoder.embeddings
+    decoder.cls.predictions.decoder.weight = encoder.embeddings.word_embeddings.weight
+    for ours, theirs in zip(decoder.bert.layers, encoder.layers, strict=True):
+        ours.crossattention = theirs.crossattention
+        ours.intermediate = theirs.intermediate
+        ours.output = theirs.output
+
+
+def init_bert(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+        if getattr(module, 'bias', None) is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,84 @@
+"""WordPiece tokenizer whose vocabulary travels inside every checkpoint, so that no network is needed."""
+
+import os
+from pathlib import Path
+
+import torch
+from tokenizers import BertWordPieceTokenizer
+
+DEC, ENC = '[DEC]', '[ENC]'  # start of a caption, start of a text to be matched with an image
+
+
+class Tokenizer:
+    """Lower-casing BERT WordPiece with BLIP's two extra tokens.
+
+    Args:
+        vocab: the tokens in the order of their ids. [DEC] and [ENC] are appended when absent, as BLIP does
+            with bert-base-uncased (ids 30522 and 30523).
+    """
+
+    def __init__(self, vocab: list[str]):
+        self.vocab = list(vocab) + [token for token in (DEC, ENC) if token not in vocab]
+        ids = {token: i for i, token in enumerate(self.vocab)}
+        missing = [token for token in ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]') if token not in ids]
+        if missing or len(ids) != len(self.vocab):
+            what = f'lacks {", ".join(missing)}' if missing else 'names a token twice'
+            raise ValueError(f'not a BERT vocabulary: it {what}')
+        self.pad_id, self.cls_id, self.sep_id = ids['[PAD]'], ids['[CLS]'], ids['[SEP]']
+        self.bos_id, self.enc_id = ids[DEC], ids[ENC]
+        self._starts = {'[CLS]': self.cls_id, DEC: self.bos_id, ENC: self.enc_id}
+        self._special = {self.pad_id, self.cls_id, self.sep_id, self.bos_id, self.enc_id}
+        self._wordpiece = BertWordPieceTokenizer(ids, lowercase=True)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str) -> 'Tokenizer':
+        """Read a `vocab.txt`, a folder that holds one, or a tokenizer of the Hugging Face hub by name.
+
+        Raises:
+            FileNotFoundError: neither a local vocabulary nor reachable or cached on the hub.
+        """
+        path = Path(name_or_path)
+        file = path / 'vocab.txt' if path.is_dir() else path
+        if file.is_file():
+            return cls(file.read_text(encoding='utf-8').splitlines())
+        from transformers import AutoTokenizer
+        try:
+            vocab = AutoTokenizer.from_pretrained(name_or_path).get_vocab()
+        except (OSError, ValueError) as error:
+            raise FileNotFoundError(
+                f'no vocabulary {name_or_path!r}: not a vocab.txt or a folder with one, and the hub could not '
+                f'supply it. Download its vocab.txt and give that path as `tokenizer`.') from error
+        return cls(sorted(vocab, key=vocab.get))
+
+    def __len__(self) -> int:
+        return len(self.vocab)
+
+    def __call__(self, texts: list[str], max_length: int, start: str = '[CLS]') -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode texts as `start` + pieces + [SEP], cut to `max_length` tokens, padded to the longest.
+
+        Returns:
+            ids [B, T] int64 and mask [B, T] int64 (1 = token, 0 = pad).
+        """
+        first, rows = self._starts[start], []
+        for encoding in self._wordpiece.encode_batch([text[:32 * max_length] for text in texts],
+                                                     add_special_tokens=False):
+            rows.append([first, *encoding.ids[:max_length - 2], self.sep_id])
+        length = max(map(len, rows))
+        ids = torch.full((len(rows), length), self.pad_id)
+        for i, row in enumerate(rows):
+            ids[i, :len(row)] = torch.tensor(row)
+        return ids, (ids != self.pad_id).long()
+
+    def decode(self, ids: torch.Tensor | list[int]) -> str:
+        """Token ids -> text, special tokens dropped."""
+        ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
+        return self._wordpiece.decode([i for i in ids if i not in self._special], skip_special_tokens=False)
+
+    def batch_decode(self, rows: torch.Tensor | list[list[int]]) -> list[str]:
+        return [self.decode(row) for row in rows]
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write `vocab.txt` into a folder."""
+        path = Path(folder) / 'vocab.txt'
+        path.write_text('\n'.join(self.vocab) + '\n', encoding='utf-8')
+        return path

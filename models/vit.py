@@ -1,0 +1,54 @@
+"""Vision tower: timm's VisionTransformer, whose parameter names are those of BLIP's checkpoints."""
+
+from functools import partial
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class CheckpointedBlock(Block):
+    """A transformer block that can trade its activations for a second forward (`recompute = True`).
+
+    torch's non-reentrant checkpoint repeats the autocast state in the recomputation; fairscale's wrapper
+    does not (on CPU bf16 it recomputes in float32, on CUDA in fp16).
+    """
+
+    recompute = False
+
+    def forward(self, *args, **kwargs):
+        if self.recompute and self.training and torch.is_grad_enabled():
+            return checkpoint(super().forward, *args, use_reentrant=False, **kwargs)
+        return super().forward(*args, **kwargs)
+
+
+class VisionTower(VisionTransformer):
+    """images [B, 3, S, S] -> tokens [B, 1 + (S / patch)^2, width]; token 0 is the class token.
+
+    Args:
+        checkpoint_layers: recompute the activations of the last this many blocks in the backward pass.
+    """
+
+    def __init__(self, image_size: int, patch_size: int, width: int, depth: int, heads: int,
+                 checkpoint_layers: int = 0):
+        super().__init__(img_size=image_size, patch_size=patch_size, embed_dim=width, depth=depth,
+                         num_heads=heads, num_classes=0, block_fn=CheckpointedBlock,
+                         norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        for block in self.blocks[max(0, depth - checkpoint_layers):]:
+            block.recompute = True
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.forward_features(images)
+
+
+def resample_positions(pos_embed: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Resample a position embedding [1, 1 + N, width] to the token count of `like` (224 px -> 384 px).
+
+    Bicubic without antialiasing, as BLIP's `interpolate_pos_embed`.
+    """
+    if pos_embed.shape == like.shape or pos_embed.shape[-1] != like.shape[-1]:
+        return pos_embed  # a different width is left for the strict load to report
+    side = int((like.shape[1] - 1) ** 0.5)
+    return resample_abs_pos_embed(pos_embed, new_size=[side, side], num_prefix_tokens=1, antialias=False)

@@ -1,0 +1,64 @@
+"""Distil BLIP into a small student on image-text pairs (ITA + ITM + LM + distillation).
+
+    python pretrain_dlip.py --config configs/demo/pretrain.yaml                         # one process, CPU or GPU
+    python -m torch.distributed.run --nproc_per_node=4 pretrain_dlip.py                 # one node, 4 GPUs
+    python -m torch.distributed.run --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d \\
+        --rdzv_endpoint=HOST:29500 pretrain_dlip.py                                      # on each of two nodes
+
+Any setting of the config can be overridden: `optim.lr=1e-4 train.epochs=2`. Relaunching the same command
+resumes from OUTPUT_DIR/last.pth.
+"""
+
+from data.datasets import PairDataset
+from data.loader import make_loader
+from data.transforms import train_transform
+from models.build import at_resolution, build_student, build_teacher
+from models.momentum import MomentumQueue
+from models.objective import TEACHER_TERMS, Objective
+from models.tokenizer import Tokenizer
+from models.training import Run
+from utils import clean_exit, logger, make_output_dir, rank, script_arguments, seed_everything, setup_process, world_size
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, config = script_arguments(__doc__, 'configs/pretrain.yaml', 'output/pretrain', argv)
+    device = setup_process(args.device)
+    output_dir = make_output_dir(args.output_dir)
+    seed_everything(args.seed)
+    model, data, train, loss = config['model'], config['data'], config['train'], config['loss']
+
+    # data
+    transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'])
+    dataset = PairDataset(data['train'], transform, data['max_words'], seed=args.seed)
+
+    # teacher (frozen), student, momentum twin and queues, losses
+    tokenizer = Tokenizer.from_pretrained(config['tokenizer'])
+    teacher = build_teacher(config['teacher'], tokenizer, 'pretrain')
+    student = build_student(model, tokenizer, 'pretrain', teacher)
+    if teacher is None:
+        loss = {name: 0.0 if name in TEACHER_TERMS else weight for name, weight in loss.items()}
+        logger.info('no teacher: the distillation terms are off')
+    else:
+        teacher = at_resolution(teacher, model['image_size'])
+    momentum = MomentumQueue(student, config['ita']['queue_size'], config['ita']['momentum'],
+                             teacher.config.embed_dim if teacher else 0)
+    objective = Objective(student, loss, (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum, teacher,
+                          negative_all_rank=config['negative_all_rank'])
+
+    # run
+    steps = len(dataset) // (train['batch_size'] * world_size())
+    run = Run(objective, tokenizer, config, output_dir, device, args.seed, steps)
+    logger.info('%d pairs, %d processes x batch %d x accumulate %d = %d pairs a step, %d batches x %d epochs',
+                len(dataset), world_size(), train['batch_size'], config['optim']['accumulate'],
+                train['batch_size'] * world_size() * config['optim']['accumulate'], steps, train['epochs'])
+    while run.epoch < train['epochs']:
+        loader = make_loader(dataset, train['batch_size'], seed=args.seed, epoch=run.epoch, start_step=run.batch,
+                             train=True, workers=data['workers'], rank=rank(), world_size=world_size())
+        stats = run.train_one_epoch(loader, data['max_tokens'])
+        run.end_epoch(stats)
+    logger.info('done: %s', output_dir / 'last.pth')
+
+
+if __name__ == '__main__':
+    with clean_exit():
+        main()

@@ -1,0 +1,72 @@
+"""Finetune a pre-trained student for image-text retrieval on Flickr30K (ITA + ITM, optionally distilled).
+
+    python train_dlip_retrieval_flickr.py --config configs/demo/retrieval_flickr.yaml
+    python -m torch.distributed.run --nproc_per_node=8 train_dlip_retrieval_flickr.py
+
+Each epoch is evaluated on the validation pictures; the best by mean recall is kept in OUTPUT_DIR/best.pth and
+measured on the test pictures at the end. Relaunching the same command resumes.
+"""
+
+from data.datasets import FlickrTrain, ImageTextEval
+from data.loader import make_loader
+from data.transforms import eval_transform, train_transform
+from eval.retrieval import evaluate_retrieval
+from models.build import at_resolution, build_student, build_teacher
+from models.checkpoint import load_model
+from models.momentum import MomentumQueue
+from models.objective import Objective
+from models.tokenizer import Tokenizer
+from models.training import Run
+from utils import (barrier, clean_exit, logger, make_output_dir, rank, script_arguments, seed_everything,
+                   setup_process, world_size)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, config = script_arguments(__doc__, 'configs/retrieval_flickr.yaml', 'output/retrieval_flickr', argv)
+    device = setup_process(args.device)
+    output_dir = make_output_dir(args.output_dir)
+    seed_everything(args.seed)
+    model, data, train = config['model'], config['data'], config['train']
+
+    # data
+    transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'])
+    dataset = FlickrTrain(data['root'], transform, data['max_words'], seed=args.seed)
+    held_out = {split: ImageTextEval(data['root'], split, eval_transform(model['image_size']), data['max_words'])
+                for split in ('val', 'test')}
+
+    # student, momentum twin and queues, optional teacher
+    tokenizer = Tokenizer.from_pretrained(config['tokenizer'])
+    teacher = build_teacher(config['teacher'], tokenizer, 'retrieval')
+    teacher = teacher and at_resolution(teacher, model['image_size'])
+    student = build_student(model, tokenizer, 'retrieval', teacher)
+    momentum = MomentumQueue(student, config['ita']['queue_size'], config['ita']['momentum'],
+                             teacher.config.embed_dim if teacher else 0)
+    objective = Objective(student, config['loss'], (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum,
+                          teacher, negative_all_rank=config['negative_all_rank'])
+
+    # run
+    steps = len(dataset) // (train['batch_size'] * world_size())
+    run = Run(objective, tokenizer, config, output_dir, device, args.seed, steps)
+    logger.info('%d captions, %d processes x batch %d, %d batches x %d epochs', len(dataset), world_size(),
+                train['batch_size'], steps, train['epochs'])
+    while run.epoch < train['epochs']:
+        loader = make_loader(dataset, train['batch_size'], seed=args.seed, epoch=run.epoch, start_step=run.batch,
+                             train=True, workers=data['workers'], rank=rank(), world_size=world_size())
+        stats = run.train_one_epoch(loader, data['max_tokens'])
+        val = evaluate_retrieval(student.eval(), tokenizer, held_out['val'], device=device, **config['eval'])
+        stats |= {f'val_{name}': value for name, value in val.items()}
+        logger.info('epoch %d val  txt R@1 %.2f  img R@1 %.2f  mean recall %.2f', run.epoch - 1, val['txt_r1'],
+                    val['img_r1'], val['r_mean'])
+        if val['r_mean'] > run.best:
+            run.best = val['r_mean']
+            run.save_best(metrics=val)
+        run.end_epoch(stats)
+    barrier()
+    best, _, _ = load_model(output_dir / 'best.pth', device)
+    test = evaluate_retrieval(best, tokenizer, held_out['test'], device=device, **config['eval'])
+    run.finish({f'test_{name}': value for name, value in test.items()})
+
+
+if __name__ == '__main__':
+    with clean_exit():
+        main()

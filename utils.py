@@ -1,0 +1,433 @@
+"""Mechanics shared by the scripts: configs, processes, schedules, atomic files, meters and curves."""
+
+import argparse
+import difflib
+import json
+import logging
+import math
+import os
+import random
+import signal
+import sys
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent
+logger = logging.getLogger('dlip')
+
+
+# ---------------------------------------------------------------- configs
+
+def read_yaml(path: str | os.PathLike) -> dict:
+    """Read a YAML mapping.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing, is no YAML, or is no mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f'no config file {path}: the shipped ones are in {ROOT / "configs"}')
+    try:
+        config = YAML(typ='safe').load(path)
+    except YAMLError as error:
+        raise ValueError(f'{path} is not valid YAML: {error}') from None
+    if not isinstance(config, dict):
+        raise ValueError(f'{path} must hold a mapping of settings')
+    return config
+
+
+def check_config(config: dict, schema: dict, source: str, prefix: str = '') -> None:
+    """Compare a config with a reference config key by key: same keys, same types (null where either is null).
+
+    Raises:
+        ValueError: naming the key, the file and the nearest valid name.
+    """
+    for key in config:
+        if key not in schema:
+            near = difflib.get_close_matches(str(key), [str(k) for k in schema], n=1, cutoff=0.0)
+            raise ValueError(f'{source}: unknown key "{prefix}{key}"; did you mean "{prefix}{near[0]}"?')
+    for key, example in schema.items():
+        name = f'{prefix}{key}'
+        if key not in config:
+            raise ValueError(f'{source}: missing key "{name}" (for example {name}: {example})')
+        value = config[key]
+        if isinstance(example, dict):
+            if not isinstance(value, dict):
+                raise ValueError(f'{source}: "{name}" must be a mapping with {", ".join(example)}; got {value!r}')
+            check_config(value, example, source, f'{name}.')
+        elif value is None or example is None:
+            if isinstance(value, dict) or (value is None and isinstance(example, int | float)):
+                raise ValueError(f'{source}: "{name}" must be like {example!r}; got {value!r}')
+        else:
+            expected = (int, float) if type(example) is float else type(example)
+            if not isinstance(value, expected) or isinstance(value, bool) != isinstance(example, bool):
+                raise ValueError(f'{source}: "{name}" must be {type(example).__name__} like {example!r}; got {value!r}')
+
+
+def apply_override(config: dict, override: str) -> None:
+    """Set one `a.b=value` in place; the value is read as YAML."""
+    name, equals, text = override.partition('=')
+    if not equals:
+        raise ValueError(f'override {override!r} is not of the form key=value')
+    *parents, leaf = name.split('.')
+    node = config
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, dict) else None
+    if not isinstance(node, dict) or leaf not in node:
+        keys = list(flat_keys(config))
+        near = difflib.get_close_matches(name, keys, n=1, cutoff=0.0)
+        raise ValueError(f'command line: unknown key "{name}"; did you mean "{near[0]}"?')
+    node[leaf] = YAML(typ='safe').load(text) if text else None
+
+
+def flat_keys(config: dict, prefix: str = ''):
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from flat_keys(value, f'{prefix}{key}.')
+        else:
+            yield f'{prefix}{key}'
+
+
+def load_config(path: str | os.PathLike, schema: str | os.PathLike, overrides: list[str] = ()) -> dict:
+    """Read a config, apply `key=value` overrides and check it against a shipped reference config."""
+    config, reference = read_yaml(path), read_yaml(ROOT / schema)
+    check_config(config, reference, str(path))
+    for override in overrides:
+        apply_override(config, override)
+    check_config(config, reference, 'command line' if overrides else str(path))
+    return config
+
+
+def script_arguments(description: str, config: str, output_dir: str, argv: list[str] | None = None) -> tuple:
+    """Parse the options that every training script takes -> (namespace, config checked against the default)."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--config', default=config, help='YAML file (default: %(default)s)')
+    parser.add_argument('--output_dir', default=output_dir, help='checkpoints and logs (default: %(default)s); '
+                        'a run found there is resumed')
+    parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
+    parser.add_argument('--seed', default=42, type=int)
+    parser.add_argument('overrides', nargs='*', metavar='key=value', help='override a setting, e.g. optim.lr=1e-4')
+    args = parser.parse_args(argv)
+    return args, load_config(args.config, config, args.overrides)
+
+
+@contextmanager
+def clean_exit():
+    """Turn an expected failure (bad input) into one line on stderr and exit code 2, without a traceback."""
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, NotADirectoryError, FileExistsError, ValueError) as error:
+        if os.environ.get('DLIP_TRACEBACK'):
+            raise
+        sys.exit(f'error: {error}')
+
+
+# ---------------------------------------------------------------- processes
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def setup_process(device: str = 'auto') -> torch.device:
+    """Join the process group when launched by torch.distributed.run; choose the device; set up logging.
+
+    Raises:
+        ValueError: the device is absent, or more processes than GPUs were asked for on this machine.
+    """
+    local_rank, local_size = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    chosen = choose_device(device)
+    if chosen.type == 'cuda':
+        if local_size > torch.cuda.device_count():
+            raise ValueError(f'--nproc_per_node={local_size}, but this machine has {torch.cuda.device_count()} GPUs: '
+                             f'lower it, or train on the CPU with --device cpu')
+        if 'LOCAL_RANK' in os.environ:
+            chosen = torch.device('cuda', local_rank)
+        torch.cuda.set_device(chosen)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if 'RANK' in os.environ and not dist.is_initialized():
+        dist.init_process_group('nccl' if chosen.type == 'cuda' else 'gloo', timeout=timedelta(minutes=60))
+    logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', stream=sys.stdout, force=True,
+                        level=logging.WARNING)
+    logger.setLevel(logging.INFO if is_main() else logging.WARNING)
+    return chosen
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto' is cuda, else mps, else cpu.
+
+    Raises:
+        ValueError: no such device on this machine.
+    """
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f'unknown device {name!r}: use auto, cpu, cuda, cuda:N or mps') from None
+    if device.type == 'cuda' and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f'device {name!r} is not there: this machine has {torch.cuda.device_count()} GPUs')
+    if device.type == 'mps' and not torch.backends.mps.is_available():
+        raise ValueError('device "mps" is not there: use --device cpu')
+    return device
+
+
+@torch.no_grad()
+def all_gather(x: torch.Tensor) -> torch.Tensor:
+    """[B, ...] of every process -> [W * B, ...] in rank order, without gradient; identity on one process."""
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return all_gather(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)  # every process's loss depends on these rows; DDP then averages over processes
+        return grad.chunk(world_size())[rank()]
+
+
+def all_gather_grad(x: torch.Tensor) -> torch.Tensor:
+    """`all_gather` through which gradients flow back to the process that owns each row."""
+    return _GatherWithGrad.apply(x) if world_size() > 1 else x
+
+
+def gather_objects(item) -> list:
+    """The picklable `item` of every process, in rank order, on every process."""
+    if world_size() == 1:
+        return [item]
+    items = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """True on every process when it is true on any."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(float(flag), device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)
+
+
+def seed_everything(*parts: int) -> None:
+    """Seed python, numpy and torch from a tuple of integers.
+
+    Training seeds every step by (seed, step, rank): a resumed run draws what the uninterrupted run drew.
+    """
+    state = int(np.random.SeedSequence(parts).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)
+    torch.manual_seed(state)
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT, so that the loop can save at a step boundary; a second one kills."""
+
+    def __init__(self):
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.received = True
+
+
+# ---------------------------------------------------------------- files
+
+@contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = 'w'):
+    """Open a temporary file that replaces `path` when the block ends well: whole or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f'{path.name}.tmp{os.getpid()}')
+    try:
+        with open(temporary, mode, encoding=None if 'b' in mode else 'utf-8') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def make_output_dir(path: str | os.PathLike) -> Path:
+    """Create a folder and prove that it can be written.
+
+    Raises:
+        PermissionError: naming the folder and the remedy.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path / '.writable'):
+            pass
+        (path / '.writable').unlink()
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise PermissionError(f'cannot write to the output folder {path}: {error.strerror}. '
+                              f'Choose another with --output_dir.') from None
+    return path
+
+
+def append_log(path: Path, record: dict) -> None:
+    """Append one JSON line (`log.txt`)."""
+    with open(path, 'a', encoding='utf-8') as file:
+        file.write(json.dumps(record) + '\n')
+
+
+# ---------------------------------------------------------------- schedules and optimizer
+
+def learning_rate(step: int, steps_per_epoch: int, epochs: int, lr: float, min_lr: float, warmup_steps: int,
+                  warmup_lr: float, schedule: str, decay: float) -> float:
+    """Learning rate of an optimizer step: linear warm-up, then 'step' (lr * decay^epoch) or 'cosine' (to min_lr).
+
+    'step' and 'cosine' are BLIP's `step_lr_schedule` and `cosine_lr_schedule`.
+    """
+    epoch = step // steps_per_epoch
+    if schedule == 'step':
+        value = max(min_lr, lr * decay ** epoch)
+    else:
+        done = step / max(1, steps_per_epoch * epochs)
+        value = min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
+    if step < warmup_steps:
+        value = min(value, warmup_lr + (lr - warmup_lr) * step / warmup_steps)
+    return value
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Two AdamW groups: decay on matrices; none on biases, norms, the temperature and position embeddings."""
+    decay, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            bare = parameter.ndim < 2 or name.endswith(('pos_embed', 'cls_token', 'position_embeddings.weight'))
+            (plain if bare else decay).append(parameter)
+    return [{'params': decay, 'weight_decay': weight_decay}, {'params': plain, 'weight_decay': 0.0}]
+
+
+# ---------------------------------------------------------------- watching a run
+
+def progress(iterable, total: int | None = None, desc: str = ''):
+    """A progress bar with ETA on the main process; silent elsewhere."""
+    return tqdm(iterable, total=total, desc=desc, disable=not is_main(), mininterval=1.0, leave=False,
+                dynamic_ncols=True)
+
+
+class Meters:
+    """Running means of scalar tensors, kept on the device: nothing waits for the GPU until they are read."""
+
+    def __init__(self):
+        self.sums: dict[str, torch.Tensor] = defaultdict(lambda: 0.0)
+        self.counts: dict[str, int] = defaultdict(int)
+
+    def update(self, values: dict[str, torch.Tensor | float]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums[name] + (value.detach() if isinstance(value, torch.Tensor) else value)
+            self.counts[name] += 1
+
+    def means(self) -> dict[str, float]:
+        """Mean over the updates and the processes."""
+        local = {name: (float(self.sums[name]), self.counts[name]) for name in self.sums}
+        total: dict[str, list[float]] = {}
+        for part in gather_objects(local):
+            for name, (value, count) in part.items():
+                pair = total.setdefault(name, [0.0, 0])
+                pair[0] += value
+                pair[1] += count
+        return {name: value / count for name, (value, count) in total.items()}
+
+    def state_dict(self) -> dict:
+        return {name: [float(self.sums[name]), self.counts[name]] for name in self.sums}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, (value, count) in state.items():
+            self.sums[name], self.counts[name] = value, count
+
+
+class Clock:
+    """Step rate, share of time spent waiting for data, and ETA of a loop."""
+
+    def __init__(self, steps_left: int):
+        self.steps_left, self.steps, self.waited = steps_left, 0, 0.0
+        self.started = self.mark = time.perf_counter()
+
+    def data_ready(self) -> None:
+        self.waited += time.perf_counter() - self.mark
+
+    def step_done(self) -> None:
+        self.steps += 1
+        self.mark = time.perf_counter()
+
+    def line(self, samples_per_step: int) -> str:
+        elapsed = max(1e-9, time.perf_counter() - self.started)
+        eta = timedelta(seconds=round(elapsed / max(1, self.steps) * (self.steps_left - self.steps)))
+        return (f'{self.steps * samples_per_step / elapsed:.1f} images/s  data wait {self.waited / elapsed:.0%}  '
+                f'eta {eta}')
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a JSON-lines file; an absent file has none."""
+    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
+
+
+def plot_curves(logs: list[Path], png: Path) -> None:
+    """Draw every `train_*`, `val_*` and `test_*` number of JSON-lines logs over the epochs, one small panel each.
+
+    A record's place is its `progress` (fractional epoch) or, at the end of an epoch, its `epoch` + 1.
+    """
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    series: dict[str, list[tuple[float, float]]] = {}
+    for log in logs:
+        for row in read_log(log):
+            for name, value in row.items():
+                if name.startswith(('train_', 'val_', 'test_')) and isinstance(value, int | float):
+                    series.setdefault(name, []).append((row.get('progress', row['epoch'] + 1), value))
+    if not series:
+        return
+    columns = min(4, len(series))
+    rows = -(-len(series) // columns)
+    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(3.2 * columns, 2.3 * rows))
+    for axis in axes.flat[len(series):]:
+        axis.axis('off')
+    for axis, (name, points) in zip(axes.flat, series.items(), strict=False):
+        axis.plot(*zip(*sorted(points), strict=True), marker='.', markersize=3, linewidth=1.2)
+        axis.set_title(name, fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    figure.supxlabel('epoch', fontsize=8)
+    figure.tight_layout()
+    with atomic_write(png, 'wb') as file:
+        figure.savefig(file, dpi=110, format='png')
+    plt.close(figure)
