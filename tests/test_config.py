@@ -1,0 +1,65 @@
+"""Configs: the shipped file is the schema, and a mistake is named with the file and the nearest valid key."""
+
+from pathlib import Path
+
+import pytest
+
+from utils import ROOT, load_config, read_yaml
+
+SCHEMAS = {'pretrain': ['pretrain', 'demo/teacher', 'demo/pretrain'],
+           'retrieval_flickr': ['retrieval_flickr', 'demo/retrieval_flickr'],
+           'caption_flickr': ['caption_flickr', 'demo/caption_flickr']}
+
+
+@pytest.mark.parametrize('schema, name', [(s, n) for s, names in SCHEMAS.items() for n in names])
+def test_shipped_configs_are_valid(schema, name):
+    load_config(ROOT / 'configs' / f'{name}.yaml', f'configs/{schema}.yaml')
+
+
+def test_published_settings():
+    """The original's values, as the README promises them."""
+    pretrain = read_yaml(ROOT / 'configs/pretrain.yaml')
+    assert pretrain['model']['image_size'] == 224 and pretrain['train'] | {'precision': 0} == pretrain['train'] | {
+        'epochs': 20, 'batch_size': 288, 'precision': 0}
+    assert pretrain['ita']['queue_size'] == 57600 and pretrain['ita']['alpha'] == 0.4
+    optim = pretrain['optim']
+    assert [optim[k] for k in ('lr', 'min_lr', 'decay', 'warmup_steps', 'weight_decay')] == [5e-4, 1e-6, 0.9, 3000, 0.02]
+    retrieval, caption = (read_yaml(ROOT / f'configs/{n}_flickr.yaml') for n in ('retrieval', 'caption'))
+    assert retrieval['eval']['k_test'] == 128
+    assert (retrieval['optim']['lr'], retrieval['optim']['weight_decay']) == (5e-5, 0.05)
+    for config in (retrieval, caption):
+        assert (config['model']['image_size'], config['train']['batch_size'], config['train']['epochs']) == (384, 32, 6)
+
+
+@pytest.fixture
+def config_file(tmp_path) -> Path:
+    path = tmp_path / 'my.yaml'
+    path.write_text((ROOT / 'configs/pretrain.yaml').read_text())
+    return path
+
+
+@pytest.mark.parametrize('old, new, message', [
+    ('  queue_size:', '  queue_sise:', 'my.yaml: unknown key "ita.queue_sise"; did you mean "ita.queue_size"'),
+    ('  alpha: 0.4 ', '  # ', 'my.yaml: missing key "ita.alpha"'),
+    ('queue_size: 57600', 'queue_size: many', 'my.yaml: "ita.queue_size" must be int like 57600; got \'many\''),
+    ('negative_all_rank: false', 'negative_all_rank: 1', '"negative_all_rank" must be bool'),
+    ('model:', 'model: [', 'my.yaml is not valid YAML')])
+def test_a_mistake_in_the_file_is_named(config_file, old, new, message):
+    config_file.write_text(config_file.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError) as error:
+        load_config(config_file, 'configs/pretrain.yaml')
+    assert message in str(error.value)
+
+
+def test_overrides(config_file):
+    config = load_config(config_file, 'configs/pretrain.yaml', ['optim.lr=1e-4', 'teacher.weights=null', 'train.epochs=2'])
+    assert (config['optim']['lr'], config['teacher']['weights'], config['train']['epochs']) == (1e-4, None, 2)
+    for override, message in (('optim.lrr=1', 'did you mean "optim.lr"'), ('optim.lr', 'key=value'),
+                              ('train.epochs=x', 'must be int')):
+        with pytest.raises(ValueError, match=message):
+            load_config(config_file, 'configs/pretrain.yaml', [override])
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no config file .*nowhere.yaml'):
+        load_config(tmp_path / 'nowhere.yaml', 'configs/pretrain.yaml')

@@ -1,0 +1,192 @@
+"""Losses against hand-made numbers and the properties that make them safe to sum."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import NANO
+
+from models import losses
+from models.blip import BLIP, BLIPConfig
+from models.momentum import MomentumQueue
+from models.objective import TEACHER_TERMS, TERMS, Objective
+
+
+def test_ita_of_perfect_features_is_the_entropy_floor():
+    features = torch.eye(3)
+    targets = losses.positives(torch.arange(3), torch.arange(3))
+    loss = losses.ita_loss(features, features, features, features, features, features, torch.tensor(0.1), targets, 0.0)
+    assert float(loss) == pytest.approx(math.log(1 + 2 * math.exp(-10)), rel=1e-3)
+
+
+def test_captions_of_one_picture_share_the_target():
+    targets = losses.positives(torch.tensor([7, 8]), torch.tensor([7, 8, 7, losses.IGNORE]))
+    assert targets.tolist() == [[0.5, 0, 0.5, 0], [0, 1, 0, 0]]
+
+
+def test_soft_ita_is_least_where_student_and_teacher_agree():
+    torch.manual_seed(0)
+    teacher = [F.normalize(torch.randn(5, 8), dim=1) for _ in range(2)]
+    temp = torch.tensor(0.2)
+
+    def loss(image, text):
+        return losses.soft_ita_loss(image, text, image, text, temp, *teacher, *teacher, temp)
+    others = [F.normalize(torch.randn(5, 8), dim=1) for _ in range(2)]
+    assert loss(*teacher) < loss(*others)
+
+
+def test_hard_negatives_never_share_an_id_and_follow_the_weights():
+    similarity = torch.tensor([[5.0, 3.0, 0.0, -9.0]]).repeat(20000, 1)
+    ids, candidates = torch.zeros(20000, dtype=torch.long), torch.tensor([0, 1, 2, 3])
+    drawn = losses.hard_negatives(similarity, ids, candidates, torch.rand(20000, 4).clamp(1e-9, 1 - 1e-7))
+    share = torch.bincount(drawn, minlength=4) / 20000
+    weights = similarity[0].softmax(0) + 1e-4
+    weights[0] = 0
+    assert share[0] == 0
+    assert torch.allclose(share, weights / weights.sum(), atol=0.01)
+
+
+def test_lm_loss_ignores_pads_and_an_empty_batch_is_zero():
+    logits, labels = torch.randn(2, 4, 9), torch.randint(0, 9, (2, 4))
+    labels[1, 2:] = losses.IGNORE
+    kept = labels.flatten() != losses.IGNORE
+    want = F.cross_entropy(logits.flatten(0, 1)[kept], labels.flatten()[kept], label_smoothing=0.1)
+    assert torch.allclose(losses.lm_loss(logits, labels), want)
+    assert losses.lm_loss(logits, torch.full_like(labels, losses.IGNORE)) == 0
+    assert losses.logit_kl_loss(logits[:0].flatten(0, 1), logits[:0].flatten(0, 1)) == 0
+
+
+def test_logit_kl_by_hand():
+    student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3.0), 0.0]])  # 1/2 1/2 against 3/4 1/4
+    want = 0.75 * math.log(1.5) + 0.25 * math.log(0.5)
+    assert float(losses.logit_kl_loss(student, teacher)) == pytest.approx(want, rel=1e-3)
+
+
+def test_cosine_loss_by_hand():
+    student, teacher = torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[5.0, 0.0], [0.0, 2.0]])
+    assert float(losses.cosine_loss(student, teacher)) == pytest.approx(0.5)
+    assert float(losses.cosine_loss(student, teacher, torch.tensor([1, 0]))) == pytest.approx(0)
+
+
+def test_attention_kl_ignores_pad_rows_and_masked_keys():
+    scores = torch.randn(2, 2, 3, 3, 3)
+    scores[..., 2] = torch.finfo(torch.float32).min  # the last key is a pad
+    student, teacher = scores.log_softmax(-1).unbind(0)
+    rows = torch.tensor([[1, 1, 0], [1, 1, 0]])
+    loss = losses.attention_kl_loss(student, teacher, rows)
+    p, q = teacher[:, :, :2, :2].exp(), student[:, :, :2, :2].exp()
+    assert torch.allclose(loss, (p * (p / q).log()).sum(-1).mean(), atol=1e-6)
+    changed = student.clone()
+    changed[:, :, 2] = math.log(1 / 3)
+    assert torch.equal(losses.attention_kl_loss(changed, teacher, rows), loss)
+
+
+# ---------------------------------------------------------------- the objective
+
+@pytest.fixture
+def batch(small_tokenizer):
+    torch.manual_seed(1)
+    ids, mask = small_tokenizer(['a red dog', 'blue star', 'a picture of a dog', 'red'], 12)
+    return torch.randn(4, 3, 32, 32), ids, mask, torch.arange(4)
+
+
+def objective(tokenizer, weights, seed=0, teacher_width=48, **settings) -> Objective:
+    torch.manual_seed(seed)
+    student = BLIP(BLIPConfig(**NANO, vocab_size=len(tokenizer)))
+    teacher = BLIP(BLIPConfig(**{**NANO, 'vision_width': 48, 'text_width': teacher_width}, vocab_size=len(tokenizer)))
+    momentum = MomentumQueue(student, 10, 0.9, teacher.config.embed_dim)
+    return Objective(student, weights, (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum, teacher,
+                     **settings)
+
+
+def test_every_trainable_parameter_gets_a_gradient(small_tokenizer, batch):
+    net = objective(small_tokenizer, dict.fromkeys(TERMS, 1.0))
+    out = net(*batch, alpha=0.4, step_seed=0)
+    assert set(out) == {*TERMS, 'loss'} and all(torch.isfinite(value) for value in out.values())
+    out['loss'].backward()
+    trainable = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in trainable.values())
+    assert not any(name.startswith('momentum') for name in trainable)
+    assert all(p.grad is None for p in net.teacher.parameters())
+
+
+@pytest.mark.parametrize('term', TERMS)
+def test_each_term_alone(small_tokenizer, batch, term):
+    """A weight of 0 skips the other terms, and the value is the one it has among all of them."""
+    together = objective(small_tokenizer, dict.fromkeys(TERMS, 1.0))(*batch, 0.4, 0)
+    alone = objective(small_tokenizer, {term: 2.0})(*batch, 0.4, 0)
+    assert set(alone) == {term, 'loss'}
+    assert torch.allclose(alone['loss'], 2 * alone[term])
+    if term not in ('fused_feat', 'decoder_feat'):  # their learned maps are drawn in another order
+        assert torch.allclose(alone[term], together[term], rtol=1e-4)
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(small_tokenizer, batch):
+    terms = [t for t in TEACHER_TERMS if t not in ('fused_feat', 'decoder_feat', 'ita_soft')]
+    net = objective(small_tokenizer, dict.fromkeys(terms, 1.0))
+    net.frozen.model = net.student
+    out = net.eval()(*batch, 0.4, 0)
+    assert all(abs(float(out[term])) < 1e-5 for term in terms)
+
+
+def test_pads_change_no_loss(small_tokenizer, batch):
+    images, ids, mask, sample_ids = batch
+    net = objective(small_tokenizer, dict.fromkeys(TERMS, 1.0)).eval()
+    want = net(images, ids, mask, sample_ids, 0.4, 0)
+    got = net(images, F.pad(ids, (0, 5)), F.pad(mask, (0, 5)), sample_ids, 0.4, 0)
+    for name, value in want.items():
+        assert torch.allclose(value, got[name], rtol=1e-4, atol=1e-6), name
+
+
+def test_teacher_cannot_leave_eval_nor_train(small_tokenizer, batch):
+    net = objective(small_tokenizer, {'lm_logits': 1.0}).train()
+    assert not net.teacher.training and not any(p.requires_grad for p in net.teacher.parameters())
+    assert not any('teacher' in key and 'queue' not in key for key in net.state_dict())
+
+
+def test_the_batch_is_enqueued_after_the_losses(small_tokenizer, batch):
+    net = objective(small_tokenizer, {'ita': 1.0, 'ita_soft': 1.0}).train()
+    before = net.momentum.image_queue.clone()
+    first = net(*batch, 0.4, 0)
+    assert net.momentum.id_queue[:4].tolist() == [0, 1, 2, 3] and int(net.momentum.pointer) == 4
+    assert torch.equal(net.momentum.image_queue[4:], before[4:])
+    fresh = objective(small_tokenizer, {'ita': 1.0, 'ita_soft': 1.0}).eval()  # eval mode enqueues nothing
+    assert torch.allclose(first['ita'], fresh(*batch, 0.4, 0)['ita'])
+
+
+def test_queue_wraps_at_any_batch_size(small_tokenizer):
+    momentum = objective(small_tokenizer, {'ita': 1.0}).momentum
+    for start in range(0, 12, 4):  # a queue of 10 and batches of 4
+        ids = torch.arange(start, start + 4)
+        momentum.enqueue(ids, image=F.one_hot(ids, 16).float(), text=F.one_hot(ids, 16).float())
+    assert momentum.id_queue.tolist() == [10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert momentum.image_queue.argmax(1).tolist() == [10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
+
+
+def test_momentum_twin_starts_equal_and_follows(small_tokenizer, batch):
+    net = objective(small_tokenizer, {'ita': 1.0}).eval()
+    images, ids, mask, _ = batch
+    ids[:, 0] = small_tokenizer.cls_id
+    with torch.no_grad():
+        image, text = net.momentum.encode(images, ids, mask)
+        assert torch.allclose(image, net.student.image_feat(net.student.encode_image(images)), atol=1e-6)
+        assert torch.allclose(text, net.student.text_feat(net.student.encode_text(ids, mask)), atol=1e-6)
+        net.student.text_proj.weight.add_(1.0)
+        old = net.momentum.text_proj.weight.clone()
+        net.momentum.update(net.student)
+    assert torch.allclose(net.momentum.text_proj.weight, 0.9 * old + 0.1 * net.student.text_proj.weight)
+
+
+@pytest.mark.parametrize('weights, task, message', [
+    ({'lm': 1.0}, 'retrieval', 'loss.lm needs a text_decoder'),
+    ({'itm': 1.0}, 'caption', 'loss.itm needs a text_encoder')])
+def test_a_missing_part_is_named(small_tokenizer, weights, task, message):
+    student = BLIP(BLIPConfig(**NANO, vocab_size=len(small_tokenizer), task=task))
+    with pytest.raises(ValueError, match=message):
+        Objective(student, weights, (2, 3, 4))
+
+
+def test_a_missing_teacher_is_named(nano):
+    with pytest.raises(ValueError, match='loss.lm_logits needs a teacher'):
+        Objective(nano, {'lm_logits': 1.0}, (2, 3, 4))
