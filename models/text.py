@@ -93,8 +93,7 @@ class Attention(nn.Module):
         return self.split(self.self.key(memory)), self.split(self.self.value(memory))
 
     def forward(self, hidden: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                mask: torch.Tensor | None = None, causal: bool = False,
-                want_map: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+                mask: torch.Tensor | None = None, want_map: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden [R, T, width]; k, v [R or images, heads, N, D]; mask bool, True = may attend.
 
         With fewer images than rows (R = images x group, rows of an image side by side), the rows of an image
@@ -109,14 +108,17 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if want_map:
             scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
-            if causal:
-                mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
             if mask is not None:
                 scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
             log_map = scores.log_softmax(-1)
             context = F.dropout(log_map.exp(), dropout).to(v.dtype) @ v
+        elif self.training and q.device.type == 'cpu':  # see VisionTower.train
+            scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+            context = F.dropout(scores.softmax(-1), dropout).to(v.dtype) @ v
         else:
-            context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+            context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         if group > 1:
             context = context.unflatten(2, (group, length)).transpose(1, 2).flatten(0, 1)
         return self.output(context.transpose(1, 2).flatten(2), hidden), log_map
@@ -140,11 +142,11 @@ class TextLayer(nn.Module):
         self.intermediate = Intermediate(width, ffn)
         self.output = ResidualNorm(ffn, width, dropout)
 
-    def forward(self, hidden, mask, causal, image_kv, want_maps, extend):
+    def forward(self, hidden, mask, image_kv, want_maps, extend):
         k, v = self.attention.keys_values(hidden)
         if extend is not None:
             k, v = extend(k, v)
-        hidden, self_map = self.attention(hidden, k, v, mask, causal, want_maps)
+        hidden, self_map = self.attention(hidden, k, v, mask, want_maps)
         cross_map = None
         if image_kv is not None:
             hidden, cross_map = self.crossattention(hidden, *image_kv, want_map=want_maps)
@@ -197,18 +199,17 @@ class TextTower(nn.Module):
         """
         start = cache.length if cache else 0
         length = ids.shape[1]
-        attend = None
-        if mask is not None:
-            attend = mask[:, None, None, :].bool()
-            if causal:
-                attend = attend & torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+        attend = mask[:, None, None, :].bool() if mask is not None else None
+        if causal and length > 1:
+            past = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+            attend = past if attend is None else attend & past
         hidden = self.embeddings(ids, start)
         self_map = cross_map = None
         for i, layer in enumerate(self.layers):
             extend = None if cache is None else (lambda k, v, i=i: cache.extend(i, k, v))
             hidden, self_map, cross_map = layer(
-                hidden, attend, causal and mask is None and length > 1,
-                image_kv[i] if image_kv is not None else None, want_maps and i == len(self.layers) - 1, extend)
+                hidden, attend, image_kv[i] if image_kv is not None else None,
+                want_maps and i == len(self.layers) - 1, extend)
         if cache is not None:
             cache.length += length
         return TextOutput(hidden, self_map, cross_map)

@@ -1,0 +1,170 @@
+"""Write rendered scenes to disk in the layouts of the real sources, so that nothing downstream is special.
+
+    python -m data.scene_layouts --out output/demo/data
+
+OUT/cc3m, mscoco, sbu      img2dataset `files` shards: 00000/000000000.{jpg,json,txt}, 00000.parquet, 00000_stats.json
+OUT/vgo                    VG_100K/*.jpg and region_descriptions.json, as Visual Genome
+OUT/flickr30k              flickr30k-images/*.jpg, Karpathy's dataset_flickr30k.json, BLIP's flickr30k_{split}.json,
+                           and scenes.json, from which the evaluation scores captions exactly
+OUT/vocab.txt              WordPiece vocabulary of the captions
+"""
+
+import argparse
+import json
+import random
+import shutil
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.scene_captions import captions, vocabulary
+from data.scenes import Scene, render, sample_split
+from utils import atomic_write, clean_exit, progress
+
+SHARES = {'cc3m': 0.45, 'mscoco': 0.35, 'sbu': 0.17, 'vgo': 0.03}
+SHARD = 1000  # samples a shard
+FAILED = 0.04  # share of downloads that failed, as they do: a parquet row without files
+REGION = (512, 384)  # pixels of a Visual Genome picture: its whole area passes the 20% rule, its corner does not
+QUALITY = 92
+
+
+def write_picture(scene: Scene, path: Path, seed: int, size: tuple[int, int] | None = None) -> None:
+    picture = render(scene, random.Random(seed))
+    if size:
+        picture = picture.resize(size)
+    picture.save(path, quality=QUALITY)
+
+
+def write_shard(job: tuple[Path, int, list[Scene], int]) -> int:
+    """One img2dataset shard; returns the pictures written."""
+    folder, number, scenes, seed = job
+    rng = random.Random(seed)
+    shard = folder / f'{number:05d}'
+    shard.mkdir(parents=True)
+    rows = []
+    for i, scene in enumerate(scenes):
+        key, text = f'{number:05d}{i:04d}', rng.choice(captions(scene))
+        failed = rng.random() < FAILED
+        row = {'caption': text, 'url': f'scene://{folder.name}/{key}', 'key': key,
+               'status': 'failed_to_download' if failed else 'success',
+               'error_message': 'HTTP Error 404: Not Found' if failed else None,
+               'width': None if failed else 128, 'height': None if failed else 128,
+               'original_width': None if failed else 128, 'original_height': None if failed else 128,
+               'exif': None if failed else '{}', 'sha256': None}
+        rows.append(row)
+        if not failed:
+            write_picture(scene, shard / f'{key}.jpg', rng.getrandbits(32))
+            (shard / f'{key}.txt').write_text(text)
+            (shard / f'{key}.json').write_text(json.dumps(row))
+    pq.write_table(pa.Table.from_pylist(rows), folder / f'{number:05d}.parquet')
+    good = sum(row['status'] == 'success' for row in rows)
+    (folder / f'{number:05d}_stats.json').write_text(json.dumps(
+        {'count': len(rows), 'successes': good, 'failed_to_download': len(rows) - good, 'failed_to_resize': 0}))
+    return len(scenes)
+
+
+def write_visual_genome(job: tuple[Path, list[Scene], int]) -> int:
+    """Pictures with three regions each: the whole, a corner that is too small, and a phrase that is too short."""
+    folder, scenes, seed = job
+    rng = random.Random(seed)
+    (folder / 'VG_100K').mkdir(parents=True)
+    entries = []
+    for i, scene in enumerate(scenes, start=1):
+        write_picture(scene, folder / 'VG_100K' / f'{i}.jpg', rng.getrandbits(32), REGION)
+        whole = {'x': 0, 'y': 0, 'width': REGION[0], 'height': REGION[1]}
+        phrases = [(rng.choice(captions(scene)), whole), ('the upper left corner of it', {**whole, 'width': 90, 'height': 90}),
+                   (f'{scene.background} background', whole)]
+        entries.append({'id': i, 'regions': [{'region_id': 10 * i + j, 'image_id': i, 'phrase': phrase, **box}
+                                             for j, (phrase, box) in enumerate(phrases)]})
+    (folder / 'region_descriptions.json').write_text(json.dumps(entries))
+    return len(scenes)
+
+
+def write_flickr_pictures(job: tuple[Path, list[tuple[str, Scene]], int]) -> int:
+    folder, named, seed = job
+    rng = random.Random(seed)
+    for name, scene in named:
+        write_picture(scene, folder / name, rng.getrandbits(32))
+    return len(named)
+
+
+def write_flickr_annotation(folder: Path, splits: dict[str, list[tuple[str, Scene]]]) -> None:
+    karpathy, scenes, sentence = [], {}, 0
+    for split, named in splits.items():
+        records = []
+        for name, scene in named:
+            texts, number = captions(scene), len(karpathy)
+            sentences = [{'raw': text, 'tokens': text.replace(',', '').split(), 'imgid': number, 'sentid': sentence + i}
+                         for i, text in enumerate(texts)]
+            karpathy.append({'filename': name, 'split': split, 'imgid': number, 'sentences': sentences,
+                             'sentids': [s['sentid'] for s in sentences]})
+            sentence += len(texts)
+            image = f'flickr30k-images/{name}'
+            records += [{'image': image, 'caption': text, 'image_id': name.removesuffix('.jpg')} for text in texts] \
+                if split == 'train' else [{'image': image, 'caption': texts}]
+            scenes[name] = scene.to_dict()
+        (folder / f'flickr30k_{split}.json').write_text(json.dumps(records))
+    (folder / 'dataset_flickr30k.json').write_text(json.dumps({'images': karpathy, 'dataset': 'flickr30k'}))
+    (folder / 'scenes.json').write_text(json.dumps(scenes))
+
+
+def build(out: Path, pretrain: int, flickr: dict[str, int], seed: int, workers: int) -> None:
+    """Render everything into `out`, which must not exist."""
+    jobs: list[tuple] = []
+    rng = random.Random(seed)
+    for source, share in SHARES.items():
+        scenes = sample_split('train', round(pretrain * share), rng.getrandbits(32), distinct=False)
+        if source == 'vgo':
+            jobs.append((write_visual_genome, (out / source, scenes, rng.getrandbits(32))))
+            continue
+        for number, start in enumerate(range(0, len(scenes), SHARD)):
+            jobs.append((write_shard, (out / source, number, scenes[start:start + SHARD], rng.getrandbits(32))))
+    folder = out / 'flickr30k'
+    (folder / 'flickr30k-images').mkdir(parents=True)
+    splits = {}
+    for split, count in flickr.items():
+        scenes = sample_split(split, count, rng.getrandbits(32), distinct=split != 'train')
+        splits[split] = [(f'{split}{i:06d}.jpg', scene) for i, scene in enumerate(scenes)]
+        for start in range(0, count, SHARD):
+            jobs.append((write_flickr_pictures, (folder / 'flickr30k-images', splits[split][start:start + SHARD],
+                                                 rng.getrandbits(32))))
+    write_flickr_annotation(folder, splits)
+    (out / 'vocab.txt').write_text('\n'.join(vocabulary()) + '\n')
+    bar = progress(None, total=pretrain + sum(flickr.values()), desc='rendering scenes')
+    with ProcessPoolExecutor(workers) as pool:
+        for done in [pool.submit(function, job) for function, job in jobs]:
+            bar.update(done.result())
+    bar.close()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', required=True, type=Path)
+    parser.add_argument('--pretrain', type=int, default=12000, help='pictures of the four pre-training sources')
+    parser.add_argument('--flickr_train', type=int, default=2000)
+    parser.add_argument('--flickr_val', type=int, default=200)
+    parser.add_argument('--flickr_test', type=int, default=1000)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--workers', type=int, default=2)
+    args = parser.parse_args(argv)
+    flickr = {'train': args.flickr_train, 'val': args.flickr_val, 'test': args.flickr_test}
+    made = {'pretrain': args.pretrain, 'flickr30k': flickr, 'seed': args.seed}
+    marker = args.out / 'scenes_made.json'  # written last: a set without it is incomplete
+    if marker.exists() and json.loads(marker.read_text()) == made:
+        print(f'{args.out} holds this set already')
+        return
+    if args.out.exists():
+        if any(args.out.iterdir()) and not (args.out / 'vocab.txt').exists():
+            raise ValueError(f'{args.out} holds files that are not a scene set: choose another --out')
+        shutil.rmtree(args.out)
+    build(args.out, args.pretrain, flickr, args.seed, args.workers)
+    with atomic_write(marker) as file:
+        json.dump(made, file)
+    print(f'{args.pretrain} pictures for pre-training and {sum(flickr.values())} for Flickr30K in {args.out}')
+
+
+if __name__ == '__main__':
+    with clean_exit():
+        main()

@@ -1,0 +1,128 @@
+"""Pictures in: any file or PIL image to RGB, and BLIP's training and evaluation transforms."""
+
+import os
+import random
+import re
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms import functional as F
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as BLIP
+STD = (0.26862954, 0.26130258, 0.27577711)
+BICUBIC = InterpolationMode.BICUBIC
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """PIL image of any mode -> upright 8-bit RGB: EXIF applied, alpha on white, 16 bit scaled, first frame."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ('I;16', 'I;16B', 'I;16L', 'I', 'F'):
+        pixels = np.asarray(image, dtype=np.float32)
+        top = 65535.0  # I;16 is 16 bit; I and F say nothing of their range, which is read off the largest value
+        if image.mode in ('I', 'F') and pixels.max() <= 255:
+            top = 1.0 if image.mode == 'F' and pixels.max() <= 1 else 255.0
+        image = Image.fromarray((pixels.clip(0, top) * (255 / top)).round().astype(np.uint8))
+    if image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('RGB')
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    """Read a picture file as upright RGB.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: truncated, or not a picture; names the path.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise FileNotFoundError(f'no picture {path}') from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f'{path} is not a readable picture: {str(error)[:120]}') from None
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """RGB PIL image -> normalised float32 [3, H, W]"""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
+    return F.normalize(pixels, MEAN, STD, inplace=True)
+
+
+def swap_left_right(caption: str) -> str:
+    """Exchange the words 'left' and 'right': the caption of the mirrored picture."""
+    swapped = {'left': 'right', 'right': 'left'}
+    return re.sub(r'\b(left|right)\b', lambda match: swapped[match[0]], caption)
+
+
+class train_transform:
+    """(RGB PIL image, caption) -> (float32 [3, S, S], caption): random crop, mirror, RandAugment, normalise.
+
+    As BLIP, except that a mirrored picture's caption exchanges 'left' and 'right', so that it stays true. Draws from
+    python's and torch's global generators.
+
+    Args:
+        min_scale: smallest share of the area that the random crop keeps.
+        randaugment: apply BLIP's RandAugment(2, 5).
+    """
+
+    def __init__(self, image_size: int, min_scale: float, randaugment: bool):
+        self.crop = RandomResizedCrop(image_size, scale=(min_scale, 1.0), interpolation=BICUBIC, antialias=True)
+        self.randaugment = randaugment
+
+    def __call__(self, image: Image.Image, caption: str) -> tuple[torch.Tensor, str]:
+        image = self.crop(image)
+        if random.random() < 0.5:
+            image, caption = ImageOps.mirror(image), swap_left_right(caption)
+        if self.randaugment:
+            image = rand_augment(image)
+        return to_tensor(image), caption
+
+
+class eval_transform:
+    """RGB PIL image -> float32 [3, S, S]: the whole picture, resized (BLIP's test transform)."""
+
+    def __init__(self, image_size: int):
+        self.size = (image_size, image_size)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return to_tensor(image.resize(self.size, Image.Resampling.BICUBIC))
+
+
+# BLIP's ten operations at its magnitude 5 of 10: strength of the geometric ones, factor of the others.
+GREY = (128, 128, 128)
+SHEAR, TRANSLATE, ROTATE, ENHANCE = 0.15, 5, 15, 1.0
+
+
+def affine(image: Image.Image, *matrix: float) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=GREY)
+
+
+def sign() -> int:
+    return random.choice((-1, 1))
+
+
+OPERATIONS = {
+    'Identity': lambda image: image,
+    'AutoContrast': ImageOps.autocontrast,
+    'Equalize': ImageOps.equalize,
+    'Brightness': lambda image: ImageEnhance.Brightness(image).enhance(ENHANCE),
+    'Sharpness': lambda image: ImageEnhance.Sharpness(image).enhance(ENHANCE),
+    'ShearX': lambda image: affine(image, 1, sign() * SHEAR, 0, 0, 1, 0),
+    'ShearY': lambda image: affine(image, 1, 0, 0, sign() * SHEAR, 1, 0),
+    'TranslateX': lambda image: affine(image, 1, 0, sign() * TRANSLATE, 0, 1, 0),
+    'TranslateY': lambda image: affine(image, 1, 0, 0, 0, 1, sign() * TRANSLATE),
+    'Rotate': lambda image: image.rotate(sign() * ROTATE, Image.Resampling.BILINEAR, fillcolor=GREY),
+}
+
+
+def rand_augment(image: Image.Image, count: int = 2) -> Image.Image:
+    """Apply `count` of BLIP's operations, each drawn uniformly, with probability 1/2 each (BLIP's RandAugment)."""
+    for name in random.choices(list(OPERATIONS), k=count):
+        if random.random() < 0.5:
+            image = OPERATIONS[name](image)
+    return image

@@ -1,0 +1,1 @@
+"""Evaluation: recall, caption metrics and speed, as functions for scripts and notebooks."""

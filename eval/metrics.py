@@ -1,0 +1,147 @@
+"""Metrics as pure functions: recall of a score matrix, and caption scores by pycocoevalcap."""
+
+import functools
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from utils import logger
+
+KS = (1, 5, 10)
+
+
+# ---------------------------------------------------------------- retrieval
+
+def ranks(scores, positives: Sequence[Iterable[int]]) -> np.ndarray:
+    """Rank of each query's best right item.
+
+    Items of equal score stand in the order of their index, so that equal scores for all earn only chance.
+
+    Args:
+        scores: [Q, N], higher is better.
+        positives: per query the indices of its right items, at least one.
+
+    Returns:
+        [Q] int64, 0 = the first place.
+
+    Raises:
+        ValueError: a shape does not fit, a query has no right item, or a score is NaN.
+    """
+    scores = np.asarray(scores)
+    if scores.ndim != 2 or len(scores) != len(positives):
+        raise ValueError(f'scores must be [{len(positives)} queries, items], got {list(scores.shape)}')
+    if np.isnan(scores).any():
+        raise ValueError('some scores are NaN: the model or its input is broken')
+    out = np.empty(len(scores), dtype=np.int64)
+    for query, (row, right) in enumerate(zip(scores, positives, strict=True)):
+        right = np.unique(list(right))
+        if not len(right) or right[0] < 0 or right[-1] >= len(row):
+            raise ValueError(f'query {query} needs right items among 0..{len(row) - 1}, got {right.tolist()}')
+        best = right[row[right].argmax()]  # of equals the first
+        out[query] = (row > row[best]).sum() + (row[:best] == row[best]).sum()
+    return out
+
+
+def recall_at_k(scores, positives: Sequence[Iterable[int]], ks: Sequence[int] = KS) -> list[float]:
+    """Per cent of the queries [Q, N] with a right item among the first k, for each k (see `ranks`)."""
+    found = ranks(scores, positives)
+    return [100.0 * float((found < k).mean()) for k in ks]
+
+
+def retrieval_metrics(scores_i2t, scores_t2i, image_to_texts: Sequence[Iterable[int]],
+                      text_to_image: Sequence[int]) -> dict[str, float]:
+    """BLIP's `itm_eval`: recalls in per cent of image -> text ('txt_') and text -> image ('img_'), and their means.
+
+    Args:
+        scores_i2t: [images, texts]; scores_t2i: [texts, images].
+        image_to_texts: per image the indices of its texts; text_to_image: per text the index of its image.
+    """
+    txt = recall_at_k(scores_i2t, image_to_texts)
+    img = recall_at_k(scores_t2i, [[image] for image in text_to_image])
+    txt_mean, img_mean = sum(txt) / len(KS), sum(img) / len(KS)
+    return {**{f'txt_r{k}': value for k, value in zip(KS, txt, strict=True)}, 'txt_r_mean': txt_mean,
+            **{f'img_r{k}': value for k, value in zip(KS, img, strict=True)}, 'img_r_mean': img_mean,
+            'r_mean': (txt_mean + img_mean) / 2}
+
+
+# ---------------------------------------------------------------- captions
+
+@functools.cache
+def java_works() -> bool:
+    """Whether a Java runtime starts (macOS has a `java` that only says how to get one); if not, say so once."""
+    found = shutil.which('java') is not None and subprocess.run(['java', '-version'], capture_output=True).returncode == 0
+    if not found:
+        logger.warning('no Java runtime: captions are split by the simple tokenizer instead of PTB and METEOR is left '
+                       'out. BLEU, ROUGE-L and CIDEr come all the same. Remedy: apt install default-jre-headless')
+    return found
+
+
+def simple_tokens(caption: str) -> str:
+    """Lower-case words without punctuation, joined by spaces: near to PTB on plain captions."""
+    return ' '.join(re.findall(r"\w+(?:'\w+)*", caption.lower()))
+
+
+def ptb_tokens(captions: list[str]) -> list[str]:
+    """COCO's tokenization (as pycocoevalcap's PTBTokenizer): Stanford's PTB in Java, lower case, no punctuation.
+
+    Run directly, since pycocoevalcap's wrapper writes into site-packages and hides a failure of Java.
+    """
+    from pycocoevalcap.tokenizer import ptbtokenizer as ptb
+    run = subprocess.run(['java', '-cp', Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR),
+                          'edu.stanford.nlp.process.PTBTokenizer', '-preserveLines', '-lowerCase', '-encoding', 'UTF-8'],
+                         input='\n'.join([*captions, '']), capture_output=True, encoding='utf-8')
+    lines = run.stdout.split('\n')[:-1]
+    if run.returncode or len(lines) != len(captions):
+        raise RuntimeError(f'the PTB tokenizer failed, use tokenizer="simple": {run.stderr.strip()[-200:]}')
+    return [' '.join(token for token in line.split() if token not in ptb.PUNCTUATIONS) for line in lines]
+
+
+def tokenise(captions: dict[object, list[str]], tokenizer: str) -> dict[object, list[str]]:
+    """{id: captions} -> the same with tokens joined by single spaces; `tokenizer` is 'ptb' (Java) or 'simple'."""
+    flat = [' '.join(text.split()) for texts in captions.values() for text in texts]
+    tokens = iter(ptb_tokens(flat) if tokenizer == 'ptb' else map(simple_tokens, flat))
+    return {key: [next(tokens) for _ in texts] for key, texts in captions.items()}
+
+
+def caption_metrics(hypotheses: dict, references: dict, *, meteor: bool = False,
+                    tokenizer: str | None = None) -> tuple[dict, dict]:
+    """BLEU-1..4, ROUGE-L, CIDEr and, on demand, METEOR by pycocoevalcap, all times 100 as papers quote them.
+
+    Args:
+        hypotheses: id -> caption.
+        references: the same ids -> list of captions.
+        meteor: METEOR too, where Java is found (about 25 s per 1,000 pictures, 2 GB).
+        tokenizer: 'ptb' (COCO's own, needs Java) or 'simple'; default: 'ptb' where Java is found. Compare only
+            scores of one tokenizer.
+
+    Returns:
+        ({'Bleu_1': ..., 'CIDEr': ..., 'tokenizer': 'ptb' or 'simple'}, {id: {name: score of that caption}}).
+
+    Raises:
+        ValueError: nothing to score, an id is on one side only, or a picture has no reference.
+    """
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+    if not hypotheses or hypotheses.keys() != references.keys():
+        odd = sorted(map(str, hypotheses.keys() ^ references.keys()))[:3]
+        raise ValueError(f'captions and references must be of the same pictures; on one side only: {odd}')
+    empty = [key for key, texts in references.items() if not texts]
+    if empty:
+        raise ValueError(f'picture {empty[0]!r} has no reference caption')
+    tokenizer = tokenizer or ('ptb' if java_works() else 'simple')
+    both = tokenise({key: [hypotheses[key], *texts] for key, texts in references.items()}, tokenizer)
+    given, wanted = {key: texts[:1] for key, texts in both.items()}, {key: texts[1:] for key, texts in both.items()}
+    results = list(zip(('Bleu_1', 'Bleu_2', 'Bleu_3', 'Bleu_4'),
+                       *Bleu(4).compute_score(wanted, given, verbose=0), strict=True))
+    results += [('ROUGE_L', *Rouge().compute_score(wanted, given)), ('CIDEr', *Cider().compute_score(wanted, given))]
+    if meteor and java_works():
+        from pycocoevalcap.meteor.meteor import Meteor
+        results.append(('METEOR', *Meteor().compute_score(wanted, given)))
+    corpus = {name: 100 * float(score) for name, score, _ in results}
+    single = {key: {name: 100 * float(scores[i]) for name, _, scores in results} for i, key in enumerate(wanted)}
+    return {**corpus, 'tokenizer': tokenizer}, single

@@ -1,0 +1,157 @@
+"""DLIPProd: a trained checkpoint as a captioner or a retriever.
+
+    from prod import DLIPProd
+    caption = DLIPProd(name='caption', weight='save/dlip_caption_flickr.pth', device='cpu')
+    caption.generate(image)            # ['...'], one string per image
+    retrieval = DLIPProd(name='retrieval', weight='save/dlip_retrieval_flickr.pth', device='cpu')
+    retrieval.get_image_feat(image)    # torch.Size([1, 256]), unit norm
+    retrieval.get_text_feat('a dog')   # torch.Size([1, 256]), unit norm
+"""
+
+import os
+from collections.abc import Iterator
+
+import torch
+
+from data.transforms import eval_transform
+from models.checkpoint import load_model
+from models.generation import PROMPT, generate
+from models.tokenizer import ENC
+from prod.images import as_list, kind, read_image
+from utils import choose_device
+
+NEEDS = {'caption': 'text_decoder', 'retrieval': 'text_encoder'}
+MAX_TOKENS = 35  # of a text, where the checkpoint does not say what it was trained with
+
+
+class DLIPProd:
+    """A checkpoint of this repository, ready for inference (eval mode, float32, `inference_mode`).
+
+    Images are a PIL image of any mode, a numpy array (H, W) or (H, W, 1|3|4) of uint8, uint16 or float in
+    [0, 1], a torch tensor (1|3|4, H, W) of the same kinds, a path, the bytes of a file, or a list or tuple of
+    these. Arrays are RGB; `bgr=True` says that they come from OpenCV. EXIF orientation is applied and
+    transparency shown on white. Every method raises TypeError for what is no image (or text) and ValueError
+    for a bad one, naming its place in the list. Results are on the CPU.
+
+    Args:
+        name: 'caption' or 'retrieval': what the checkpoint must be able to do. One that holds both
+            (pre-training) serves both.
+        weight: path of the checkpoint; it carries architecture and vocabulary.
+        device: 'cpu', 'cuda', 'cuda:1', 'mps', or 'auto' (the best one there is).
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: unknown name, absent device, or a checkpoint that is damaged or lacks what `name` needs.
+    """
+
+    def __init__(self, name: str, weight: str | os.PathLike, device: str = 'cpu'):
+        if name not in NEEDS:
+            raise ValueError(f'unknown name {name!r}: choose one of {", ".join(map(repr, NEEDS))}')
+        self.name, self.weight, self.device = name, str(weight), choose_device(device)
+        self.model, self.tokenizer, info = load_model(weight, self.device)
+        data = info.get('config', {}).get('data', {})
+        self.prompt = data.get('prompt', PROMPT)
+        self.max_tokens = data.get('max_tokens', MAX_TOKENS)
+        self.transform = eval_transform(self.model.config.image_size)
+        self._require(name)
+
+    def generate(self, images, *, sample: bool = False, num_beams: int = 3, max_length: int = 30,
+                 min_length: int = 10, top_p: float = 0.9, repetition_penalty: float = 1.0,
+                 seed: int | None = None, batch_size: int = 32, bgr: bool = False) -> list[str]:
+        """Caption images: one string each, without the prompt.
+
+        Args:
+            sample: draw from the nucleus of mass `top_p`; otherwise beam search (greedy with one beam).
+            max_length, min_length: in tokens, counting the prompt's.
+            seed: makes sampling repeatable.
+            batch_size: images per forward pass.
+        """
+        self._require('caption')
+        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+        captions = []
+        for pixels in self._batches(images, batch_size, bgr):
+            captions += generate(self.model, self.tokenizer, pixels, self.prompt, sample=sample, top_p=top_p,
+                                 num_beams=num_beams, max_length=max_length, min_length=min_length,
+                                 repetition_penalty=repetition_penalty, generator=generator)
+        return captions
+
+    def get_image_feat(self, images, *, batch_size: int = 32, bgr: bool = False) -> torch.Tensor:
+        """Images -> unit-norm float32 embeddings [N, embed_dim] on the CPU."""
+        self._require('retrieval')
+        with torch.inference_mode():
+            parts = [self.model.image_feat(self.model.encode_image(pixels)).cpu()
+                     for pixels in self._batches(images, batch_size, bgr)]
+        return torch.cat(parts)  # outside inference_mode: a plain tensor, fit for a user's autograd
+
+    def get_text_feat(self, texts: str | list[str], *, batch_size: int = 256) -> torch.Tensor:
+        """Texts -> unit-norm float32 embeddings [N, embed_dim] on the CPU.
+
+        A text is cut to the token length of training; an empty one gives the embedding of [CLS] [SEP].
+        """
+        self._require('retrieval')
+        with torch.inference_mode():
+            parts = [self.model.text_feat(self.model.encode_text(ids, mask)).cpu()
+                     for ids, mask in self._tokens(texts, batch_size, '[CLS]')]
+        return torch.cat(parts)
+
+    def similarity(self, images, texts: str | list[str], *, bgr: bool = False) -> torch.Tensor:
+        """Cosine [N, M] in [-1, 1] of the embeddings of N images and M texts: fast, for ranking."""
+        text_feat = self.get_text_feat(texts)  # first: a bad text is found before the slow part
+        return self.get_image_feat(images, bgr=bgr) @ text_feat.T
+
+    def match(self, images, texts: str | list[str], *, batch_size: int = 32,
+              bgr: bool = False) -> torch.Tensor:
+        """Probability [N, M] in [0, 1] that text m describes image n, by the matching head.
+
+        Reads every pair together: slower and more exact than `similarity`. `batch_size` counts pairs.
+        """
+        self._require('retrieval')
+        with torch.inference_mode():
+            tokens = list(self._tokens(texts, batch_size, ENC))
+            count = sum(len(ids) for ids, _ in tokens)
+            parts = [self._match_all(pixels, tokens).cpu()
+                     for pixels in self._batches(images, max(1, batch_size // count), bgr)]
+        return torch.cat(parts)
+
+    def _match_all(self, pixels: torch.Tensor, tokens: list[tuple]) -> torch.Tensor:
+        """Every image of a batch with every text (batches of ids and mask) -> match probability [B, M]"""
+        count = len(pixels)
+        image_kv = self.model.project_image(self.model.encode_image(pixels))
+        logits = [self.model.match_logits(ids.repeat(count, 1), mask.repeat(count, 1), image_kv)
+                  .unflatten(0, (count, -1)) for ids, mask in tokens]
+        return torch.cat(logits, 1).float().softmax(-1)[..., 1]
+
+    def _require(self, task: str) -> None:
+        if getattr(self.model, NEEDS[task]) is None:
+            raise ValueError(f'{self.weight} is a {self.model.config.task} checkpoint without the '
+                             f'{NEEDS[task]} that {task} needs: load a {task} or a pre-training checkpoint')
+
+    def _batches(self, images, batch_size: int, bgr: bool) -> Iterator[torch.Tensor]:
+        """Images -> batches [<= batch_size, 3, S, S] on the device, opened as they are needed."""
+        check_batch_size(batch_size)
+        named = as_list(images)
+        for start in range(0, len(named), batch_size):
+            pixels = [self.transform(read_image(image, name, bgr))
+                      for name, image in named[start:start + batch_size]]
+            yield torch.stack(pixels).to(self.device)
+
+    def _tokens(self, texts, batch_size: int, start: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Texts -> batches of ids and mask [<= batch_size, T] on the device."""
+        check_batch_size(batch_size)
+        texts = [texts] if isinstance(texts, str) else texts
+        if not isinstance(texts, list | tuple):
+            raise TypeError(f'texts is {kind(texts)}: pass a str or a list of str')
+        if not texts:
+            raise ValueError('the list of texts is empty: pass at least one text')
+        for i, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise TypeError(f'texts[{i}] is {kind(text)}: it must be a str')
+        texts = [text.encode('utf-8', 'replace').decode() for text in texts]  # lone surrogates
+        for i in range(0, len(texts), batch_size):
+            ids, mask = self.tokenizer(texts[i:i + batch_size], self.max_tokens, start)
+            yield ids.to(self.device), mask.to(self.device)
+
+
+def check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f'batch_size must be at least 1, got {batch_size}')
