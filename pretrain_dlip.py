@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
                 train['batch_size'] * world_size() * config['optim']['accumulate'], steps, train['epochs'])
     while run.epoch < train['epochs']:
         loader = make_loader(dataset, train['batch_size'], seed=args.seed, epoch=run.epoch, start_step=run.batch,
-                             train=True, workers=data['workers'], rank=rank(), world_size=world_size())
+                             workers=data['workers'], rank=rank(), world_size=world_size())
         stats = run.train_one_epoch(loader, data['max_tokens'])
         run.end_epoch(stats)
     logger.info('done: %s', output_dir / 'last.pth')

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = {'prompt': data['prompt'], **config['eval']}
     while run.epoch < train['epochs']:
         loader = make_loader(dataset, train['batch_size'], seed=args.seed, epoch=run.epoch, start_step=run.batch,
-                             train=True, workers=data['workers'], rank=rank(), world_size=world_size())
+                             workers=data['workers'], rank=rank(), world_size=world_size())
         stats = run.train_one_epoch(loader, data['max_tokens'], data['prompt'])
         val, _ = evaluate_captions(student.eval(), tokenizer, held_out['val'], device=device, **settings)
         stats |= {f'val_{name}': value for name, value in val.items()}

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
                 train['batch_size'], steps, train['epochs'])
     while run.epoch < train['epochs']:
         loader = make_loader(dataset, train['batch_size'], seed=args.seed, epoch=run.epoch, start_step=run.batch,
-                             train=True, workers=data['workers'], rank=rank(), world_size=world_size())
+                             workers=data['workers'], rank=rank(), world_size=world_size())
         stats = run.train_one_epoch(loader, data['max_tokens'])
         val = evaluate_retrieval(student.eval(), tokenizer, held_out['val'], device=device, **config['eval'])
         stats |= {f'val_{name}': value for name, value in val.items()}

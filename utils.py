@@ -247,7 +247,9 @@ def seed_everything(*parts: int) -> None:
     state = int(np.random.SeedSequence(parts).generate_state(1)[0])
     random.seed(state)
     np.random.seed(state)
-    torch.manual_seed(state)
+    torch.default_generator.manual_seed(state)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(state)
 
 
 class StopSignal:

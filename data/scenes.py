@@ -136,7 +136,7 @@ def draw_thing(picture: Image.Image, thing: Thing, x: float, y: float, r: float,
         period = max(8, r / 2.4)
         for i in range(8):
             top = y - r + (2 * i + 1) * period / 2
-            pen.rectangle([x - 1.1 * r, top, x + 1.1 * r, top + period / 2 - 1], fill=0)
+            pen.rectangle([x - 1.1 * r, top, x + 1.1 * r, top + 0.42 * period], fill=0)
     elif thing.fill == 'outlined':
         pen.polygon(outline(thing.shape, x, y + (0.13 * r if thing.shape == 'triangle' else 0), 0.58 * r), fill=0)
     picture.paste(jittered(COLOURS[thing.colour], rng), (0, 0), mask)

@@ -73,7 +73,8 @@ def retrieval_metrics(scores_i2t, scores_t2i, image_to_texts: Sequence[Iterable[
 @functools.cache
 def java_works() -> bool:
     """Whether a Java runtime starts (macOS has a `java` that only says how to get one); if not, say so once."""
-    found = shutil.which('java') is not None and subprocess.run(['java', '-version'], capture_output=True).returncode == 0
+    found = (shutil.which('java') is not None
+             and subprocess.run(['java', '-version'], capture_output=True).returncode == 0)
     if not found:
         logger.warning('no Java runtime: captions are split by the simple tokenizer instead of PTB and METEOR is left '
                        'out. BLEU, ROUGE-L and CIDEr come all the same. Remedy: apt install default-jre-headless')
@@ -91,8 +92,9 @@ def ptb_tokens(captions: list[str]) -> list[str]:
     Run directly, since pycocoevalcap's wrapper writes into site-packages and hides a failure of Java.
     """
     from pycocoevalcap.tokenizer import ptbtokenizer as ptb
-    run = subprocess.run(['java', '-cp', Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR),
-                          'edu.stanford.nlp.process.PTBTokenizer', '-preserveLines', '-lowerCase', '-encoding', 'UTF-8'],
+    jar = Path(ptb.__file__).with_name(ptb.STANFORD_CORENLP_3_4_1_JAR)
+    run = subprocess.run(['java', '-cp', jar, 'edu.stanford.nlp.process.PTBTokenizer', '-preserveLines', '-lowerCase',
+                          '-encoding', 'UTF-8'],
                          input='\n'.join([*captions, '']), capture_output=True, encoding='utf-8')
     lines = run.stdout.split('\n')[:-1]
     if run.returncode or len(lines) != len(captions):

@@ -39,7 +39,7 @@ class Run:
         self.device, self.seed, self.steps_per_epoch = device, seed, steps_per_epoch
         self.epoch = self.batch = 0  # the next batch to train on
         self.best = -math.inf
-        self.meters, self.bad_images = Meters(), BadImages(config['data']['max_bad_share'])
+        self.meters, self.bad_images = Meters(), BadImages(config['data']['max_bad_share'], logger)
         self.optimizer = self._optimizer(config['optim'])
         self._resume()
         if config['train']['compile']:

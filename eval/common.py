@@ -1,0 +1,38 @@
+"""What the evaluation scripts share: their options, the share of each process, and loading pictures."""
+
+import argparse
+import json
+from pathlib import Path
+
+from torch.utils.data import DataLoader, Subset
+
+from utils import atomic_write, load_config, progress, rank, world_size
+
+
+def evaluation_arguments(description: str, config: str, argv: list[str] | None = None) -> tuple:
+    """Parse the options of an evaluation script -> (namespace, config checked against the default)."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--config', default=config, help='YAML file of the training (default: %(default)s)')
+    parser.add_argument('--checkpoint', required=True, help='a .pth that this repository wrote')
+    parser.add_argument('--split', default='test', choices=('train', 'val', 'test'))
+    parser.add_argument('--output_dir', default='output/eval', help='default: %(default)s')
+    parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
+    parser.add_argument('overrides', nargs='*', metavar='key=value', help='override a setting, e.g. eval.batch_size=16')
+    args = parser.parse_args(argv)
+    return args, load_config(args.config, config, args.overrides)
+
+
+def shard(count: int) -> range:
+    """The contiguous part of 0..count - 1 that this process works on."""
+    return range(count * rank() // world_size(), count * (rank() + 1) // world_size())
+
+
+def image_batches(dataset, indices: range, batch_size: int, workers: int, desc: str):
+    """Batches [<= batch_size, 3, S, S] of the pictures `indices`, with a progress bar."""
+    return progress(DataLoader(Subset(dataset, indices), batch_size, num_workers=workers), desc=desc)
+
+
+def write_json(path: Path, content) -> None:
+    with atomic_write(path) as file:
+        json.dump(content, file, indent=1)
+        file.write('\n')

@@ -1,0 +1,129 @@
+"""Self-contained HTML pages of results: tables, pictures with captions, queries with their neighbours.
+
+Every builder returns a string of HTML; texts are escaped, pictures become small JPEGs inside the page.
+"""
+
+import base64
+import html
+import io
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from data.transforms import open_image
+from utils import atomic_write
+
+STYLE = '''
+:root { --ink:#1c2330; --soft:#667085; --line:#e4e7ec; --good:#12805c; --good-bg:#e3f6ee;
+  --bad:#b42318; --bad-bg:#fdeceb; }
+* { box-sizing:border-box }
+body { margin:0; background:#f5f6f8; color:var(--ink);
+  font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif }
+main { max-width:1180px; margin:0 auto; padding:36px 24px 64px }
+h1 { font-size:28px; margin:0 0 4px; letter-spacing:-.02em }
+h2 { font-size:18px; margin:40px 0 12px }
+.note { color:var(--soft); margin:0 0 10px; max-width:80ch }
+.card { background:#fff; border:1px solid var(--line); border-radius:14px; overflow:hidden;
+  box-shadow:0 1px 2px #1018280d }
+.grid { display:grid; grid-template-columns:repeat(auto-fill,minmax(210px,1fr)); gap:16px }
+.card > img { width:100%; aspect-ratio:1; object-fit:cover; display:block }
+.text { padding:12px 14px 14px }
+.who { font-size:11px; font-weight:600; letter-spacing:.06em; text-transform:uppercase; color:var(--soft);
+  margin-top:8px }
+.who:first-child { margin-top:0 }
+.said { padding:5px 9px; border-radius:8px; background:#f2f4f7; margin-top:4px }
+.said.right { background:var(--good-bg); color:var(--good) } .said.wrong { background:var(--bad-bg); color:var(--bad) }
+details { margin-top:10px; font-size:13px; color:var(--soft) } summary { cursor:pointer }
+details ul { margin:4px 0 0; padding-left:18px }
+.query { display:flex; gap:18px; align-items:center; padding:14px 18px; margin-bottom:12px }
+.query > .ask { flex:0 0 250px; font-weight:600 } .query > .ask img { width:130px; border-radius:10px; display:block }
+.row { display:flex; gap:10px; flex-wrap:wrap }
+.hit { width:128px; text-align:center; font-size:12px; color:var(--soft) }
+.hit img { width:128px; border-radius:10px; display:block; border:4px solid transparent }
+.hit.right img { border-color:#1aa179 } .hit.right { color:var(--good); font-weight:600 }
+.lines { flex:1; display:grid; gap:5px }
+.lines .said { margin:0; display:flex; justify-content:space-between; gap:14px }
+.scroll { overflow-x:auto } table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums }
+th,td { padding:10px 14px; text-align:right; white-space:nowrap; border-bottom:1px solid var(--line) }
+th { font-size:12px; color:var(--soft); font-weight:600; background:#fafbfc } tr:last-child td { border-bottom:0 }
+th:first-child,td:first-child { text-align:left; font-weight:600 }
+tr.share td { color:var(--soft); font-size:13px; font-weight:400 } figure { margin:0; padding:14px }
+figure img { width:100% }
+'''
+
+
+def thumbnail(path: Path, side: int = 192) -> Image.Image:
+    """The middle square of a picture file at `side` pixels."""
+    return ImageOps.fit(open_image(path), (side, side), Image.Resampling.LANCZOS)
+
+
+def picture(image: Image.Image) -> str:
+    """An <img> with the picture inside."""
+    buffer = io.BytesIO()
+    image.save(buffer, 'JPEG', quality=85)
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+
+
+def mark(right: bool | None) -> str:
+    """CSS class of something right, wrong, or unknown."""
+    return {True: ' right', False: ' wrong', None: ''}[right]
+
+
+def said(who: str, text: str, right: bool | None) -> str:
+    label = f'<div class="who">{html.escape(who)}</div>' if who else ''
+    return f'{label}<div class="said{mark(right)}">{html.escape(text) or "&nbsp;"}</div>'
+
+
+def caption_card(path: Path, captions: list[tuple[str, str, bool | None]], references: list[str]) -> str:
+    """A picture with captions (whose, text, right or wrong where known) above its folded references."""
+    lines = ''.join(f'<li>{html.escape(text)}</li>' for text in references)
+    return (f'<div class="card">{picture(thumbnail(path))}<div class="text">{"".join(said(*c) for c in captions)}'
+            f'<details><summary>references</summary><ul>{lines}</ul></details></div></div>')
+
+
+def picture_hits(query: str, hits: list[tuple[Path, float, bool]]) -> str:
+    """A text query with its top pictures (file, score, right), the right one framed."""
+    cells = ''.join(f'<div class="hit{" right" if right else ""}">{picture(thumbnail(path, 128))}{score:.2f}</div>'
+                    for path, score, right in hits)
+    return f'<div class="card query"><div class="ask">{html.escape(query)}</div><div class="row">{cells}</div></div>'
+
+
+def text_hits(path: Path, hits: list[tuple[str, float, bool]]) -> str:
+    """A picture query with its top texts (text, score, right), the right ones marked."""
+    lines = ''.join(f'<div class="said{" right" if right else ""}"><span>{html.escape(text)}</span>'
+                    f'<span>{score:.2f}</span></div>' for text, score, right in hits)
+    return (f'<div class="card query"><div class="ask">{picture(thumbnail(path, 128))}</div>'
+            f'<div class="lines">{lines}</div></div>')
+
+
+def grid(cards: list[str]) -> str:
+    return f'<div class="grid">{"".join(cards)}</div>'
+
+
+def figure(png: Path) -> str:
+    """A PNG file inside the page."""
+    return (f'<div class="card"><figure><img alt="{html.escape(png.stem)}" src="data:image/png;base64,'
+            f'{base64.b64encode(png.read_bytes()).decode()}"></figure></div>')
+
+
+def table(rows: list[dict]) -> str:
+    """Rows of equal keys; a row whose first value starts with a space is set as a remark on the one above."""
+    head = ''.join(f'<th>{html.escape(str(key))}</th>' for key in rows[0])
+    body = ''
+    for row in rows:
+        cells = [f'{value:.2f}' if isinstance(value, float) else str(value) for value in row.values()]
+        kind = ' class="share"' if cells[0].startswith(' ') else ''
+        body += f'<tr{kind}>{"".join(f"<td>{html.escape(cell)}</td>" for cell in cells)}</tr>'
+    return f'<div class="card scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def section(title: str, content: str, note: str = '') -> str:
+    remark = f'<p class="note">{html.escape(note)}</p>' if note else ''
+    return f'<h2>{html.escape(title)}</h2>{remark}{content}'
+
+
+def write_page(path: Path, title: str, sections: list[str], note: str = '') -> None:
+    with atomic_write(path) as file:
+        file.write(f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+                   f'content="width=device-width"><title>{html.escape(title)}</title><style>{STYLE}</style><main>'
+                   f'<h1>{html.escape(title)}</h1><p class="note">{html.escape(note)}</p>{"".join(sections)}</main>')

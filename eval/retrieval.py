@@ -1,0 +1,191 @@
+"""Image-text retrieval by BLIP's procedure: cosine of the features, the best `k_test` re-ranked by matching.
+
+    python -m eval.retrieval --config configs/retrieval_flickr.yaml --checkpoint output/retrieval_flickr/best.pth
+    python -m torch.distributed.run --nproc_per_node=4 -m eval.retrieval --checkpoint ...
+
+Prints the recalls and writes OUTPUT_DIR/retrieval_SPLIT.json and retrieval_SPLIT.html (queries with their top five).
+`eval.k_test=0` ranks by the features alone; any other setting of the config can be overridden too.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+from data.datasets import ImageTextEval
+from data.transforms import eval_transform
+from eval.common import evaluation_arguments, image_batches, shard, write_json
+from eval.metrics import retrieval_metrics
+from eval.page import picture_hits, section, table, text_hits, write_page
+from models.blip import BLIP
+from models.build import count_parameters
+from models.checkpoint import load_model
+from models.tokenizer import Tokenizer
+from utils import clean_exit, gather_objects, is_main, logger, make_output_dir, progress, setup_process
+
+NOT_RANKED = -100.0  # score of what is not among the k_test best, as in BLIP: below every re-ranked score
+
+
+class ImageTokens:
+    """The image tokens of this process's pictures, encoded once and kept on the CPU up to a memory limit.
+
+    Pictures beyond the limit are encoded again when they are asked for.
+    """
+
+    def __init__(self, model: BLIP, dataset, indices: range, device: torch.device, batch_size: int, workers: int,
+                 memory_mb: float):
+        self.model, self.dataset, self.indices, self.device = model, dataset, indices, device
+        self.kept: list[torch.Tensor] = []
+        feats, free = [torch.empty(0, model.config.embed_dim)], memory_mb * 2 ** 20
+        for images in image_batches(dataset, indices, batch_size, workers, 'images'):
+            tokens = model.encode_image(images.to(device))
+            feats.append(model.image_feat(tokens).cpu())
+            for row in tokens.cpu():
+                free -= row.nbytes
+                if free >= 0:
+                    self.kept.append(row.clone())  # a copy: a view would keep the whole batch
+        self.feats = torch.cat(feats)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        """Tokens [1, N, width] of this process's i-th picture, on the device."""
+        if i < len(self.kept):
+            return self.kept[i][None].to(self.device)
+        return self.model.encode_image(self.dataset[self.indices[i]][None].to(self.device))
+
+
+class Texts:
+    """All captions as token ids, from which batches of near-equal length are cut."""
+
+    def __init__(self, tokenizer: Tokenizer, texts: list[str], max_tokens: int, device: torch.device):
+        self.ids, self.mask = (x.to(device) for x in tokenizer(texts, max_tokens))
+        self.lengths = self.mask.sum(1).cpu()
+        self.enc_id = tokenizer.enc_id
+
+    def batches(self, which: torch.Tensor, batch_size: int):
+        """Cut the texts `which` [R] by length into batches -> (places in `which`, ids, mask), little padded."""
+        for places in self.lengths[which].argsort(stable=True).split(batch_size):
+            rows, width = which[places], int(self.lengths[which[places[-1]]])
+            rows = rows.to(self.ids.device)
+            yield places, self.ids[rows, :width], self.mask[rows, :width]
+
+
+def text_feats(model: BLIP, texts: Texts, indices: range, batch_size: int) -> torch.Tensor:
+    """Unit-norm embeddings [len(indices), embed_dim] on the CPU."""
+    feats = torch.empty(len(indices), model.config.embed_dim)
+    for places, ids, mask in texts.batches(torch.arange(indices.start, indices.stop), batch_size):
+        feats[places] = model.text_feat(model.encode_text(ids, mask)).cpu()
+    return feats
+
+
+def matching_logits(model: BLIP, tokens: ImageTokens, texts: Texts, wanted: torch.Tensor,
+                    batch_size: int) -> torch.Tensor:
+    """ITM match logits of the pairs wanted [images, texts] bool -> [pairs] in row-major order, on the CPU.
+
+    An image's keys and values are projected once for all its texts, and shared by the rows of a batch.
+    """
+    out = [torch.empty(0)]
+    for i, row in enumerate(progress(wanted, desc='matching')):
+        which = row.nonzero()[:, 0]
+        logits = torch.empty(len(which))
+        image_kv = model.project_image(tokens[i])
+        for places, ids, mask in texts.batches(which, batch_size):
+            ids[:, 0] = texts.enc_id
+            logits[places] = model.match_logits(ids, mask, image_kv)[:, 1].float().cpu()
+        out.append(logits)
+    return torch.cat(out)
+
+
+@torch.inference_mode()
+def retrieval_scores(model: BLIP, tokenizer: Tokenizer, dataset, *, device: torch.device | str = 'cpu',
+                     k_test: int = 128, batch_size: int = 64, max_tokens: int = 35, workers: int = 0,
+                     memory_mb: float = 2048) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores of every caption for every picture, and of every picture for every caption.
+
+    With k_test > 0 the k_test best of each query by cosine score (match logit + cosine), all others -100, as in BLIP;
+    a k_test below 10 therefore says little about R@10. Pairs that are candidates in both directions are matched
+    once. Launched on several processes, each works on its share of the pictures and all get the result.
+
+    Args:
+        dataset: an `ImageTextEval`.
+        k_test: candidates per query that the matching head re-ranks; 0: scores are the cosines.
+        batch_size: pictures, and pairs, per forward pass.
+        max_tokens: a caption is cut to this many tokens.
+        workers: processes that load pictures.
+        memory_mb: image tokens kept per process; the pictures beyond it are encoded twice.
+
+    Returns:
+        (image to text [images, texts], text to image [texts, images]), float32 on the CPU.
+    """
+    device, count = torch.device(device), len(dataset)
+    texts = Texts(tokenizer, dataset.texts, max_tokens, device)
+    tokens = ImageTokens(model, dataset, shard(count), device, batch_size, workers, memory_mb if k_test else 0)
+    image = torch.cat(gather_objects(tokens.feats))
+    text = torch.cat(gather_objects(text_feats(model, texts, shard(len(dataset.texts)), 4 * batch_size)))
+    cosine = image @ text.T
+    if not k_test:
+        return cosine, cosine.T
+    best_texts = cosine.topk(min(k_test, cosine.shape[1]), dim=1).indices
+    best_images = cosine.topk(min(k_test, count), dim=0).indices
+    of_image = torch.zeros_like(cosine, dtype=torch.bool).scatter_(1, best_texts, True)
+    of_text = torch.zeros_like(cosine, dtype=torch.bool).scatter_(0, best_images, True)
+    either = of_image | of_text
+    mine = shard(count)
+    logits = matching_logits(model, tokens, texts, either[mine.start:mine.stop], batch_size)
+    score = cosine.masked_scatter(either, torch.cat(gather_objects(logits)) + cosine[either])
+    return score.masked_fill(~of_image, NOT_RANKED), score.masked_fill(~of_text, NOT_RANKED).T
+
+
+def evaluate_retrieval(model: BLIP, tokenizer: Tokenizer, dataset, **settings) -> dict[str, float]:
+    """`retrieval_metrics` of `retrieval_scores`: txt_r1 ... img_r10, their means and r_mean, in per cent."""
+    scores = retrieval_scores(model, tokenizer, dataset, **settings)
+    return retrieval_metrics(*scores, dataset.image_to_texts, dataset.text_to_image)
+
+
+def top_pictures(dataset, scores_t2i: torch.Tensor, text: int, count: int = 5) -> list[tuple[Path, float, bool]]:
+    """The best pictures for a caption: (file, score, whether it is the caption's own)."""
+    score, best = scores_t2i[text].topk(min(count, scores_t2i.shape[1]))
+    return [(dataset.paths[i], float(s), i == dataset.text_to_image[text])
+            for s, i in zip(score, best.tolist(), strict=True)]
+
+
+def top_texts(dataset, scores_i2t: torch.Tensor, image: int, count: int = 5) -> list[tuple[str, float, bool]]:
+    """The best captions for a picture: (text, score, whether it is one of the picture's own)."""
+    score, best = scores_i2t[image].topk(min(count, scores_i2t.shape[1]))
+    return [(dataset.texts[i], float(s), i in dataset.image_to_texts[image])
+            for s, i in zip(score, best.tolist(), strict=True)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, config = evaluation_arguments(__doc__, 'configs/retrieval_flickr.yaml', argv)
+    device, output_dir = setup_process(args.device), make_output_dir(args.output_dir)
+    model, tokenizer, _ = load_model(args.checkpoint, device, 'retrieval')
+    data = config['data']
+    dataset = ImageTextEval(data['root'], args.split, eval_transform(model.config.image_size), data['max_words'])
+    started = time.perf_counter()
+    i2t, t2i = retrieval_scores(model, tokenizer, dataset, device=device, max_tokens=data['max_tokens'],
+                                workers=data['workers'], **config['eval'])
+    seconds = time.perf_counter() - started
+    if not is_main():
+        return
+    metrics = retrieval_metrics(i2t, t2i, dataset.image_to_texts, dataset.text_to_image)
+    name = f'retrieval_{args.split}'
+    write_json(output_dir / f'{name}.json', {
+        'checkpoint': args.checkpoint, 'split': args.split, 'pictures': len(dataset), 'captions': len(dataset.texts),
+        'parameters': count_parameters(model), 'seconds': round(seconds, 2), **config['eval'], **metrics})
+    shown = min(12, len(dataset))
+    spread = [i * len(dataset) // shown for i in range(shown)]
+    by_text = [picture_hits(dataset.texts[text], top_pictures(dataset, t2i, text))
+               for text in (dataset.image_to_texts[i][0] for i in spread)]
+    by_image = [text_hits(dataset.paths[i], top_texts(dataset, i2t, i)) for i in spread]
+    write_page(output_dir / f'{name}.html', f'Retrieval, {args.split} split',
+               [section('Recall in %', table([metrics])), section('Pictures for a text', ''.join(by_text)),
+                section('Texts for a picture', ''.join(by_image))], args.checkpoint)
+    logger.info('%s: %d pictures, %d captions, k_test %d, %.1f s\n%s', args.checkpoint, len(dataset),
+                len(dataset.texts), config['eval']['k_test'], seconds,
+                '\n'.join(f'  {key:<11}{value:7.2f}' for key, value in metrics.items()))
+    logger.info('wrote %s.json and .html', output_dir / name)
+
+
+if __name__ == '__main__':
+    with clean_exit():
+        main()
