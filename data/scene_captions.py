@@ -148,7 +148,7 @@ def oracle_recall(scenes: list[Scene]) -> float:
 
 def vocabulary() -> list[str]:
     """WordPiece vocabulary: special tokens, pieces that can spell any word, and the words of the grammar."""
-    characters = [*'abcdefghijklmnopqrstuvwxyz0123456789', ',', "'", '-']
+    characters = [*'abcdefghijklmnopqrstuvwxyz', ',', "'", '-']
     words = {*'a picture of'.split(), *(f'{shape}{"es" if shape == "cross" else "s"}' for shape in SHAPES)}
     for (kind, arrangement), templates in TEMPLATES.items():
         for place in ARRANGEMENTS[kind] if arrangement is None else (arrangement,):
@@ -156,7 +156,7 @@ def vocabulary() -> list[str]:
                 words.update(re.findall('[a-z]+', re.sub(r'\{\w+\}', ' ', template) + ' ' + place))
     words.update(SHAPES, COLOURS, BACKGROUNDS, FILLS, SIZES, NUMBERS.values(), ('a', 'an'))
     return ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', '[DEC]', '[ENC]', *characters,
-            *(f'##{c}' for c in characters[:36]), *sorted(words - set(characters))]
+            *(f'##{c}' for c in characters[:26]), *sorted(words - set(characters))]
 
 
 def shuffled_styles(rng: random.Random) -> list[int]:

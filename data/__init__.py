@@ -1,0 +1,1 @@
+"""Data: rendered scenes, transforms, datasets and loaders."""
