@@ -14,6 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def read_shard(shard: Path) -> tuple[list[Pair], Counter]:
     rows = parquet_rows(table) if table.exists() else side_file_rows(shard, pictures)
     pairs, dropped, seen = [], Counter(), set()
     for key, caption, success in rows:
-        caption = ' '.join((caption or '').split())
+        caption = ' '.join(caption.split()) if isinstance(caption, str) else ''
         reason = ('failed download' if not success else 'missing file' if key not in pictures else
                   'empty caption' if not caption else 'duplicate' if key in seen else None)
         seen.add(key)
@@ -85,22 +86,26 @@ def read_visual_genome(folder: Path) -> tuple[list[Pair], Counter]:
         images = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError:
         raise FileNotFoundError(f'no {path}: unpack region_descriptions.json.zip of Visual Genome there') from None
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f'{path} is not valid JSON ({error}): unpack it again') from None
     files = {entry.name: entry.path for part in ('VG_100K_2', 'VG_100K') if (folder / part).is_dir()
              for entry in os.scandir(folder / part)}
     pairs, dropped = [], Counter()
-    for image in images:
-        picture = files.get(f'{image["id"]}.jpg')
-        for region in image['regions']:
-            caption = ' '.join(region['phrase'].split())
-            reason = ('missing file' if picture is None else
-                      'short phrase' if len(caption.split()) < MIN_WORDS else
-                      'small region' if region['width'] * region['height'] <= MIN_AREA else None)
-            if reason:
-                dropped[reason] += 1
-            else:
-                pairs.append((caption, picture))
+    try:
+        for image in images:
+            picture = files.get(f'{image["id"]}.jpg')
+            for region in image['regions']:
+                caption = ' '.join((region['phrase'] or '').split())
+                reason = ('missing file' if picture is None else
+                          'short phrase' if len(caption.split()) < MIN_WORDS else
+                          'small region' if region['width'] * region['height'] <= MIN_AREA else None)
+                if reason:
+                    dropped[reason] += 1
+                else:
+                    pairs.append((caption, picture))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path} is not Visual Genome\'s list of images with regions ({error!r}): '
+                         f'unpack region_descriptions.json.zip again') from None
     return pairs, dropped
 
 
@@ -145,17 +150,17 @@ def build(root: Path, out: Path, sources: list[str], workers: int) -> dict[str, 
     if not present:
         raise FileNotFoundError(f'none of {", ".join(sources)} in {root}: download at least one (README, "Data")')
     counts: dict[str, Counter] = {}
-    with atomic_write(out / 'all.json') as all_file, ProcessPoolExecutor(workers) as pool:
-        everything = PairWriter(all_file)
+    # Older files are replaced together, when every source has been read.
+    with ExitStack() as files, ProcessPoolExecutor(workers) as pool:
+        everything = PairWriter(files.enter_context(atomic_write(out / 'all.json')))
         for source in present:
             jobs, counts[source] = jobs_of(source, root / source), Counter()
-            with atomic_write(out / SOURCES[source]) as file:
-                writer = PairWriter(file)
-                for pairs, dropped in progress(pool.map(call, jobs), len(jobs), f'{source} shards'):
-                    writer.write(pairs)
-                    everything.write(pairs)
-                    counts[source] += Counter(kept=len(pairs)) + dropped
-                writer.close()
+            writer = PairWriter(files.enter_context(atomic_write(out / SOURCES[source])))
+            for pairs, dropped in progress(pool.map(call, jobs), len(jobs), f'{source} shards'):
+                writer.write(pairs)
+                everything.write(pairs)
+                counts[source] += Counter(kept=len(pairs)) + dropped
+            writer.close()
         if not everything.count:
             raise ValueError(f'no usable pair in {root}: {counts}')
         everything.close()

@@ -12,8 +12,8 @@ TEMPLATES = {
     ('single', None): ('{0} in the {place} on {bg}', '{bg} background with {0} in the {place}',
                        'on {bg} there is {0} in the {place}', 'in the {place} there is {0} on {bg}',
                        'the {place} shows {0} on {bg}'),
-    ('group', 'row'): ('{0} in a row on {bg}', '{bg} background with a row of {0}', 'on {bg} there are {0} side by side',
-                       'a row of {0}', 'there are {0} in a row on {bg}'),
+    ('group', 'row'): ('{0} in a row on {bg}', '{bg} background with a row of {0}',
+                       'on {bg} there are {0} side by side', 'a row of {0}', 'there are {0} in a row on {bg}'),
     ('group', 'column'): ('{0} in a column on {bg}', '{bg} background with a column of {0}',
                           'on {bg} there are {0} one above the other', 'a column of {0}',
                           'there are {0} in a column on {bg}'),
@@ -78,13 +78,13 @@ NOUN = re.compile(rf'\b(an|a|two|three) (?:({"|".join(SIZES)}) )?(?:({"|".join(F
 BACKGROUND = re.compile(rf'^({"|".join(BACKGROUNDS)}) background with |\bon ({"|".join(BACKGROUNDS)})\b')
 
 
-def skeleton(text: str) -> tuple[str, list[re.Match], str | None]:
-    """A caption without its nouns (-> 'N') and background, the nouns, and the background."""
+def skeleton(text: str) -> tuple[str, list[re.Match], list[str]]:
+    """A caption without its nouns (-> 'N') and backgrounds, the nouns, and the backgrounds."""
     text = ' '.join(text.lower().replace(',', ' ').split())
     nouns = list(NOUN.finditer(text))
     backgrounds = [a or b for a, b in BACKGROUND.findall(text)]
     bare = BACKGROUND.sub(' ', NOUN.sub('N', text))
-    return ' '.join(bare.split()), nouns, backgrounds[0] if len(backgrounds) == 1 else None
+    return ' '.join(bare.split()), nouns, backgrounds
 
 
 def known_skeletons() -> dict[str, tuple[str, str, tuple[int, ...]]]:
@@ -108,8 +108,8 @@ SKELETONS = known_skeletons()
 
 def parse(text: str) -> Reading | None:
     """Read a caption; None when it is not one of the phrasings."""
-    form, nouns, background = skeleton(text)
-    if form not in SKELETONS:
+    form, nouns, backgrounds = skeleton(text)
+    if form not in SKELETONS or len(backgrounds) > 1:
         return None
     kind, arrangement, order = SKELETONS[form]
     things: list[Thing | None] = [None] * len(order)
@@ -120,7 +120,7 @@ def parse(text: str) -> Reading | None:
     counts = {numbers[match[1]] for match in nouns}
     if len(counts) != 1 or (counts == {1}) == (kind == 'group'):
         return None
-    return Reading(kind, arrangement, tuple(things), background, counts.pop())
+    return Reading(kind, arrangement, tuple(things), backgrounds[0] if backgrounds else None, counts.pop())
 
 
 def slots_match(text: str, scene: Scene) -> bool:
@@ -138,7 +138,7 @@ def slots_match(text: str, scene: Scene) -> bool:
 
 
 def oracle_recall(scenes: list[Scene]) -> float:
-    """Best possible text-to-image R@1 in per cent on a set of scenes: of the scenes that a caption fits, one is right."""
+    """Best possible text-to-image R@1 in per cent: of the scenes of the set that a caption fits, one is right."""
     fits = 0.0
     for scene in scenes:
         for text in captions(scene):

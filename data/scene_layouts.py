@@ -74,7 +74,8 @@ def write_visual_genome(job: tuple[Path, list[Scene], int]) -> int:
     for i, scene in enumerate(scenes, start=1):
         write_picture(scene, folder / 'VG_100K' / f'{i}.jpg', rng.getrandbits(32), REGION)
         whole = {'x': 0, 'y': 0, 'width': REGION[0], 'height': REGION[1]}
-        phrases = [(rng.choice(captions(scene)), whole), ('the upper left corner of it', {**whole, 'width': 90, 'height': 90}),
+        phrases = [(rng.choice(captions(scene)), whole),
+                   ('the upper left corner of it', {**whole, 'width': 90, 'height': 90}),
                    (f'{scene.background} background', whole)]
         entries.append({'id': i, 'regions': [{'region_id': 10 * i + j, 'image_id': i, 'phrase': phrase, **box}
                                              for j, (phrase, box) in enumerate(phrases)]})
@@ -111,7 +112,7 @@ def write_flickr_annotation(folder: Path, splits: dict[str, list[tuple[str, Scen
 
 
 def build(out: Path, pretrain: int, flickr: dict[str, int], seed: int, workers: int) -> None:
-    """Render everything into `out`, which must not exist."""
+    """Render everything into `out`, which must hold none of it."""
     jobs: list[tuple] = []
     rng = random.Random(seed)
     for source, share in SHARES.items():
@@ -151,14 +152,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     flickr = {'train': args.flickr_train, 'val': args.flickr_val, 'test': args.flickr_test}
     made = {'pretrain': args.pretrain, 'flickr30k': flickr, 'seed': args.seed}
-    marker = args.out / 'scenes_made.json'  # written last: a set without it is incomplete
-    if marker.exists() and json.loads(marker.read_text()) == made:
-        print(f'{args.out} holds this set already')
-        return
-    if args.out.exists():
-        if any(args.out.iterdir()) and not (args.out / 'vocab.txt').exists():
-            raise ValueError(f'{args.out} holds files that are not a scene set: choose another --out')
-        shutil.rmtree(args.out)
+    marker = args.out / 'scenes_made.json'  # says whose folder it is from the start, and what is in it at the end
+    if marker.exists():
+        if json.loads(marker.read_text()) == made:
+            print(f'{args.out} holds this set already')
+            return
+    elif args.out.exists() and any(args.out.iterdir()):
+        raise ValueError(f'{args.out} holds files that are not a scene set: choose another --out')
+    args.out.mkdir(parents=True, exist_ok=True)
+    with atomic_write(marker) as file:
+        json.dump({'unfinished': made}, file)
+    for folder in (*SHARES, 'flickr30k'):  # only what a build writes: anything else in there is the user's
+        shutil.rmtree(args.out / folder, ignore_errors=True)
     build(args.out, args.pretrain, flickr, args.seed, args.workers)
     with atomic_write(marker) as file:
         json.dump(made, file)

@@ -112,8 +112,8 @@ def outline(shape: str, x: float, y: float, r: float) -> list[tuple[float, float
         points = [(-w, -1), (w, -1), (w, -w), (1, -w), (1, w), (w, w), (w, 1), (-w, 1), (-w, w), (-1, w), (-1, -w),
                   (-w, -w)]
     elif shape == 'star':
-        points = [((0.44, 1)[i % 2 == 0] * math.sin(i * math.pi / 5), -(0.44, 1)[i % 2 == 0] * math.cos(i * math.pi / 5))
-                  for i in range(10)]
+        points = [((0.44, 1)[i % 2 == 0] * math.sin(i * math.pi / 5),
+                   -(0.44, 1)[i % 2 == 0] * math.cos(i * math.pi / 5)) for i in range(10)]
     elif shape == 'heart':
         turns = [i * math.tau / 40 for i in range(40)]
         points = [(0.06 * 16 * math.sin(t) ** 3, -0.06 * (13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t)
