@@ -4,9 +4,13 @@ PYTHON ?= python3
 PY := .venv/bin/python
 DEMO := output/demo
 DATA := $(DEMO)/data
+TEACHER := data/demo_teacher.pth
+CONFIGS := configs/demo
+REPORT_CONFIGS := --retrieval_config $(CONFIGS)/retrieval_flickr.yaml --caption_config $(CONFIGS)/caption_flickr.yaml
+# The same student without a teacher: from scratch, without distillation terms.
+PLAIN := teacher.weights=null
 
-.PHONY: setup demo demo-data demo-compare demo-teacher test lint clean
-.DELETE_ON_ERROR:
+.PHONY: setup demo demo-compare demo-teacher test lint clean
 
 setup: .venv/installed
 
@@ -16,6 +20,31 @@ setup: .venv/installed
 	if command -v uv >/dev/null; then uv pip install --python $(PY) -r requirements.txt; \
 	else $(PY) -m pip install -r requirements.txt; fi
 	touch $@
+
+# The README's path on rendered scenes. A step that was finished is not repeated; `make clean` starts over.
+demo: setup
+	$(PY) -m data.scene_layouts --out $(DATA)
+	$(PY) json_dataset.py --root $(DATA) --out $(DATA)/dataloader
+	$(PY) pretrain_dlip.py --config $(CONFIGS)/pretrain.yaml --output_dir $(DEMO)/pretrain
+	$(PY) train_dlip_retrieval_flickr.py --config $(CONFIGS)/retrieval_flickr.yaml --output_dir $(DEMO)/retrieval
+	$(PY) train_dlip_caption_flickr.py --config $(CONFIGS)/caption_flickr.yaml --output_dir $(DEMO)/caption
+	$(PY) -m eval.report --teacher $(TEACHER) --retrieval $(DEMO)/retrieval/best.pth --caption $(DEMO)/caption/best.pth \
+	  $(REPORT_CONFIGS) --curves $(DEMO)/pretrain/curves.png --output_dir $(DEMO)
+	$(PY) -m prod.try_it --retrieval $(DEMO)/retrieval/best.pth --caption $(DEMO)/caption/best.pth \
+	  $(DATA)/flickr30k/flickr30k-images/test000000.jpg $(DATA)/flickr30k/flickr30k-images/test000001.jpg
+
+# The same student trained without its teacher for the same steps, as a third row of the table.
+demo-compare: demo
+	$(PY) pretrain_dlip.py --config $(CONFIGS)/pretrain.yaml --output_dir $(DEMO)/plain/pretrain $(PLAIN) \
+	  model.init_vision=null model.init_text=null
+	$(PY) train_dlip_retrieval_flickr.py --config $(CONFIGS)/retrieval_flickr.yaml --output_dir $(DEMO)/plain/retrieval \
+	  $(PLAIN) model.init=$(DEMO)/plain/pretrain/last.pth
+	$(PY) train_dlip_caption_flickr.py --config $(CONFIGS)/caption_flickr.yaml --output_dir $(DEMO)/plain/caption \
+	  $(PLAIN) model.init=$(DEMO)/plain/pretrain/last.pth
+	$(PY) -m eval.report --teacher $(TEACHER) --retrieval $(DEMO)/retrieval/best.pth --caption $(DEMO)/caption/best.pth \
+	  --plain_retrieval $(DEMO)/plain/retrieval/best.pth --plain_caption $(DEMO)/plain/caption/best.pth \
+	  $(REPORT_CONFIGS) --curves $(DEMO)/pretrain/curves.png $(DEMO)/plain/pretrain/curves.png \
+	  --output_dir $(DEMO)/compare
 
 test: setup
 	$(PY) -m pytest

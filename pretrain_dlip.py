@@ -12,9 +12,9 @@ resumes from OUTPUT_DIR/last.pth.
 from data.datasets import PairDataset
 from data.loader import make_loader
 from data.transforms import train_transform
-from models.build import at_resolution, build_student, build_teacher
+from models.build import at_resolution, build_student, build_teacher, loss_weights
 from models.momentum import MomentumQueue
-from models.objective import TEACHER_TERMS, Objective
+from models.objective import Objective
 from models.tokenizer import Tokenizer
 from models.training import Run
 from utils import clean_exit, logger, make_output_dir, rank, script_arguments, seed_everything, setup_process, world_size
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     device = setup_process(args.device)
     output_dir = make_output_dir(args.output_dir)
     seed_everything(args.seed)
-    model, data, train, loss = config['model'], config['data'], config['train'], config['loss']
+    model, data, train = config['model'], config['data'], config['train']
 
     # data
     transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'])
@@ -35,14 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = Tokenizer.from_pretrained(config['tokenizer'])
     teacher = build_teacher(config['teacher'], tokenizer, 'pretrain')
     student = build_student(model, tokenizer, 'pretrain', teacher)
-    if teacher is None:
-        loss = {name: 0.0 if name in TEACHER_TERMS else weight for name, weight in loss.items()}
-        logger.info('no teacher: the distillation terms are off')
-    else:
-        teacher = at_resolution(teacher, model['image_size'])
+    teacher = teacher and at_resolution(teacher, model['image_size'])
     momentum = MomentumQueue(student, config['ita']['queue_size'], config['ita']['momentum'],
                              teacher.config.embed_dim if teacher else 0)
-    objective = Objective(student, loss, (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum, teacher,
+    objective = Objective(student, loss_weights(config['loss'], teacher),
+                          (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum, teacher,
                           negative_all_rank=config['negative_all_rank'])
 
     # run

@@ -11,7 +11,7 @@ from data.datasets import FlickrTrain, ImageTextEval
 from data.loader import make_loader
 from data.transforms import eval_transform, train_transform
 from eval.caption import evaluate_captions
-from models.build import at_resolution, build_student, build_teacher
+from models.build import at_resolution, build_student, build_teacher, loss_weights
 from models.checkpoint import load_model
 from models.objective import Objective
 from models.tokenizer import DEC, Tokenizer
@@ -39,15 +39,16 @@ def main(argv: list[str] | None = None) -> None:
     teacher = teacher and at_resolution(teacher, model['image_size'])
     student = build_student(model, tokenizer, 'caption', teacher)
     prompt_length = tokenizer([data['prompt']], data['max_tokens'], DEC)[0].shape[1] - 1  # without [SEP]
-    objective = Objective(student, config['loss'], (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id),
-                          teacher=teacher, prompt_length=prompt_length)
+    objective = Objective(student, loss_weights(config['loss'], teacher),
+                          (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), teacher=teacher,
+                          prompt_length=prompt_length)
 
     # run
     steps = len(dataset) // (train['batch_size'] * world_size())
     run = Run(objective, tokenizer, config, output_dir, device, args.seed, steps)
     logger.info('%d captions, %d processes x batch %d, %d batches x %d epochs', len(dataset), world_size(),
                 train['batch_size'], steps, train['epochs'])
-    settings = {'prompt': data['prompt'], **config['eval']}
+    settings = {'prompt': data['prompt'], 'workers': data['workers'], **config['eval']}
     while run.epoch < train['epochs']:
         loader = make_loader(dataset, train['batch_size'], seed=args.seed, epoch=run.epoch, start_step=run.batch,
                              workers=data['workers'], rank=rank(), world_size=world_size())

@@ -11,7 +11,7 @@ from data.datasets import FlickrTrain, ImageTextEval
 from data.loader import make_loader
 from data.transforms import eval_transform, train_transform
 from eval.retrieval import evaluate_retrieval
-from models.build import at_resolution, build_student, build_teacher
+from models.build import at_resolution, build_student, build_teacher, loss_weights
 from models.checkpoint import load_model
 from models.momentum import MomentumQueue
 from models.objective import Objective
@@ -41,19 +41,21 @@ def main(argv: list[str] | None = None) -> None:
     student = build_student(model, tokenizer, 'retrieval', teacher)
     momentum = MomentumQueue(student, config['ita']['queue_size'], config['ita']['momentum'],
                              teacher.config.embed_dim if teacher else 0)
-    objective = Objective(student, config['loss'], (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum,
-                          teacher, negative_all_rank=config['negative_all_rank'])
+    objective = Objective(student, loss_weights(config['loss'], teacher),
+                          (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum, teacher,
+                          negative_all_rank=config['negative_all_rank'])
 
     # run
     steps = len(dataset) // (train['batch_size'] * world_size())
     run = Run(objective, tokenizer, config, output_dir, device, args.seed, steps)
     logger.info('%d captions, %d processes x batch %d, %d batches x %d epochs', len(dataset), world_size(),
                 train['batch_size'], steps, train['epochs'])
+    settings = {'max_tokens': data['max_tokens'], 'workers': data['workers'], **config['eval']}
     while run.epoch < train['epochs']:
         loader = make_loader(dataset, train['batch_size'], seed=args.seed, epoch=run.epoch, start_step=run.batch,
                              workers=data['workers'], rank=rank(), world_size=world_size())
         stats = run.train_one_epoch(loader, data['max_tokens'])
-        val = evaluate_retrieval(student.eval(), tokenizer, held_out['val'], device=device, **config['eval'])
+        val = evaluate_retrieval(student.eval(), tokenizer, held_out['val'], device=device, **settings)
         stats |= {f'val_{name}': value for name, value in val.items()}
         logger.info('epoch %d val  txt R@1 %.2f  img R@1 %.2f  mean recall %.2f', run.epoch - 1, val['txt_r1'],
                     val['img_r1'], val['r_mean'])
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         run.end_epoch(stats)
     barrier()
     best, _, _ = load_model(output_dir / 'best.pth', device)
-    test = evaluate_retrieval(best, tokenizer, held_out['test'], device=device, **config['eval'])
+    test = evaluate_retrieval(best, tokenizer, held_out['test'], device=device, **settings)
     run.finish({f'test_{name}': value for name, value in test.items()})
 
 

@@ -1,4 +1,4 @@
-"""Read Flickr30K's annotation: Karpathy's JSON, BLIP's three JSONs, or Kaggle's results.csv beside Karpathy's split."""
+"""Read Flickr30K's annotation: Karpathy's JSON (which Kaggle's pictures need too) or BLIP's three JSONs."""
 
 import json
 from dataclasses import dataclass
@@ -16,11 +16,19 @@ class Picture:
     captions: tuple[str, ...]
 
 
-def read_json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding='utf-8'))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f'{path} is not valid JSON ({error}): download it again') from None
+def read_karpathy(content: dict, split: str) -> dict[str, list[str]]:
+    """Captions by file name."""
+    return {entry['filename']: [sentence['raw'] for sentence in entry['sentences']]
+            for entry in content['images'] if entry['split'] == split}
+
+
+def read_blip(content: list[dict], split: str) -> dict[str, list[str]]:
+    """Captions by file name; a record holds one of a picture's captions (train) or all of them."""
+    captions: dict[str, list[str]] = {}
+    for record in content:
+        texts = record['caption']
+        captions.setdefault(record['image'], []).extend([texts] if isinstance(texts, str) else texts)
+    return captions
 
 
 def load_flickr(root: str | Path, split: str) -> list[Picture]:
@@ -37,26 +45,27 @@ def load_flickr(root: str | Path, split: str) -> list[Picture]:
         raise FileNotFoundError(f'no Flickr30K folder {root}: set data.root to it (README, "Flickr30K")')
     karpathy, blip = root / 'dataset_flickr30k.json', root / f'flickr30k_{split}.json'
     if karpathy.exists():
-        captions = {entry['filename']: [s['raw'] for s in entry['sentences']]
-                    for entry in read_json(karpathy)['images'] if entry['split'] == split}
+        source, read = karpathy, read_karpathy
     elif blip.exists():
-        captions = {}
-        for record in read_json(blip):
-            texts = record['caption']
-            captions.setdefault(record['image'], []).extend([texts] if isinstance(texts, str) else texts)
+        source, read = blip, read_blip
     elif (root / 'results.csv').exists():
         raise ValueError(f'{root / "results.csv"} has captions but no split: put Karpathy\'s dataset_flickr30k.json '
                          f'beside it')
     else:
         raise FileNotFoundError(f'no annotation in {root}: looked for {karpathy.name} and {blip.name}')
+    try:
+        captions = read(json.loads(source.read_text(encoding='utf-8')), split)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{source} is not the annotation its name says ({error!r}): download it again') from None
     if not captions:
-        raise ValueError(f'{karpathy if karpathy.exists() else blip} lists no pictures of split {split!r}')
+        raise ValueError(f'{source} lists no pictures of split {split!r}: download it again')
     folder = picture_folder(root)
     return [Picture(folder / Path(name).name, tuple(texts)) for name, texts in captions.items()]
 
 
 def picture_folder(root: Path) -> Path:
     for name in FOLDERS:
-        if (root / name).is_dir():
-            return root / name
+        for folder in (root / name / name, root / name):  # Kaggle's archive nests the folder
+            if folder.is_dir():
+                return folder
     raise FileNotFoundError(f'no pictures in {root}: looked for the folders {", ".join(FOLDERS)}')

@@ -21,7 +21,7 @@ class Batches:
         self.world_size, self.steps = world_size, length // (batch_size * world_size)
 
     def __len__(self) -> int:
-        return self.steps - self.start
+        return max(0, self.steps - self.start)
 
     def __iter__(self):
         for step in range(self.start, self.steps):
@@ -37,13 +37,12 @@ def collate(items: list[dict]) -> dict:
             'bad': [pair for item in items for pair in item['bad']]}
 
 
-def one_thread(worker: int) -> None:
-    torch.set_num_threads(1)
-
-
 def make_loader(dataset: Captioned, batch_size: int, *, seed: int, epoch: int, start_step: int, workers: int,
                 rank: int, world_size: int) -> DataLoader:
-    """The training batches of an epoch from `start_step` on.
+    """The training batches of an epoch from `start_step` on: what was seen before is not read again.
+
+    The worker processes start with the iteration and take the dataset's epoch from here, so iterate a loader before
+    the next one is made.
 
     Raises:
         ValueError: fewer samples than one global batch.
@@ -52,8 +51,8 @@ def make_loader(dataset: Captioned, batch_size: int, *, seed: int, epoch: int, s
         raise ValueError(f'{len(dataset)} training samples are less than one batch of {batch_size} x {world_size} '
                          f'processes: lower train.batch_size')
     dataset.epoch = epoch
-    return DataLoader(dataset, batch_sampler=Batches(len(dataset), batch_size, seed, epoch, start_step, rank, world_size),
-                      num_workers=workers, collate_fn=collate, worker_init_fn=one_thread,
+    batches = Batches(len(dataset), batch_size, seed, epoch, start_step, rank, world_size)
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                       pin_memory=torch.cuda.is_available())
 
 
@@ -61,22 +60,25 @@ class BadImages:
     """Counts the broken pictures of a run, names each once in the log, and stops when there are too many.
 
     Args:
-        max_share: of the pictures met, after the first 200.
+        max_share: of the pictures met, once they are 200.
     """
 
     def __init__(self, max_share: float, logger):
         self.max_share, self.logger = max_share, logger
-        self.met, self.bad = 0, {}
+        self.met = self.count = 0  # pictures asked for, and how many of them were broken
+        self.reasons: dict[str, str] = {}
 
     def update(self, batch: dict) -> None:
         """Raises:
             ValueError: too many broken pictures; names the share and the first of them.
         """
         self.met += len(batch['caption']) + len(batch['bad'])
+        self.count += len(batch['bad'])
         for path, reason in batch['bad']:
-            if path not in self.bad:
-                self.bad[path] = reason
+            if path not in self.reasons:
+                self.reasons[path] = reason
                 self.logger.warning('broken picture skipped: %s', reason)
-        if self.met >= 200 and len(self.bad) > self.max_share * self.met:
-            raise ValueError(f'{len(self.bad)} of {self.met} pictures cannot be read, more than data.max_bad_share '
-                             f'{self.max_share}; the first: {"; ".join(list(self.bad.values())[:3])}')
+        if self.met >= 200 and self.count > self.max_share * self.met:
+            raise ValueError(f'{self.count} of {self.met} pictures ({self.count / self.met:.1%}) cannot be read, more '
+                             f'than data.max_bad_share {self.max_share}; the first: '
+                             f'{"; ".join(list(self.reasons.values())[:3])}')

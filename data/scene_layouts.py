@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.scene_captions import captions, vocabulary
-from data.scenes import Scene, render, sample_split
+from data.scenes import KINDS, Scene, render, sample_split
 from utils import atomic_write, clean_exit, progress
 
 SHARES = {'cc3m': 0.45, 'mscoco': 0.35, 'sbu': 0.17, 'vgo': 0.03}
@@ -111,12 +111,12 @@ def write_flickr_annotation(folder: Path, splits: dict[str, list[tuple[str, Scen
     (folder / 'scenes.json').write_text(json.dumps(scenes))
 
 
-def build(out: Path, pretrain: int, flickr: dict[str, int], seed: int, workers: int) -> None:
+def build(out: Path, pretrain: int, flickr: dict[str, int], kinds: dict[str, float], seed: int, workers: int) -> None:
     """Render everything into `out`, which must hold none of it."""
     jobs: list[tuple] = []
     rng = random.Random(seed)
     for source, share in SHARES.items():
-        scenes = sample_split('train', round(pretrain * share), rng.getrandbits(32), distinct=False)
+        scenes = sample_split('train', round(pretrain * share), rng.getrandbits(32), False, kinds)
         if source == 'vgo':
             jobs.append((write_visual_genome, (out / source, scenes, rng.getrandbits(32))))
             continue
@@ -126,7 +126,7 @@ def build(out: Path, pretrain: int, flickr: dict[str, int], seed: int, workers: 
     (folder / 'flickr30k-images').mkdir(parents=True)
     splits = {}
     for split, count in flickr.items():
-        scenes = sample_split(split, count, rng.getrandbits(32), distinct=split != 'train')
+        scenes = sample_split(split, count, rng.getrandbits(32), split != 'train', kinds)
         splits[split] = [(f'{split}{i:06d}.jpg', scene) for i, scene in enumerate(scenes)]
         for start in range(0, count, SHARD):
             jobs.append((write_flickr_pictures, (folder / 'flickr30k-images', splits[split][start:start + SHARD],
@@ -147,11 +147,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--flickr_train', type=int, default=2000)
     parser.add_argument('--flickr_val', type=int, default=200)
     parser.add_argument('--flickr_test', type=int, default=1000)
+    parser.add_argument('--kinds', nargs='+', metavar='KIND=SHARE', default=[f'{k}={v}' for k, v in KINDS.items()],
+                        help='shares of the kinds of scene (default: %(default)s)')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--workers', type=int, default=2)
     args = parser.parse_args(argv)
     flickr = {'train': args.flickr_train, 'val': args.flickr_val, 'test': args.flickr_test}
-    made = {'pretrain': args.pretrain, 'flickr30k': flickr, 'seed': args.seed}
+    kinds = {kind: float(share) for kind, _, share in (text.partition('=') for text in args.kinds)}
+    if not kinds.keys() <= KINDS.keys():
+        raise ValueError(f'--kinds {" ".join(args.kinds)}: the kinds of scene are {", ".join(KINDS)}')
+    made = {'pretrain': args.pretrain, 'flickr30k': flickr, 'kinds': kinds, 'seed': args.seed}
     marker = args.out / 'scenes_made.json'  # says whose folder it is from the start, and what is in it at the end
     if marker.exists():
         if json.loads(marker.read_text()) == made:
@@ -164,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         json.dump({'unfinished': made}, file)
     for folder in (*SHARES, 'flickr30k'):  # only what a build writes: anything else in there is the user's
         shutil.rmtree(args.out / folder, ignore_errors=True)
-    build(args.out, args.pretrain, flickr, args.seed, args.workers)
+    build(args.out, args.pretrain, flickr, kinds, args.seed, args.workers)
     with atomic_write(marker) as file:
         json.dump(made, file)
     print(f'{args.pretrain} pictures for pre-training and {sum(flickr.values())} for Flickr30K in {args.out}')

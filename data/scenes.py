@@ -69,9 +69,9 @@ class Scene:
                    state['background'], state['count'])
 
 
-def sample_scene(rng: random.Random) -> Scene:
-    """Draw a scene; no two things of one scene share shape and colour."""
-    kind = rng.choices(list(KINDS), list(KINDS.values()))[0]
+def sample_scene(rng: random.Random, kinds: dict[str, float] = KINDS) -> Scene:
+    """Draw a scene, its kind by the given shares; no two things of one scene share shape and colour."""
+    kind = rng.choices(list(kinds), list(kinds.values()))[0]
     arrangement = rng.choice(ARRANGEMENTS[kind])
     things: list[Thing] = []
     while len(things) < {'pair': 2, 'triple': 3}.get(kind, 1):
@@ -88,11 +88,11 @@ def sample_scene(rng: random.Random) -> Scene:
     return Scene(kind, arrangement, tuple(things), background, rng.choice((2, 3)) if kind == 'group' else 1)
 
 
-def sample_split(split: str, count: int, seed: int, distinct: bool) -> list[Scene]:
+def sample_split(split: str, count: int, seed: int, distinct: bool, kinds: dict[str, float] = KINDS) -> list[Scene]:
     """`count` scenes of a split; `distinct` ones occur once."""
     rng, scenes, seen = random.Random(seed), [], set()
     while len(scenes) < count:
-        scene = sample_scene(rng)
+        scene = sample_scene(rng, kinds)
         if scene.split == split and not (distinct and scene.key in seen):
             seen.add(scene.key)
             scenes.append(scene)

@@ -1,62 +1,78 @@
 """Pictures in: any file or PIL image to RGB, and BLIP's training and evaluation transforms."""
 
+import math
 import os
 import random
 import re
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageEnhance, ImageOps
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as BLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = InterpolationMode.BICUBIC
+# White of a grey picture. The modes I and F do not tell theirs: the first of these that no pixel exceeds.
+WHITE = {'I;16': (65535,), 'I;16B': (65535,), 'I;16L': (65535,), 'I;16N': (65535,), 'I': (255, 65535),
+         'F': (1, 255, 65535)}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """PIL image of any mode -> upright 8-bit RGB: EXIF applied, alpha on white, 16 bit scaled, first frame."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ('I;16', 'I;16B', 'I;16L', 'I', 'F'):
-        pixels = np.asarray(image, dtype=np.float32)
-        top = 65535.0  # I;16 is 16 bit; I and F say nothing of their range, which is read off the largest value
-        if image.mode in ('I', 'F') and pixels.max() <= 255:
-            top = 1.0 if image.mode == 'F' and pixels.max() <= 1 else 255.0
-        image = Image.fromarray((pixels.clip(0, top) * (255 / top)).round().astype(np.uint8))
-    if image.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in image.info:
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF data raise anything (struct.error, SyntaxError), as broken pixels do
+        image.load()
+    if image.mode in WHITE:
+        pixels = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        white = next((white for white in WHITE[image.mode] if pixels.max() <= white), pixels.max())
+        image = Image.fromarray((pixels.clip(0) * (255 / white)).round().astype(np.uint8))
+    if image.mode == 'La':  # premultiplied alpha
+        image = image.convert('LA')
+    if image.mode in ('RGBA', 'LA', 'PA', 'RGBa') or 'transparency' in image.info:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     return image.convert('RGB')
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
+def open_image(file: str | os.PathLike | BinaryIO, min_size: int | None = None) -> Image.Image:
     """Read a picture file as upright RGB.
+
+    Args:
+        min_size: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is faster, so long as both sides keep
+            this many pixels.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated, or not a picture; names the path.
+        ValueError: truncated, or not a picture; names the file.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
+            if min_size:
+                image.draft(None, (min_size, min_size))
             image.load()
             return to_rgb(image)
     except FileNotFoundError:
-        raise FileNotFoundError(f'no picture {path}') from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f'{path} is not a readable picture: {str(error)[:120]}') from None
+        raise FileNotFoundError(f'no picture {file}') from None
+    except Exception as error:  # a decoder may raise anything on a damaged file
+        raise ValueError(f'{file} is not a readable picture: {str(error)[:120]}') from None
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """RGB PIL image -> normalised float32 [3, H, W]"""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
     return F.normalize(pixels, MEAN, STD, inplace=True)
+
+
+MIRRORED = {'left': 'right', 'right': 'left', 'Left': 'Right', 'Right': 'Left'}
 
 
 def swap_left_right(caption: str) -> str:
     """Exchange the words 'left' and 'right': the caption of the mirrored picture."""
-    swapped = {'left': 'right', 'right': 'left'}
-    return re.sub(r'\b(left|right)\b', lambda match: swapped[match[0]], caption)
+    return re.sub(r'\b([Ll]eft|[Rr]ight)\b', lambda match: MIRRORED[match[0]], caption)
 
 
 class train_transform:
@@ -68,11 +84,15 @@ class train_transform:
     Args:
         min_scale: smallest share of the area that the random crop keeps.
         randaugment: apply BLIP's RandAugment(2, 5).
+
+    Attributes:
+        min_size: pixels that both sides of a picture need so that no crop is enlarged (see `open_image`).
     """
 
     def __init__(self, image_size: int, min_scale: float, randaugment: bool):
         self.crop = RandomResizedCrop(image_size, scale=(min_scale, 1.0), interpolation=BICUBIC, antialias=True)
         self.randaugment = randaugment
+        self.min_size = math.ceil(image_size / math.sqrt(0.75 * min_scale))  # crops are at most 4:3
 
     def __call__(self, image: Image.Image, caption: str) -> tuple[torch.Tensor, str]:
         image = self.crop(image)
@@ -93,7 +113,8 @@ class eval_transform:
         return to_tensor(image.resize(self.size, Image.Resampling.BICUBIC))
 
 
-# BLIP's ten operations at its magnitude 5 of 10: strength of the geometric ones, factor of the others.
+# BLIP's ten operations at its magnitude 5 of 10: half of 0.3, 10 pixels and 30 degrees. Its formula for brightness and
+# sharpness, 0.1 + 1.8 * magnitude / 10, gives 1.0 there, which changes nothing.
 GREY = (128, 128, 128)
 SHEAR, TRANSLATE, ROTATE, ENHANCE = 0.15, 5, 15, 1.0
 

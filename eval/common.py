@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+import torch
 from torch.utils.data import DataLoader, Subset
 
 from utils import atomic_write, load_config, progress, rank, world_size
@@ -30,6 +31,13 @@ def shard(count: int) -> range:
 def image_batches(dataset, indices: range, batch_size: int, workers: int, desc: str):
     """Batches [<= batch_size, 3, S, S] of the pictures `indices`, with a progress bar."""
     return progress(DataLoader(Subset(dataset, indices), batch_size, num_workers=workers), desc=desc)
+
+
+def hardware(device: torch.device) -> str:
+    """What a timing was taken on: the number of CPU threads, or the accelerator's name."""
+    if device.type == 'cpu':
+        return f'{torch.get_num_threads()} CPU threads'
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
 
 
 def write_json(path: Path, content) -> None:

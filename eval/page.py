@@ -25,13 +25,13 @@ h2 { font-size:18px; margin:40px 0 12px }
 .note { color:var(--soft); margin:0 0 10px; max-width:80ch }
 .card { background:#fff; border:1px solid var(--line); border-radius:14px; overflow:hidden;
   box-shadow:0 1px 2px #1018280d }
-.grid { display:grid; grid-template-columns:repeat(auto-fill,minmax(210px,1fr)); gap:16px }
+.grid { display:grid; grid-template-columns:repeat(auto-fill,minmax(172px,1fr)); gap:16px }
 .card > img { width:100%; aspect-ratio:1; object-fit:cover; display:block }
 .text { padding:12px 14px 14px }
 .who { font-size:11px; font-weight:600; letter-spacing:.06em; text-transform:uppercase; color:var(--soft);
   margin-top:8px }
 .who:first-child { margin-top:0 }
-.said { padding:5px 9px; border-radius:8px; background:#f2f4f7; margin-top:4px }
+.said { padding:5px 9px; border-radius:8px; font-size:14px; line-height:1.4; background:#f2f4f7; margin-top:4px }
 .said.right { background:var(--good-bg); color:var(--good) } .said.wrong { background:var(--bad-bg); color:var(--bad) }
 details { margin-top:10px; font-size:13px; color:var(--soft) } summary { cursor:pointer }
 details ul { margin:4px 0 0; padding-left:18px }
@@ -44,8 +44,8 @@ details ul { margin:4px 0 0; padding-left:18px }
 .lines { flex:1; display:grid; gap:5px }
 .lines .said { margin:0; display:flex; justify-content:space-between; gap:14px }
 .scroll { overflow-x:auto } table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums }
-th,td { padding:10px 14px; text-align:right; white-space:nowrap; border-bottom:1px solid var(--line) }
-th { font-size:12px; color:var(--soft); font-weight:600; background:#fafbfc } tr:last-child td { border-bottom:0 }
+th,td { padding:10px 11px; text-align:right; white-space:nowrap; border-bottom:1px solid var(--line) }
+th { font-size:11.5px; color:var(--soft); font-weight:600; background:#fafbfc } tr:last-child td { border-bottom:0 }
 th:first-child,td:first-child { text-align:left; font-weight:600 }
 tr.share td { color:var(--soft); font-size:13px; font-weight:400 } figure { margin:0; padding:14px }
 figure img { width:100% }

@@ -117,7 +117,7 @@ def retrieval_scores(model: BLIP, tokenizer: Tokenizer, dataset, *, device: torc
         (image to text [images, texts], text to image [texts, images]), float32 on the CPU.
     """
     device, count = torch.device(device), len(dataset)
-    texts = Texts(tokenizer, dataset.texts, max_tokens, device)
+    texts = Texts(tokenizer, dataset.texts, min(max_tokens, model.config.max_positions), device)
     tokens = ImageTokens(model, dataset, shard(count), device, batch_size, workers, memory_mb if k_test else 0)
     image = torch.cat(gather_objects(tokens.feats))
     text = torch.cat(gather_objects(text_feats(model, texts, shard(len(dataset.texts)), 4 * batch_size)))

@@ -7,6 +7,7 @@ import torch
 
 from models.blip import BLIP, BLIPConfig
 from models.checkpoint import architecture, load_weights, read_checkpoint
+from models.objective import TEACHER_TERMS
 from models.tokenizer import Tokenizer
 from models.vit import resample_positions
 from utils import logger
@@ -148,6 +149,14 @@ def copy_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], sour
     except RuntimeError as error:
         lines = str(error).splitlines()
         raise ValueError(f'{source} does not fit the student: {" ".join(line.strip() for line in lines[1:4])}') from None
+
+
+def loss_weights(loss: dict[str, float], teacher: BLIP | None) -> dict[str, float]:
+    """The config's weights; without a teacher its terms are off, which is said once."""
+    if teacher is not None or not any(loss.get(term) for term in TEACHER_TERMS):
+        return loss
+    logger.info('teacher.weights is null: the distillation terms are off')
+    return {term: 0.0 if term in TEACHER_TERMS else weight for term, weight in loss.items()}
 
 
 def count_parameters(model: torch.nn.Module) -> int:

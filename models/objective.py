@@ -63,6 +63,21 @@ class Objective(nn.Module):
         if self.uses('decoder_feat'):
             self.decoder_map = nn.Linear(config.text_width, teacher.config.text_width)
 
+        self._freeze_unreached()
+
+    def _freeze_unreached(self) -> None:
+        """Parts that no weighted term reaches do not train (DDP expects a gradient of everything that does)."""
+        reached_by = {'vision_proj': ('ita', 'ita_soft', 'image_feat'), 'text_proj': ('ita', 'ita_soft', 'text_feat'),
+                      'temp': ('ita', 'ita_soft'), 'itm_head': ('itm', 'itm_soft'),
+                      'text_encoder.encoder': ('ita', 'ita_soft', 'text_feat', *FUSED),
+                      'text_decoder.bert.encoder': DECODER, 'text_decoder.cls': ('lm', 'lm_logits'),
+                      'crossattention': FUSED + DECODER}
+        for name, parameter in self.student.named_parameters(remove_duplicate=False):
+            shared = '.attention.' not in name and 'text_' in name and 'proj' not in name  # tied, either tower reaches it
+            for part, terms in reached_by.items():
+                if part in name and 'decoder.weight' not in name and not self.uses(*terms) and not (shared and part.endswith('.encoder')):
+                    parameter.requires_grad_(False)
+
     def uses(self, *terms: str) -> bool:
         return any(self.weights[term] for term in terms)
 

@@ -7,6 +7,7 @@ matching pass, the decoder (whose cross-attention is tied), all decode steps and
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -179,7 +180,8 @@ class TextTower(nn.Module):
         self.embeddings = Embeddings(vocab_size, width, max_positions, dropout)
         self.encoder = nn.ModuleDict({'layer': nn.ModuleList(
             TextLayer(width, heads, ffn, image_width, dropout) for _ in range(depth))})
-        self.apply(init_bert)
+        self.embeddings.apply(init_bert)
+        self.encoder.apply(partial(init_bert, std=0.02 * (768 / width) ** 0.5))  # BERT's 0.02 is for a width of 768
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -257,8 +259,8 @@ def tie_decoder(encoder: TextTower, decoder: TextDecoder) -> None:
         ours.output = theirs.output
 
 
-def init_bert(module: nn.Module) -> None:
+def init_bert(module: nn.Module, std: float = 0.02) -> None:
     if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
         if getattr(module, 'bias', None) is not None:
             nn.init.zeros_(module.bias)

@@ -36,8 +36,21 @@ class VisionTower(VisionTransformer):
         super().__init__(img_size=image_size, patch_size=patch_size, embed_dim=width, depth=depth,
                          num_heads=heads, num_classes=0, block_fn=CheckpointedBlock,
                          norm_layer=partial(nn.LayerNorm, eps=1e-6))
+        self.scratch_init(image_size // patch_size)
         for block in self.blocks[max(0, depth - checkpoint_layers):]:
             block.recompute = True
+
+    @torch.no_grad()
+    def scratch_init(self, side: int) -> None:
+        """MAE's initialisation (2-d sine-cosine positions, Xavier weights): from scratch, timm's position embedding
+        of std 0.02 leaves a small ViT blind to places for long.
+        """
+        self.pos_embed[:, 1:] = sincos_positions(self.embed_dim, side)
+        self.pos_embed[:, :1] = 0
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
 
     def train(self, mode: bool = True) -> 'VisionTower':
         """On a CPU, train with plain attention: torch's fused one has a slow backward there.
@@ -50,6 +63,15 @@ class VisionTower(VisionTransformer):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.forward_features(images)
+
+
+def sincos_positions(width: int, side: int) -> torch.Tensor:
+    """2-d sine-cosine position embedding of a side x side grid, row by row -> [1, side^2, width] (MAE)."""
+    frequency = 10000 ** -(torch.arange(width // 4) / (width / 4))
+    angles = torch.arange(side)[:, None] * frequency
+    line = torch.cat([angles.sin(), angles.cos()], 1)
+    rows, columns = line[:, None].expand(side, side, -1), line[None].expand(side, side, -1)
+    return torch.cat([rows, columns], -1).reshape(1, side * side, width)
 
 
 def resample_positions(pos_embed: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

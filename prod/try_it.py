@@ -1,0 +1,31 @@
+"""Caption pictures and compare them with their captions: DLIPProd from the command line.
+
+    python -m prod.try_it --caption output/demo/caption/best.pth --retrieval output/demo/retrieval/best.pth PICTURE ...
+"""
+
+import argparse
+
+from prod import DLIPProd
+from utils import clean_exit
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--caption', required=True, help='caption checkpoint')
+    parser.add_argument('--retrieval', required=True, help='retrieval checkpoint')
+    parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
+    parser.add_argument('pictures', nargs='+')
+    args = parser.parse_args(argv)
+    captioner = DLIPProd(name='caption', weight=args.caption, device=args.device)
+    retriever = DLIPProd(name='retrieval', weight=args.retrieval, device=args.device)
+    captions = captioner.generate(args.pictures)
+    similarity, match = retriever.similarity(args.pictures, captions), retriever.match(args.pictures, captions)
+    print(f'image features {tuple(retriever.get_image_feat(args.pictures).shape)}, '
+          f'text features {tuple(retriever.get_text_feat(captions).shape)}')
+    for i, (picture, text) in enumerate(zip(args.pictures, captions, strict=True)):
+        print(f'{picture}\n  {text}\n  similarity {similarity[i, i]:.3f}, probability of a match {match[i, i]:.3f}')
+
+
+if __name__ == '__main__':
+    with clean_exit():
+        main()

@@ -1,0 +1,263 @@
+"""Datasets, the index of all.json, and loaders."""
+
+import json
+import logging
+import os
+import pickle
+import random
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+
+from data import datasets
+from data.datasets import PairDataset, clean_caption
+from data.loader import BadImages, make_loader
+from data.transforms import train_transform
+
+TRANSFORM = train_transform(16, 0.5, True)
+
+
+def write_pictures(folder: Path, names: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, name in enumerate(names):
+        Image.linear_gradient('L').rotate(19 * i).resize((24, 24)).convert('RGB').save(folder / name)
+
+
+@pytest.fixture
+def all_json(tmp_path) -> Path:
+    """Twenty pairs with relative and absolute paths."""
+    names = [f'{i}.png' for i in range(20)]
+    write_pictures(tmp_path / 'pictures', names)
+    path = tmp_path / 'all.json'
+    path.write_text(json.dumps([{'caption': f'Picture {i}, left!', 'id': i, 'image_root': f'pictures/{name}' if i % 2
+                                 else str(tmp_path / 'pictures' / name)} for i, name in enumerate(names)]))
+    return path
+
+
+def pairs(path: Path, seed: int = 0) -> PairDataset:
+    return PairDataset(path, TRANSFORM, 30, seed)
+
+
+def loader(dataset, batch_size=4, seed=0, epoch=0, start_step=0, workers=0, rank=0, world_size=1):
+    return make_loader(dataset, batch_size, seed=seed, epoch=epoch, start_step=start_step, workers=workers, rank=rank,
+                       world_size=world_size)
+
+
+def equal(a: dict, b: dict) -> bool:
+    return torch.equal(a['image'], b['image']) and a['caption'] == b['caption'] and a['bad'] == b['bad'] \
+        and torch.equal(torch.as_tensor(a['id']), torch.as_tensor(b['id']))
+
+
+def rewrite(path: Path, change) -> None:
+    records = json.loads(path.read_text())
+    path.write_text(json.dumps(change(records)))
+
+
+# ---------------------------------------------------------------- captions
+
+@pytest.mark.parametrize('text', ['A dog.', 'Two (2) "big"  dogs; #1!\n', 'a\tb', 'in-door, left/right ~ *', '...', '',
+                                  'word ' * 5000, "L'été à la plage: 5€"])
+def test_clean_caption_is_blips(text):
+    blip = re.sub(r'([.!\"()*#:;~])', ' ', text.lower())  # BLIP's pre_caption, but for tabs, which it keeps
+    blip = re.sub(r'\s+', ' ', blip).strip().split(' ')
+    assert clean_caption(text, 30) == ' '.join(blip[:30])
+
+
+# ---------------------------------------------------------------- all.json
+
+def test_pairs_are_those_of_all_json(all_json):
+    dataset = pairs(all_json)
+    assert len(dataset) == 20
+    for i in (0, 1, 19):
+        path, caption, number = dataset.pair(i)
+        assert (Path(path), caption, number) == (all_json.parent / f'pictures/{i}.png', f'Picture {i}, left!', i)
+    item = dataset[3]
+    assert item['image'].shape == (3, 16, 16) and item['image'].dtype == torch.float32
+    assert item['caption'] in ('picture 3, left', 'picture 3, right') and item['id'] == 3 and item['bad'] == []
+
+
+def test_empty_captions_are_left_out_and_long_ones_cut(all_json, caplog):
+    def change(records):
+        records[0]['caption'], records[1]['caption'], records[2]['caption'] = '', ' ...!\n', 'word ' * 5000
+        return records
+    rewrite(all_json, change)
+    with caplog.at_level(logging.INFO, 'dlip'):
+        dataset = pairs(all_json)
+    assert '2 pairs without a caption are left out' in caplog.text
+    assert len(dataset) == 18 and dataset[0]['id'] == 2 and dataset[0]['caption'] == ' '.join(['word'] * 30)
+
+
+def test_index_is_built_once_and_again_when_all_json_changed(all_json):
+    index = pairs(all_json).index
+    assert index == all_json.with_name('all.json.arrow')
+    before = index.stat().st_mtime_ns
+    assert pairs(all_json).index.stat().st_mtime_ns == before
+    rewrite(all_json, lambda records: records[:7])
+    assert len(pairs(all_json)) == 7
+    index.write_bytes(b'torn')
+    assert len(pairs(all_json)) == 7
+    assert sorted(os.listdir(all_json.parent)) == ['all.json', 'all.json.arrow', 'pictures']
+
+
+def test_index_of_a_read_only_folder_is_in_the_temporary_one(all_json, tmp_path, monkeypatch):
+    elsewhere = tmp_path / 'elsewhere'
+    elsewhere.mkdir()
+    monkeypatch.setattr(datasets.tempfile, 'gettempdir', lambda: str(elsewhere))
+    monkeypatch.setattr(datasets.os, 'access', lambda path, mode: False)
+    dataset = pairs(all_json)
+    assert dataset.index.parent == elsewhere and dataset[1]['id'] == 1
+    assert not all_json.with_name('all.json.arrow').exists()
+
+
+def test_failed_build_leaves_the_good_index(all_json, monkeypatch):
+    good = pairs(all_json).index.read_bytes()
+    rewrite(all_json, lambda records: records[:7])
+
+    def full(*args):
+        raise OSError('No space left on device')
+    monkeypatch.setattr(pa.ipc, 'new_file', full)
+    with pytest.raises(OSError):
+        pairs(all_json)
+    assert all_json.with_name('all.json.arrow').read_bytes() == good and len(os.listdir(all_json.parent)) == 3
+
+
+@pytest.mark.parametrize('content', ['', '{"caption": 1}', '[1]', '[{"caption": "a", "id": 1}]', '[{"cap',
+                                     '[{"caption": null, "id": 1, "image_root": "a"}]',
+                                     '[{"caption": "a", "id": "one", "image_root": "a"}]', 'null'])
+def test_all_json_that_is_none(all_json, content):
+    all_json.write_text(content)
+    with pytest.raises(ValueError, match=r'all.json is not a list of .*write it with json_dataset.py'):
+        pairs(all_json)
+    assert not all_json.with_name('all.json.arrow').exists()
+
+
+@pytest.mark.parametrize('content', ['[]', '[{"caption": " ", "id": 1, "image_root": "a"}]'])
+def test_all_json_without_a_pair(all_json, content):
+    all_json.write_text(content)
+    with pytest.raises(ValueError, match='holds no pair with a caption: run json_dataset.py again'):
+        pairs(all_json)
+
+
+def test_all_json_or_its_pictures_are_missing(all_json):
+    with pytest.raises(FileNotFoundError, match='no .*absent.json: write it with json_dataset.py'):
+        pairs(all_json.with_name('absent.json'))
+    (all_json.parent / 'pictures').rename(all_json.parent / 'moved')
+    with pytest.raises(FileNotFoundError, match='none of 20 pictures looked for is there, for example .*0.png'):
+        pairs(all_json)
+
+
+def test_dataset_travels_to_a_worker_without_its_table(all_json):
+    dataset = pairs(all_json)
+    sent = pickle.dumps(dataset)
+    assert b'Picture 7' not in sent and equal(pickle.loads(sent)[7], dataset[7])
+
+
+# ---------------------------------------------------------------- determinism
+
+def test_item_is_a_function_of_seed_epoch_and_index(all_json):
+    dataset = pairs(all_json)
+    first = dataset[5]
+    random.seed(9)
+    torch.manual_seed(9)
+    states = random.getstate(), torch.get_rng_state()
+    assert equal(dataset[5], first)
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+    assert not torch.equal(pairs(all_json, seed=1)[5]['image'], first['image'])
+    dataset.epoch = 1
+    assert not torch.equal(dataset[5]['image'], first['image'])
+
+
+def test_generators_are_put_back_after_an_error(all_json, monkeypatch):
+    dataset = pairs(all_json)
+    states = random.getstate(), torch.get_rng_state()
+    monkeypatch.setattr(train_transform, '__call__', lambda *args: 1 / (random.random() * 0))
+    with pytest.raises(ZeroDivisionError):
+        dataset[0]
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+
+
+def test_batches_do_not_depend_on_workers(all_json):
+    here = list(loader(pairs(all_json), epoch=3))
+    there = list(loader(pairs(all_json), epoch=3, workers=2))
+    assert len(here) == 5 and all(map(equal, here, there))
+    assert sorted(i for batch in here for i in batch['id'].tolist()) == list(range(20))
+
+
+def test_two_processes_see_the_global_batches_of_one(all_json):
+    one = list(loader(pairs(all_json), batch_size=6))
+    halves = [list(loader(pairs(all_json), batch_size=3, rank=rank, world_size=2)) for rank in (0, 1)]
+    assert len(one) == 3
+    for whole, first, second in zip(one, *halves, strict=True):
+        assert torch.equal(whole['image'], torch.cat([first['image'], second['image']]))
+        assert whole['caption'] == first['caption'] + second['caption']
+
+
+def test_resumed_epoch_is_the_rest_of_it(all_json):
+    whole, rest = list(loader(pairs(all_json))), loader(pairs(all_json), start_step=3)
+    assert len(rest) == 2 and all(map(equal, whole[3:], rest))
+    read = []
+    dataset = pairs(all_json)
+    dataset.pair = lambda index: read.append(index) or PairDataset.pair(dataset, index)
+    next(iter(loader(dataset, start_step=4)))
+    assert len(read) == 4  # what was seen before is not opened again
+    assert len(loader(dataset, start_step=5)) == len(list(loader(dataset, start_step=5))) == 0
+
+
+def test_epochs_and_seeds_augment_and_shuffle_differently(all_json):
+    dataset = pairs(all_json)
+    dataset.epoch = 2
+    drawn = dataset[7]['image']
+    dataset.epoch = 0
+    batches = list(loader(dataset, epoch=2, workers=1))
+    assert any(torch.equal(image, drawn) for batch in batches for image in batch['image'])
+    orders = [tuple(i for batch in loader(pairs(all_json), epoch=epoch, seed=seed) for i in batch['id'].tolist())
+              for epoch, seed in ((0, 0), (1, 0), (0, 1))]
+    assert len(set(orders)) == 3
+
+
+def test_fewer_samples_than_a_batch(all_json):
+    with pytest.raises(ValueError, match='20 training samples are less than one batch of 11 x 2 processes'):
+        loader(pairs(all_json), batch_size=11, world_size=2)
+
+
+# ---------------------------------------------------------------- broken pictures
+
+def test_broken_picture_is_replaced_by_the_next(all_json):
+    (all_json.parent / 'pictures/4.png').write_bytes(b'no picture')
+    (all_json.parent / 'pictures/5.png').unlink()
+    item = pairs(all_json)[4]
+    assert item['id'] == 6 and item['caption'].startswith('picture 6')
+    assert [Path(path).name for path, _ in item['bad']] == ['4.png', '5.png']
+    assert 'not a readable picture' in item['bad'][0][1] and 'no picture' in item['bad'][1][1]
+    bad = [pair for batch in loader(pairs(all_json), workers=1) for pair in batch['bad']]
+    assert len(bad) == 3  # item 4 met both, item 5 the second
+
+
+def test_no_readable_picture_at_all(all_json):
+    for path in (all_json.parent / 'pictures').iterdir():
+        path.write_bytes(b'')
+    with pytest.raises(ValueError, match='20 pictures in a row cannot be read; the first: .*3.png'):
+        pairs(all_json)[3]
+
+
+def batch(good: int, bad: list[str]) -> dict:
+    return {'caption': ['a'] * good, 'bad': [(path, f'{path} is broken') for path in bad]}
+
+
+def test_too_many_broken_pictures_stop_the_run(caplog):
+    count = BadImages(0.05, logging.getLogger('dlip'))
+    count.update(batch(4, ['a.jpg', 'b.jpg', 'a.jpg']))  # too few to judge
+    assert caplog.text.count('a.jpg') == 1
+    with pytest.raises(ValueError, match=r'11 of 204 pictures \(5.4%\).*max_bad_share 0.05; the first: a.jpg is'):
+        count.update(batch(189, ['a.jpg', 'b.jpg'] * 4))  # met again: as broken as the first time
+
+
+def test_some_broken_pictures_are_tolerated_in_every_epoch():
+    count = BadImages(0.05, logging.getLogger('dlip'))
+    for _ in range(50):
+        count.update(batch(96, ['a.jpg', 'b.jpg', 'c.jpg', 'd.jpg']))
+    assert (count.count, count.met) == (200, 5000)

@@ -1,0 +1,265 @@
+"""Metrics against numbers worked out by hand, re-ranking against a plain loop, scripts end to end."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import NANO
+from ruamel.yaml import YAML
+
+from data.datasets import ImageTextEval
+from data.scene_captions import captions, vocabulary
+from data.scene_layouts import write_flickr_annotation
+from data.scenes import render, sample_split
+from data.transforms import eval_transform
+from eval import metrics, report, speed
+from eval import retrieval as retrieval_script
+from eval.caption import evaluate_captions, score_captions
+from eval.metrics import caption_metrics, ranks, recall_at_k, retrieval_metrics
+from eval.retrieval import NOT_RANKED, evaluate_retrieval, retrieval_scores
+from models.blip import BLIP, BLIPConfig
+from models.checkpoint import save_checkpoint
+from models.tokenizer import Tokenizer
+from utils import ROOT
+
+
+@pytest.fixture(scope='module')
+def tokenizer() -> Tokenizer:
+    return Tokenizer(vocabulary())
+
+
+@pytest.fixture(scope='module')
+def flickr(tmp_path_factory):
+    """A Flickr30K folder with 14 rendered test pictures and five captions each."""
+    root = tmp_path_factory.mktemp('flickr30k')
+    (root / 'flickr30k-images').mkdir()
+    named = [(f'test{i:06d}.jpg', scene) for i, scene in enumerate(sample_split('test', 14, 0, distinct=True))]
+    for name, scene in named:
+        render(scene, random.Random(0)).save(root / 'flickr30k-images' / name)
+    write_flickr_annotation(root, {'test': named})
+    return root
+
+
+@pytest.fixture(scope='module')
+def dataset(flickr) -> ImageTextEval:
+    return ImageTextEval(flickr, 'test', eval_transform(32), max_words=30)
+
+
+def random_net(tokenizer: Tokenizer, task: str = 'pretrain', seed: int = 0) -> BLIP:
+    torch.manual_seed(seed)
+    net = BLIP(BLIPConfig(**NANO, vocab_size=len(tokenizer), task=task)).eval()
+    for parameter in net.parameters():  # the usual initialisation scores nearly all pairs alike
+        parameter.data.mul_(3.0)
+    return net
+
+
+@pytest.fixture(scope='module')
+def files(flickr, tokenizer, tmp_path_factory) -> SimpleNamespace:
+    """Checkpoints and configs for the scripts."""
+    folder = tmp_path_factory.mktemp('files')
+    paths = {}
+    for seed, task in enumerate(('pretrain', 'retrieval', 'caption')):
+        paths[task] = str(folder / f'{task}.pth')
+        save_checkpoint(paths[task], random_net(tokenizer, task, seed), tokenizer, {})
+    for task in ('retrieval', 'caption'):
+        config = YAML(typ='safe').load(ROOT / 'configs' / 'demo' / f'{task}_flickr.yaml')
+        config['data']['root'] = str(flickr)
+        config['eval'] |= {'k_test': 4} if task == 'retrieval' else {'max_length': 12}
+        paths[f'{task}_config'] = str(folder / f'{task}.yaml')
+        YAML(typ='safe').dump(config, folder / f'{task}.yaml')
+    return SimpleNamespace(**paths)
+
+
+# ---------------------------------------------------------------- retrieval metrics
+
+SCORES = np.array([[0.9, 0.1, 0.5, 0.3, 0.2, 0.0],   # right: 2      -> second
+                   [0.1, 0.2, 0.3, 0.4, 0.5, 0.6],   # right: 0, 4   -> second, by item 4
+                   [0.6, 0.5, 0.4, 0.3, 0.2, 0.1],   # right: 0      -> first
+                   [0.1, 0.9, 0.9, 0.9, 0.2, 0.9]])  # right: 5, 3   -> third: of equals the first index leads
+RIGHT = [[2], {0, 4}, [0], [5, 3]]
+
+
+def test_recall_by_hand():
+    assert ranks(SCORES, RIGHT).tolist() == [1, 1, 0, 2]
+    assert recall_at_k(SCORES, RIGHT, (1, 2, 3)) == [25.0, 75.0, 100.0]
+
+
+def test_equal_scores_earn_chance():
+    recall = recall_at_k(np.zeros((10, 10)), [[i] for i in range(10)], (1, 5, 10))
+    assert recall == [10.0, 50.0, 100.0]
+
+
+def test_retrieval_metrics_have_the_keys_of_blip():
+    i2t = np.array([[0.9, 0.1, 0.8, 0.2], [0.9, 0.1, 0.8, 0.2]])  # texts 0, 1 are of image 0; 2, 3 of image 1
+    t2i = np.array([[0.9, 0.1], [0.2, 0.8], [0.9, 0.1], [0.1, 0.9]])
+    result = retrieval_metrics(i2t, t2i, [[0, 1], [2, 3]], [0, 0, 1, 1])
+    assert result == {'txt_r1': 50.0, 'txt_r5': 100.0, 'txt_r10': 100.0, 'txt_r_mean': 250 / 3,
+                      'img_r1': 50.0, 'img_r5': 100.0, 'img_r10': 100.0, 'img_r_mean': 250 / 3, 'r_mean': 250 / 3}
+
+
+@pytest.mark.parametrize('scores, right, message', [
+    (np.full((1, 2), np.nan), [[0]], 'NaN'), (np.zeros((1, 2)), [[]], 'query 0 needs'),
+    (np.zeros((1, 2)), [[2]], 'query 0 needs'), (np.zeros((2, 2)), [[0]], 'must be')])
+def test_bad_scores_are_named(scores, right, message):
+    with pytest.raises(ValueError, match=message):
+        ranks(scores, right)
+
+
+# ---------------------------------------------------------------- re-ranking
+
+@torch.no_grad()
+def plain_scores(model: BLIP, tokenizer: Tokenizer, dataset, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """BLIP's procedure, one query and one candidate at a time, each pair with its own pass over the image."""
+    tokens = [model.encode_image(dataset[i][None]) for i in range(len(dataset))]
+    image = torch.cat([model.image_feat(x) for x in tokens])
+    text = torch.cat([model.text_feat(model.encode_text(*tokenizer([caption], 35))) for caption in dataset.texts])
+    cosine = image @ text.T
+
+    def match(i: int, t: int) -> torch.Tensor:
+        ids, mask = tokenizer([dataset.texts[t]], 35, start='[ENC]')
+        hidden = model.text_encoder(ids, mask, image_kv=model.text_encoder.project_image(tokens[i])).hidden
+        return model.itm_head(hidden[:, 0])[0, 1]
+    i2t, t2i = torch.full_like(cosine, -100.0), torch.full_like(cosine.T, -100.0)
+    for i in range(len(tokens)):
+        for t in cosine[i].topk(k).indices.tolist():
+            i2t[i, t] = match(i, t) + cosine[i, t]
+    for t in range(len(dataset.texts)):
+        for i in cosine[:, t].topk(k).indices.tolist():
+            t2i[t, i] = match(i, t) + cosine[i, t]
+    return i2t, t2i
+
+
+def test_reranking_equals_the_plain_loop(dataset, tokenizer):
+    model = random_net(tokenizer)
+    expected = plain_scores(model, tokenizer, dataset, 4)
+    # the last setting keeps the tokens of a few pictures only: the others are encoded again
+    for settings in ({'batch_size': 64}, {'batch_size': 3}, {'batch_size': 5, 'memory_mb': 0.002}):
+        scores = retrieval_scores(model, tokenizer, dataset, k_test=4, **settings)
+        for ours, plain in zip(scores, expected, strict=True):
+            assert torch.equal(ours == NOT_RANKED, plain == NOT_RANKED)
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    result = evaluate_retrieval(model, tokenizer, dataset, k_test=4)
+    assert result == retrieval_metrics(*expected, dataset.image_to_texts, dataset.text_to_image)
+    assert expected[0][expected[0] != NOT_RANKED].std() > 0.1  # the scores do differ
+
+
+def test_without_reranking_scores_are_cosines(dataset, tokenizer):
+    model = random_net(tokenizer, 'retrieval')
+    i2t, t2i = retrieval_scores(model, tokenizer, dataset, k_test=0)
+    assert torch.equal(i2t, t2i.T) and i2t.abs().max() <= 1 + 1e-5
+    everything, _ = retrieval_scores(model, tokenizer, dataset, k_test=10 ** 6)  # more than there are
+    assert (everything != NOT_RANKED).all()
+
+
+def test_retrieval_script_on_two_processes(files, tmp_path):
+    options = ['--config', files.retrieval_config, '--checkpoint', files.retrieval, '--device', 'cpu']
+    retrieval_script.main([*options, '--output_dir', str(tmp_path / 'one')])
+    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m',
+                    'eval.retrieval', *options, '--output_dir', str(tmp_path / 'two')], cwd=ROOT, check=True,
+                   capture_output=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    one, two = (json.loads((tmp_path / name / 'retrieval_test.json').read_text()) for name in ('one', 'two'))
+    assert {**one, 'seconds': 0} == {**two, 'seconds': 0}
+    assert '<img' in (tmp_path / 'one' / 'retrieval_test.html').read_text()
+
+
+# ---------------------------------------------------------------- captions
+
+HYPOTHESES = {'a': 'A man rides a horse.', 'b': "the dog's ball is red", 'c': ''}
+REFERENCES = {'a': ['a man is riding a horse', 'A person, on a horse!'], 'b': ['a red ball of a dog', "dog's ball"],
+              'c': ['nothing at all']}
+
+
+@pytest.mark.parametrize('words', ['simple', 'ptb'])
+def test_caption_metrics_equal_pycocoevalcap(words):
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+    given = {'a': ['a man rides a horse'], 'b': ["the dog's ball is red"], 'c': ['']}
+    wanted = {'a': ['a man is riding a horse', 'a person on a horse'], 'b': ['a red ball of a dog', "dog's ball"],
+              'c': ['nothing at all']}
+    if words == 'ptb':
+        if not metrics.java_works():
+            pytest.skip('no Java')
+        given, wanted = (PTBTokenizer().tokenize({key: [{'caption': text} for text in texts]
+                                                  for key, texts in side.items()})
+                         for side in ({key: [text] for key, text in HYPOTHESES.items()}, REFERENCES))
+    corpus, single = caption_metrics(HYPOTHESES, REFERENCES, tokenizer=words)
+    bleu, bleus = Bleu(4).compute_score(wanted, given, verbose=0)
+    assert [corpus[f'Bleu_{n}'] for n in (1, 2, 3, 4)] == [100 * x for x in bleu]
+    assert corpus['CIDEr'] == 100 * Cider().compute_score(wanted, given)[0]
+    assert corpus['ROUGE_L'] == 100 * Rouge().compute_score(wanted, given)[0]
+    assert corpus['tokenizer'] == words
+    assert [single[key]['Bleu_4'] for key in 'abc'] == [100 * x for x in bleus[3]]
+
+
+def test_without_java_the_rest_still_comes_and_the_remedy_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(metrics.shutil, 'which', lambda name: None)
+    metrics.java_works.cache_clear()
+    for _ in range(2):
+        corpus, _ = caption_metrics(HYPOTHESES, REFERENCES, meteor=True)
+    metrics.java_works.cache_clear()
+    assert corpus['tokenizer'] == 'simple' and 'METEOR' not in corpus and corpus['CIDEr'] > 0
+    assert len([r for r in caplog.records if 'apt install default-jre-headless' in r.message]) == 1
+
+
+def test_captions_without_a_partner_are_named():
+    with pytest.raises(ValueError, match='same pictures.*b'):
+        caption_metrics({'a': 'x'}, {'a': ['x'], 'b': ['y']})
+    with pytest.raises(ValueError, match="'a' has no reference"):
+        caption_metrics({'a': 'x'}, {'a': []})
+
+
+def test_right_captions_score_full_marks(dataset, flickr):
+    scenes = sample_split('test', 14, 0, distinct=True)
+    result, records = score_captions(dataset, [captions(scene)[0] for scene in scenes])
+    assert result['exact'] == 100.0 and result['Bleu_4'] == pytest.approx(100)
+    wrong, records = score_captions(dataset, ['a picture'] * 13 + [captions(scenes[13])[1]])
+    assert wrong['exact'] == pytest.approx(100 / 14) and [r['right'] for r in records] == [False] * 13 + [True]
+
+
+def test_evaluate_captions(dataset, tokenizer):
+    result, records = evaluate_captions(random_net(tokenizer, 'caption'), tokenizer, dataset, num_beams=1,
+                                        max_length=10, min_length=5, batch_size=4)
+    assert len(records) == 14 and {'CIDEr', 'Bleu_4', 'ROUGE_L', 'exact'} <= result.keys()
+    assert records[3]['references'] == dataset.references[3] and records[3]['image'] == str(dataset.paths[3])
+
+
+# ---------------------------------------------------------------- speed and report
+
+def test_speed_counts_flops_and_parameters(tokenizer):
+    net = random_net(tokenizer)
+    rows = {row['']: row for row in speed.compare({'teacher': (net, tokenizer), 'student': (net, tokenizer)},
+                                                  rounds=2)}
+    assert rows['parameters (M)']['ratio'] == 1 and rows['image embedding (GFLOPs)']['ratio'] == 1
+    patches, width, ffn = 4, 32, 128  # of NANO
+    tokens = patches + 1
+    block = 2 * tokens * (4 * width * width + 2 * width * ffn) + 4 * tokens * tokens * width
+    expected = 2 * patches * 3 * 16 * 16 * width + 2 * block + 2 * width * NANO['embed_dim']
+    assert rows['image embedding (GFLOPs)']['student'] == pytest.approx(expected / 1e9)
+    assert rows['beam-3 caption (ms)']['student'] > 0
+
+
+def test_report(files, tmp_path, capsys):
+    curves = tmp_path / 'pretrain' / 'curves.png'
+    curves.parent.mkdir()
+    render(sample_split('test', 1, 0, distinct=True)[0], random.Random(0)).save(curves)
+    report.main(['--teacher', files.pretrain, '--retrieval', files.retrieval, '--caption', files.caption,
+                 '--retrieval_config', files.retrieval_config, '--caption_config', files.caption_config,
+                 '--curves', str(curves), '--output_dir', str(tmp_path), '--device', 'cpu'])
+    table = json.loads((tmp_path / 'table.json').read_text())
+    assert [row['model'] for row in table['rows']] == ['teacher', 'student, distilled']
+    assert table['share_of_teacher'][0]['parameters (M)'] == 100
+    text = (tmp_path / 'table.md').read_text()
+    assert text.splitlines()[0].count('|') == 13 and text.splitlines()[0] in capsys.readouterr().out
+    page = (tmp_path / 'report.html').read_text()
+    assert page.count('<img') == 14 + 25 + 1 and 'src="http' not in page
+    assert (tmp_path / 'contact_sheet.png').stat().st_size > 10_000
+    with pytest.raises(ValueError, match='give both or none'):
+        report.main(['--teacher', 'a', '--retrieval', 'b', '--caption', 'c', '--plain_caption', 'd'])

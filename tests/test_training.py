@@ -1,0 +1,301 @@
+"""Runs of the real scripts at nano size: resume, processes, logs, bad input."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+import json_dataset
+import pretrain_dlip
+import train_dlip_caption_flickr
+import train_dlip_retrieval_flickr
+from data import scene_layouts
+from models.checkpoint import load_model, read_checkpoint
+from utils import ROOT, learning_rate, read_log, read_yaml
+
+
+@pytest.fixture(scope='session')
+def scenes(tmp_path_factory) -> Path:
+    """A small scene set with its all.json."""
+    root = tmp_path_factory.mktemp('scenes') / 'data'
+    scene_layouts.main(['--out', str(root), '--pretrain', '60', '--flickr_train', '8', '--flickr_val', '4',
+                        '--flickr_test', '5', '--workers', '1'])
+    json_dataset.main(['--root', str(root), '--out', str(root / 'dataloader'), '--workers', '1'])
+    return root
+
+
+def write_config(folder: Path, name: str, scenes: Path, **changes) -> Path:
+    """A demo config at nano size without a teacher, on the small scene set; `changes` are dotted keys."""
+    config = read_yaml(ROOT / f'configs/demo/{name}.yaml')
+    settings = {'model.size': 'nano', 'model.image_size': 32, 'model.init': None, 'teacher.weights': None,
+                'tokenizer': str(scenes / 'vocab.txt'), 'optim.warmup_steps': 2, 'train.batch_size': 8,
+                'train.epochs': 2, 'train.precision': 'fp32', 'train.log_every': 1, 'train.save_every': 2}
+    if name == 'pretrain':
+        settings |= {'model.init_vision': None, 'model.init_text': None, 'ita.queue_size': 20,
+                     'data.train': str(scenes / 'dataloader/all.json')}
+    else:
+        settings |= {'data.root': str(scenes / 'flickr30k')}
+        config['loss'] = {key: float(key in ('ita', 'itm', 'lm')) for key in config['loss']}
+    for key, value in (settings | {k.replace('__', '.'): v for k, v in changes.items()}).items():
+        node = config
+        *parents, leaf = key.split('.')
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    path = folder / f'{name}.yaml'
+    YAML(typ='safe').dump(config, path)
+    return path
+
+
+def run(script, config: Path, out: Path, *overrides: str) -> dict:
+    script.main(['--config', str(config), '--output_dir', str(out), '--device', 'cpu', '--seed', '1', *overrides])
+    return read_checkpoint(out / 'last.pth')
+
+
+def same(a, b) -> bool:
+    """Equal to the last bit, through nested containers."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope='session')
+def pretrained(scenes, tmp_path_factory) -> tuple[Path, Path]:
+    """(config, output folder) of an uninterrupted pre-training run."""
+    folder = tmp_path_factory.mktemp('pretrain')
+    config = write_config(folder, 'pretrain', scenes)
+    run(pretrain_dlip, config, folder / 'out')
+    return config, folder / 'out'
+
+
+def test_a_run_leaves_checkpoint_logs_and_curves(pretrained):
+    _, out = pretrained
+    rows = read_log(out / 'log.txt')
+    assert [row['epoch'] for row in rows] == [0, 1]
+    assert {'train_lr', 'train_loss_ita', 'train_loss_itm', 'train_loss_lm'} <= rows[0].keys()
+    assert rows[1]['train_loss'] < rows[0]['train_loss']
+    assert (out / 'curves.png').stat().st_size > 10_000
+    model, tokenizer, info = load_model(out / 'last.pth')  # the file alone rebuilds the net
+    assert not model.training and len(tokenizer) == model.config.vocab_size and info['config']['train']['epochs'] == 2
+    assert not list(out.glob('*.tmp*'))
+
+
+@pytest.mark.parametrize('stop_after', [1, 3, 9])
+def test_a_stopped_run_resumes_bit_exactly(pretrained, tmp_path, monkeypatch, stop_after):
+    """SIGTERM after some steps saves and exits with 0; the same command then ends where the unbroken run ended."""
+    config, reference = pretrained
+    steps = 0
+
+    def counted(*args, **kwargs):
+        nonlocal steps
+        steps += 1
+        if steps == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learning_rate(*args, **kwargs)
+    monkeypatch.setattr('models.training.learning_rate', counted)
+    with pytest.raises(SystemExit) as stop:
+        run(pretrain_dlip, config, tmp_path)
+    assert stop.value.code == 0 and steps == stop_after
+    got, want = run(pretrain_dlip, config, tmp_path), read_checkpoint(reference / 'last.pth')
+    for part in ('model', 'objective', 'optimizer', 'epoch', 'batch'):
+        assert same(got[part], want[part]), part
+
+    def losses(folder):
+        return [{k: v for k, v in row.items() if k.startswith('train_')} for row in read_log(folder / 'steps.txt')]
+    assert losses(tmp_path) == losses(reference)
+
+
+def test_a_failed_write_leaves_the_good_checkpoint(pretrained, tmp_path, monkeypatch):
+    config, _ = pretrained
+    before = run(pretrain_dlip, config, tmp_path, 'train.epochs=1')
+
+    def torn(state, file):
+        file.write(b'half a file')
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(torch, 'save', torn)
+    with pytest.raises(OSError, match='No space left'):
+        run(pretrain_dlip, config, tmp_path)
+    assert same(read_checkpoint(tmp_path / 'last.pth')['model'], before['model'])
+    assert not list(tmp_path.glob('*.tmp*'))
+
+
+def torchrun(config: Path, out: Path, processes: int, *overrides: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--master_port=0',
+               str(ROOT / 'pretrain_dlip.py'), '--config', str(config), '--output_dir', str(out), '--device', 'cpu',
+               '--seed', '1', *overrides]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def test_two_processes_train_the_same_model_as_one(pretrained, tmp_path):
+    """Same global batch, negatives over all ranks: equal up to the order of float sums."""
+    config, _ = pretrained
+    want = run(pretrain_dlip, config, tmp_path / 'one', 'train.epochs=1', 'negative_all_rank=true')
+    done = torchrun(config, tmp_path / 'two', 2, 'train.epochs=1', 'negative_all_rank=true', 'train.batch_size=4')
+    assert done.returncode == 0, done.stderr[-2000:]
+    got = read_checkpoint(tmp_path / 'two' / 'last.pth')
+    for key, value in want['model'].items():
+        assert torch.allclose(got['model'][key], value, atol=2e-4), key
+    for key, value in want['objective'].items():
+        assert torch.allclose(got['objective'][key].float(), value.float(), atol=2e-3), key
+    one, two = (read_log(tmp_path / name / 'log.txt')[0] for name in ('one', 'two'))
+    assert two['train_loss'] == pytest.approx(one['train_loss'], rel=1e-4)
+
+
+def test_accumulation_keeps_the_number_of_updates_apart_from_the_batches(pretrained, tmp_path):
+    config, _ = pretrained
+    state = run(pretrain_dlip, config, tmp_path, 'train.epochs=1', 'optim.accumulate=3')
+    steps = {int(entry['step']) for entry in state['optimizer']['state'].values()}
+    assert steps == {3}  # 7 batches of 8 pairs: after the 3rd, the 6th and the last
+
+
+def test_the_path_from_pretraining_to_finetuned_students(pretrained, scenes, tmp_path):
+    """Distil a pre-trained net into a smaller one, then finetune both ways; metrics and best.pth come out."""
+    _, teacher = pretrained
+    weights = {f'loss__{t}': 1.0 for t in ('image_feat', 'text_feat', 'fused_feat', 'decoder_feat', 'ita_soft',
+                                          'itm_soft', 'lm_logits', 'self_attn', 'cross_attn', 'decoder_self_attn')}
+    shared = {'teacher__weights': str(teacher / 'last.pth'), 'teacher__size': 'nano', 'train__epochs': 1}
+    config = write_config(tmp_path, 'pretrain', scenes, model__init_vision='teacher', model__init_text='teacher',
+                          **shared, **weights)
+    run(pretrain_dlip, config, tmp_path / 'student')
+    init = {'model__init': str(tmp_path / 'student/last.pth'), 'train__epochs': 1}
+    for script, name, key in ((train_dlip_retrieval_flickr, 'retrieval_flickr', 'test_txt_r1'),
+                              (train_dlip_caption_flickr, 'caption_flickr', 'test_CIDEr')):
+        out = tmp_path / name
+        run(script, write_config(tmp_path, name, scenes, **init), out)
+        assert any(key in row for row in read_log(out / 'log.txt'))
+        assert load_model(out / 'best.pth')[0].config.task == name.split('_')[0]
+
+
+def test_non_finite_loss_stops_and_names_the_component(pretrained, tmp_path, monkeypatch):
+    config, _ = pretrained
+    monkeypatch.setattr('models.losses.itm_loss', lambda logits: logits.sum() * float('nan'))
+    with pytest.raises(FloatingPointError, match=r'loss\.itm is nan at step 0 \(samples \['):
+        run(pretrain_dlip, config, tmp_path)
+
+
+# ---------------------------------------------------------------- bad input
+
+def script(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_bad_input_is_one_clear_line(pretrained, tmp_path):
+    """The way a user meets it: exit code 1, one line on stderr, no traceback."""
+    done = script('pretrain_dlip.py', '--config', str(pretrained[0]), '--output_dir', str(tmp_path), '--device', 'cpu',
+                  'data.train=nowhere/all.json')
+    assert done.returncode == 1
+    assert re.fullmatch(r'error: no nowhere/all\.json: write it with json_dataset\.py, or set data\.train\n', done.stderr)
+
+
+@pytest.mark.parametrize('override, message', [
+    ('teacher.weights=nowhere.pth', 'no checkpoint nowhere.pth'),
+    ('model.init=nowhere.pth', 'no checkpoint nowhere.pth'),
+    ('model.size=mikro', "unknown model size 'mikro'"),
+    ('model.init_text=teacher', 'teacher.weights is null'),
+    ('train.batch_size=4096', 'lower train.batch_size'),
+    ('optim.lrr=1', 'did you mean "optim.lr"'),
+    ('tokenizer=no/such/vocab', "no vocabulary 'no/such/vocab'")])
+def test_bad_settings(pretrained, tmp_path, override, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
+        run(pretrain_dlip, pretrained[0], tmp_path, override)
+    assert not (tmp_path / 'last.pth').exists()
+
+
+def test_a_checkpoint_of_another_size_is_refused(pretrained, tmp_path):
+    config, out = pretrained
+    with pytest.raises(ValueError, match='does not fit .* misshaped .*Check model.size'):
+        run(pretrain_dlip, config, tmp_path, f'model.init={out / "last.pth"}', 'model.size=micro')
+    with pytest.raises(ValueError, match='not of teacher.size'):
+        run(pretrain_dlip, config, tmp_path, f'teacher.weights={out / "last.pth"}', 'teacher.size=micro')
+
+
+def test_damaged_checkpoints_are_refused(pretrained, tmp_path):
+    good = (pretrained[1] / 'last.pth').read_bytes()
+    torch.save({'model': {}, 'f': subprocess.Popen}, tmp_path / 'code.pth')
+    (tmp_path / 'cut.pth').write_bytes(good[:len(good) // 2])
+    torch.save([1, 2], tmp_path / 'list.pth')
+    for name, message in (('code', 'need code to load'), ('cut', 'truncated'), ('list', 'holds no weights')):
+        with pytest.raises(ValueError, match=f'{name}.pth.*{message}'):
+            load_model(tmp_path / f'{name}.pth')
+
+
+def test_another_seed_does_not_continue_a_run(pretrained, tmp_path):
+    config, _ = pretrained
+    run(pretrain_dlip, config, tmp_path, 'train.epochs=1')
+    with pytest.raises(ValueError, match='differs in the seed'):
+        pretrain_dlip.main(['--config', str(config), '--output_dir', str(tmp_path), '--device', 'cpu', '--seed', '2'])
+
+
+def test_no_permission_on_the_output_folder(pretrained, tmp_path):
+    (tmp_path / 'file').write_text('not a folder')
+    with pytest.raises(PermissionError, match='cannot write to the output folder .*--output_dir'):
+        run(pretrain_dlip, pretrained[0], tmp_path / 'file')
+
+
+def test_more_processes_than_gpus(pretrained, tmp_path, monkeypatch):
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '3')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    with pytest.raises(ValueError, match='--nproc_per_node=3, but this machine has 2 GPUs'):
+        pretrain_dlip.main(['--config', str(pretrained[0]), '--output_dir', str(tmp_path), '--device', 'cuda'])
+
+
+def broken_set(scenes: Path, folder: Path, edit) -> Path:
+    records = json.loads((scenes / 'dataloader/all.json').read_text())
+    edit(records)
+    (folder / 'all.json').write_text(json.dumps(records))
+    return folder / 'all.json'
+
+
+def test_an_empty_all_json(pretrained, scenes, tmp_path):
+    empty = broken_set(scenes, tmp_path, list.clear)
+    with pytest.raises(ValueError, match='holds no pair with a caption'):
+        run(pretrain_dlip, pretrained[0], tmp_path / 'out', f'data.train={empty}')
+
+
+def test_odd_captions_and_a_broken_picture_do_not_end_a_run(pretrained, scenes, tmp_path, caplog):
+    def edit(records):
+        records[0]['caption'] = ''
+        records[1]['caption'] = 'word ' * 5000
+        (tmp_path / 'cut.jpg').write_bytes(Path(records[2]['image_root']).read_bytes()[:300])
+        records[2]['image_root'] = str(tmp_path / 'cut.jpg')
+    data = broken_set(scenes, tmp_path, edit)
+    with caplog.at_level('INFO', 'dlip'):
+        run(pretrain_dlip, pretrained[0], tmp_path / 'out', f'data.train={data}')
+    assert 'cut.jpg is not a readable picture' in caplog.text and '1 pairs without a caption' in caplog.text
+
+
+def test_learning_rate_schedules():
+    shared = dict(steps_per_epoch=10, epochs=4, lr=1.0, min_lr=0.1, warmup_steps=5, warmup_lr=0.0)
+    step = [learning_rate(s, **shared, schedule='step', decay=0.5) for s in range(40)]
+    assert step[0] == 0 and step[4] == 0.8 and step[5] == 1.0 and step[10] == 0.5 and step[39] == 0.125
+    cosine = [learning_rate(s, **shared, schedule='cosine', decay=1.0) for s in range(41)]
+    assert cosine[20] == pytest.approx(0.55) and cosine[40] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(cosine[5:], cosine[6:], strict=False))
+
+
+def test_kill_during_training_loses_at_most_the_steps_since_the_last_save(pretrained, tmp_path):
+    config, reference = pretrained
+    command = [sys.executable, 'pretrain_dlip.py', '--config', str(config), '--output_dir', str(tmp_path), '--device',
+               'cpu', '--seed', '1', 'train.save_every=1']
+    victim = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / 'last.pth').exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    victim.kill()
+    victim.wait()
+    got = run(pretrain_dlip, config, tmp_path, 'train.save_every=1')
+    assert same(got['model'], read_checkpoint(reference / 'last.pth')['model'])
