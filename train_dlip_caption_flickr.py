@@ -16,8 +16,17 @@ from models.checkpoint import load_model
 from models.objective import Objective
 from models.tokenizer import DEC, Tokenizer
 from models.training import Run
-from utils import (barrier, clean_exit, logger, make_output_dir, rank, script_arguments, seed_everything,
-                   setup_process, world_size)
+from utils import (
+    barrier,
+    clean_exit,
+    logger,
+    make_output_dir,
+    rank,
+    script_arguments,
+    seed_everything,
+    setup_process,
+    world_size,
+)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -17,8 +17,17 @@ from models.momentum import MomentumQueue
 from models.objective import Objective
 from models.tokenizer import Tokenizer
 from models.training import Run
-from utils import (barrier, clean_exit, logger, make_output_dir, rank, script_arguments, seed_everything,
-                   setup_process, world_size)
+from utils import (
+    barrier,
+    clean_exit,
+    logger,
+    make_output_dir,
+    rank,
+    script_arguments,
+    seed_everything,
+    setup_process,
+    world_size,
+)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -26,8 +26,8 @@ def build_teacher(settings: dict, tokenizer: Tokenizer, task: str) -> BLIP | Non
     if 'architecture' in checkpoint:
         config = replace(BLIPConfig(**checkpoint['architecture']), task=task)
         if checkpoint['vocab'] != tokenizer.vocab:
-            raise ValueError(f'the teacher {path} was trained with another vocabulary ({len(checkpoint["vocab"])} tokens, '
-                             f'`tokenizer` has {len(tokenizer)}): its logits cannot teach; use its vocabulary')
+            raise ValueError(f'the teacher {path} was trained with another vocabulary ({len(checkpoint["vocab"])} '
+                             f'tokens, `tokenizer` has {len(tokenizer)}): its logits cannot teach; use its vocabulary')
         named = architecture(settings['size'], config.image_size, len(tokenizer), task)
         if replace(config, dropout=named.dropout) != named:
             raise ValueError(f'the teacher {path} is not of teacher.size {settings["size"]!r}: it is {config}')
@@ -148,7 +148,8 @@ def copy_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor], sour
         module.load_state_dict(weights)
     except RuntimeError as error:
         lines = str(error).splitlines()
-        raise ValueError(f'{source} does not fit the student: {" ".join(line.strip() for line in lines[1:4])}') from None
+        problems = ' '.join(line.strip() for line in lines[1:4])
+        raise ValueError(f'{source} does not fit the student: {problems}') from None
 
 
 def loss_weights(loss: dict[str, float], teacher: BLIP | None) -> dict[str, float]:

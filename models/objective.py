@@ -66,17 +66,22 @@ class Objective(nn.Module):
         self._freeze_unreached()
 
     def _freeze_unreached(self) -> None:
-        """Parts that no weighted term reaches do not train (DDP expects a gradient of everything that does)."""
-        reached_by = {'vision_proj': ('ita', 'ita_soft', 'image_feat'), 'text_proj': ('ita', 'ita_soft', 'text_feat'),
-                      'temp': ('ita', 'ita_soft'), 'itm_head': ('itm', 'itm_soft'),
-                      'text_encoder.encoder': ('ita', 'ita_soft', 'text_feat', *FUSED),
-                      'text_decoder.bert.encoder': DECODER, 'text_decoder.cls': ('lm', 'lm_logits'),
-                      'crossattention': FUSED + DECODER}
-        for name, parameter in self.student.named_parameters(remove_duplicate=False):
-            shared = '.attention.' not in name and 'text_' in name and 'proj' not in name  # tied, either tower reaches it
-            for part, terms in reached_by.items():
-                if part in name and 'decoder.weight' not in name and not self.uses(*terms) and not (shared and part.endswith('.encoder')):
-                    parameter.requires_grad_(False)
+        """Parts that no weighted term reaches do not train: DDP expects a gradient of everything that does."""
+        student, aligned = self.student, ('ita', 'ita_soft')
+        encoder, decoder = student.text_encoder, student.text_decoder
+        parts = []
+        if encoder is not None:
+            parts += [(student.vision_proj, (*aligned, 'image_feat')), (student.text_proj, (*aligned, 'text_feat')),
+                      (student.itm_head, ('itm', 'itm_soft')), (nn.ParameterList([student.temp]), aligned)]
+            parts += [(layer.attention, (*aligned, 'text_feat', *FUSED)) for layer in encoder.layers]
+        if decoder is not None:
+            head = decoder.cls.predictions
+            parts += [(head.transform, ('lm', 'lm_logits')), (nn.ParameterList([head.bias]), ('lm', 'lm_logits'))]
+            parts += [(layer.attention, DECODER) for layer in decoder.bert.layers]
+        parts += [(layer.crossattention, FUSED + DECODER) for layer in (encoder or decoder.bert).layers]
+        for part, terms in parts:
+            if not self.uses(*terms):
+                part.requires_grad_(False)
 
     def uses(self, *terms: str) -> bool:
         return any(self.weights[term] for term in terms)

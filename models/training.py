@@ -14,8 +14,23 @@ from data.loader import BadImages
 from models.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from models.objective import Objective
 from models.tokenizer import Tokenizer
-from utils import (Clock, Meters, StopSignal, any_process, append_log, atomic_write, is_main, learning_rate, logger,
-                   parameter_groups, plot_curves, rank, read_log, seed_everything, world_size)
+from utils import (
+    Clock,
+    Meters,
+    StopSignal,
+    any_process,
+    append_log,
+    atomic_write,
+    is_main,
+    learning_rate,
+    logger,
+    parameter_groups,
+    plot_curves,
+    rank,
+    read_log,
+    seed_everything,
+    world_size,
+)
 
 
 class Run:
@@ -198,8 +213,8 @@ class Run:
         logger.info('epoch %d [%d/%d]  lr %.2e  %s  %s', self.epoch, self.batch, self.steps_per_epoch, lr, shown,
                     clock.line(samples))
         if is_main():
-            append_log(self.output_dir / 'steps.txt', {'epoch': self.epoch, 'progress': (step + 1) / self.steps_per_epoch,
-                                                       'train_lr': lr, **means})
+            place = {'epoch': self.epoch, 'progress': (step + 1) / self.steps_per_epoch}
+            append_log(self.output_dir / 'steps.txt', {**place, 'train_lr': lr, **means})
             for name, value in means.items():
                 self.writer.add_scalar(name, value, step)
             self.writer.add_scalar('train_lr', lr, step)

@@ -23,7 +23,8 @@ def test_published_settings():
         'epochs': 20, 'batch_size': 288, 'precision': 0}
     assert pretrain['ita']['queue_size'] == 57600 and pretrain['ita']['alpha'] == 0.4
     optim = pretrain['optim']
-    assert [optim[k] for k in ('lr', 'min_lr', 'decay', 'warmup_steps', 'weight_decay')] == [5e-4, 1e-6, 0.9, 3000, 0.02]
+    assert [optim[k] for k in ('lr', 'min_lr', 'decay', 'warmup_steps', 'weight_decay')] == [
+        5e-4, 1e-6, 0.9, 3000, 0.02]
     retrieval, caption = (read_yaml(ROOT / f'configs/{n}_flickr.yaml') for n in ('retrieval', 'caption'))
     assert retrieval['eval']['k_test'] == 128
     assert (retrieval['optim']['lr'], retrieval['optim']['weight_decay']) == (5e-5, 0.05)
@@ -52,7 +53,8 @@ def test_a_mistake_in_the_file_is_named(config_file, old, new, message):
 
 
 def test_overrides(config_file):
-    config = load_config(config_file, 'configs/pretrain.yaml', ['optim.lr=1e-4', 'teacher.weights=null', 'train.epochs=2'])
+    overrides = ['optim.lr=1e-4', 'teacher.weights=null', 'train.epochs=2']
+    config = load_config(config_file, 'configs/pretrain.yaml', overrides)
     assert (config['optim']['lr'], config['teacher']['weights'], config['train']['epochs']) == (1e-4, None, 2)
     for override, message in (('optim.lrr=1', 'did you mean "optim.lr"'), ('optim.lr', 'key=value'),
                               ('train.epochs=x', 'must be int')):
