@@ -46,6 +46,24 @@ demo-compare: demo
 	  $(REPORT_CONFIGS) --curves $(DEMO)/pretrain/curves.png $(DEMO)/plain/pretrain/curves.png \
 	  --output_dir $(DEMO)/compare
 
+# How data/demo_teacher.pth was made: first scenes of one kind of thing and captions only, then all scenes, then all
+# losses. One thread a process is faster here than two threads in one process.
+TORCHRUN := OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node=2
+EASY := $(DEMO)/teacher/easy_data
+FULL := $(DEMO)/teacher/data
+demo-teacher: setup
+	$(PY) -m data.scene_layouts --out $(EASY) --pretrain 12000 --flickr_train 5 --flickr_val 50 --flickr_test 50 \
+	  --seed 3 --kinds single=0.6 group=0.4
+	$(PY) -m data.scene_layouts --out $(FULL) --pretrain 40000 --seed 1
+	for set in $(EASY) $(FULL); do $(PY) json_dataset.py --root $$set --out $$set/dataloader || exit 1; done
+	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/easy \
+	  data.train=$(EASY)/dataloader/all.json loss.ita=0 loss.itm=0 train.batch_size=16 train.epochs=5
+	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/captions \
+	  model.init=$(DEMO)/teacher/easy/last.pth loss.ita=0 loss.itm=0 train.epochs=4
+	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/all \
+	  model.init=$(DEMO)/teacher/captions/last.pth optim.schedule=cosine train.epochs=3
+	$(PY) -m models.export $(DEMO)/teacher/all/last.pth $(TEACHER)
+
 test: setup
 	$(PY) -m pytest
 

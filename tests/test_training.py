@@ -132,7 +132,7 @@ def test_a_failed_write_leaves_the_good_checkpoint(pretrained, tmp_path, monkeyp
 
 
 def torchrun(config: Path, out: Path, processes: int, *overrides: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--master_port=0',
+    command = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--standalone',
                str(ROOT / 'pretrain_dlip.py'), '--config', str(config), '--output_dir', str(out), '--device', 'cpu',
                '--seed', '1', *overrides]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240,
