@@ -60,8 +60,9 @@ class Tokenizer:
             ids [B, T] int64 and mask [B, T] int64 (1 = token, 0 = pad).
         """
         first, rows = self._starts[start], []
-        for encoding in self._wordpiece.encode_batch([text[:32 * max_length] for text in texts],
-                                                     add_special_tokens=False):
+        # cut long strings early, and replace lone surrogates, which the tokenizer cannot take
+        texts = [text[:32 * max_length].encode('utf-8', 'replace').decode() for text in texts]
+        for encoding in self._wordpiece.encode_batch(texts, add_special_tokens=False):
             rows.append([first, *encoding.ids[:max_length - 2], self.sep_id])
         length = max(map(len, rows))
         ids = torch.full((len(rows), length), self.pad_id)

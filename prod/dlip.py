@@ -52,27 +52,32 @@ class DLIPProd:
         data = info.get('config', {}).get('data', {})
         self.prompt = data.get('prompt', PROMPT)
         self.max_tokens = data.get('max_tokens', MAX_TOKENS)
+        evaluated = info.get('config', {}).get('eval', {})
+        self.generation = {name: evaluated.get(name, default)
+                           for name, default in (('num_beams', 3), ('max_length', 30), ('min_length', 10))}
         self.transform = eval_transform(self.model.config.image_size)
         self._require(name)
 
-    def generate(self, images, *, sample: bool = False, num_beams: int = 3, max_length: int = 30,
-                 min_length: int = 10, top_p: float = 0.9, repetition_penalty: float = 1.0,
-                 seed: int | None = None, batch_size: int = 32, bgr: bool = False) -> list[str]:
+    def generate(self, images, *, sample: bool = False, num_beams: int | None = None,
+                 max_length: int | None = None, min_length: int | None = None, top_p: float = 0.9,
+                 repetition_penalty: float = 1.0, seed: int | None = None, batch_size: int = 32, bgr: bool = False) -> list[str]:
         """Caption images: one string each, without the prompt.
 
         Args:
             sample: draw from the nucleus of mass `top_p`; otherwise beam search (greedy with one beam).
-            max_length, min_length: in tokens, counting the prompt's.
+            num_beams, max_length, min_length: default to what the checkpoint was evaluated with, else 3, 30 and 10;
+                lengths in tokens, counting the prompt's.
             seed: makes sampling repeatable.
             batch_size: images per forward pass.
         """
         self._require('caption')
+        given = {'num_beams': num_beams, 'max_length': max_length, 'min_length': min_length}
+        settings = self.generation | {name: value for name, value in given.items() if value is not None}
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         captions = []
         for pixels in self._batches(images, batch_size, bgr):
             captions += generate(self.model, self.tokenizer, pixels, self.prompt, sample=sample, top_p=top_p,
-                                 num_beams=num_beams, max_length=max_length, min_length=min_length,
-                                 repetition_penalty=repetition_penalty, generator=generator)
+                                 repetition_penalty=repetition_penalty, generator=generator, **settings)
         return captions
 
     def get_image_feat(self, images, *, batch_size: int = 32, bgr: bool = False) -> torch.Tensor:
