@@ -60,7 +60,8 @@ class DLIPProd:
 
     def generate(self, images, *, sample: bool = False, num_beams: int | None = None,
                  max_length: int | None = None, min_length: int | None = None, top_p: float = 0.9,
-                 repetition_penalty: float = 1.0, seed: int | None = None, batch_size: int = 32, bgr: bool = False) -> list[str]:
+                 repetition_penalty: float = 1.0, seed: int | None = None, batch_size: int = 32,
+                 bgr: bool = False) -> list[str]:
         """Caption images: one string each, without the prompt.
 
         Args:
