@@ -236,8 +236,8 @@ class Objective(nn.Module):
         for term in ('self_attn', 'cross_attn'):
             if self.uses(term):
                 name = term.replace('attn', 'map')
-                out[term] = losses.attention_kl_loss(getattr(fused, name)[:batch], getattr(target, name)[:batch],
-                                                     pair_mask)
+                out[term] = token_share(pair_mask) * losses.attention_kl_loss(
+                    getattr(fused, name)[:batch], getattr(target, name)[:batch], pair_mask)
 
     def decoding(self, out, kv, teacher_kv, ids, mask):
         """LM on the teacher-forced caption, and the distillation of the decoder."""
@@ -250,8 +250,9 @@ class Objective(nn.Module):
         hidden = decoded.hidden[:, :-1]
         if self.uses('lm', 'lm_logits'):
             logits = self.student.text_decoder.logits(hidden[valid])  # the head runs on labelled positions only
+        share = token_share(valid)
         if self.uses('lm'):
-            out['lm'] = losses.lm_loss(logits, labels[:, 1:][valid])
+            out['lm'] = share * losses.lm_loss(logits, labels[:, 1:][valid])
         if not self.uses('lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn'):
             return
         with torch.no_grad():
@@ -260,13 +261,14 @@ class Objective(nn.Module):
         if self.uses('lm_logits'):
             with torch.no_grad():
                 target_logits = self.teacher.text_decoder.logits(target_hidden[valid])
-            out['lm_logits'] = losses.logit_kl_loss(logits, target_logits)
+            out['lm_logits'] = share * losses.logit_kl_loss(logits, target_logits)
         if self.uses('decoder_feat'):
-            out['decoder_feat'] = losses.cosine_loss(self.decoder_map(hidden), target_hidden, valid)
+            out['decoder_feat'] = share * losses.cosine_loss(self.decoder_map(hidden), target_hidden, valid)
         for term in ('decoder_self_attn', 'decoder_cross_attn'):
             if self.uses(term):
                 name = term.removeprefix('decoder_').replace('attn', 'map')
-                out[term] = losses.attention_kl_loss(getattr(decoded, name), getattr(target, name), mask)
+                out[term] = token_share(mask) * losses.attention_kl_loss(getattr(decoded, name),
+                                                                         getattr(target, name), mask)
 
 
 def with_start(ids: torch.Tensor, start_id: int) -> torch.Tensor:
@@ -274,6 +276,16 @@ def with_start(ids: torch.Tensor, start_id: int) -> torch.Tensor:
     ids = ids.clone()
     ids[:, 0] = start_id
     return ids
+
+
+def token_share(mask: torch.Tensor) -> torch.Tensor | float:
+    """Tokens of this process over the mean of all processes: turns a mean over the process's own tokens into its
+    part of the mean over the global batch's, which DDP's average of gradients then is.
+    """
+    if world_size() == 1:
+        return 1.0
+    counts = all_gather(mask.sum()[None].float())
+    return counts[rank()] / counts.mean()
 
 
 def pad_to(rows: torch.Tensor, width: int) -> torch.Tensor:

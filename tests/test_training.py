@@ -140,18 +140,18 @@ def torchrun(config: Path, out: Path, processes: int, *overrides: str) -> subpro
 
 
 def test_two_processes_train_the_same_model_as_one(pretrained, tmp_path):
-    """Same global batch, negatives over all ranks: equal up to the order of float sums."""
+    """Same global batch, negatives over all ranks: equal up to the order of float sums (measured: 5e-6)."""
     config, _ = pretrained
     want = run(pretrain_dlip, config, tmp_path / 'one', 'train.epochs=1', 'negative_all_rank=true')
     done = torchrun(config, tmp_path / 'two', 2, 'train.epochs=1', 'negative_all_rank=true', 'train.batch_size=4')
     assert done.returncode == 0, done.stderr[-2000:]
     got = read_checkpoint(tmp_path / 'two' / 'last.pth')
-    for key, value in want['model'].items():
-        assert torch.allclose(got['model'][key], value, atol=2e-4), key
-    for key, value in want['objective'].items():
-        assert torch.allclose(got['objective'][key].float(), value.float(), atol=2e-3), key
-    one, two = (read_log(tmp_path / name / 'log.txt')[0] for name in ('one', 'two'))
-    assert two['train_loss'] == pytest.approx(one['train_loss'], rel=1e-4)
+    for part in ('model', 'objective'):  # weights; momentum twin and queues
+        for key, value in want[part].items():
+            assert torch.allclose(got[part][key].float(), value.float(), atol=1e-4), key
+    one, two = (read_log(tmp_path / name / 'steps.txt') for name in ('one', 'two'))
+    for name in ('train_loss_ita', 'train_loss_itm', 'train_loss_lm'):
+        assert [row[name] for row in two] == pytest.approx([row[name] for row in one], rel=1e-5), name
 
 
 def test_accumulation_keeps_the_number_of_updates_apart_from_the_batches(pretrained, tmp_path):
