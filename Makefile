@@ -23,7 +23,7 @@ setup: .venv/installed
 
 # The README's path on rendered scenes. A step that was finished is not repeated; `make clean` starts over.
 demo: setup
-	$(PY) -m data.scene_layouts --out $(DATA)
+	$(PY) -m data.scene_layouts --out $(DATA) --flickr_train 800
 	$(PY) json_dataset.py --root $(DATA) --out $(DATA)/dataloader
 	$(PY) pretrain_dlip.py --config $(CONFIGS)/pretrain.yaml --output_dir $(DEMO)/pretrain
 	$(PY) train_dlip_retrieval_flickr.py --config $(CONFIGS)/retrieval_flickr.yaml --output_dir $(DEMO)/retrieval

@@ -143,7 +143,7 @@ def test_reranking_equals_the_plain_loop(dataset, tokenizer):
         scores = retrieval_scores(model, tokenizer, dataset, k_test=4, **settings)
         for ours, plain in zip(scores, expected, strict=True):
             assert torch.equal(ours == NOT_RANKED, plain == NOT_RANKED)
-            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(ours, plain, rtol=1e-4, atol=2e-4)
     result = evaluate_retrieval(model, tokenizer, dataset, k_test=4)
     assert result == retrieval_metrics(*expected, dataset.image_to_texts, dataset.text_to_image)
     assert expected[0][expected[0] != NOT_RANKED].std() > 0.1  # the scores do differ
