@@ -12,8 +12,8 @@ from models.blip import BLIP, select_images
 from models.momentum import MomentumQueue
 from utils import all_gather, all_gather_grad, rank, world_size
 
-TEACHER_TERMS = ('image_feat', 'text_feat', 'fused_feat', 'decoder_feat', 'ita_soft', 'itm_soft', 'lm_logits',
-                 'self_attn', 'cross_attn', 'decoder_self_attn', 'decoder_cross_attn')
+TEACHER_TERMS = ('image_tokens', 'image_feat', 'text_feat', 'fused_feat', 'decoder_feat', 'ita_soft', 'itm_soft',
+                 'lm_logits', 'self_attn', 'cross_attn', 'decoder_self_attn', 'decoder_cross_attn')
 TERMS = ('ita', 'itm', 'lm', *TEACHER_TERMS)
 CONTRASTIVE = ('ita', 'itm', 'ita_soft', 'itm_soft', 'image_feat', 'text_feat')  # terms that need both features
 FUSED = ('itm', 'itm_soft', 'fused_feat', 'self_attn', 'cross_attn')  # terms of the matching pass
@@ -58,6 +58,9 @@ class Objective(nn.Module):
         self.negative_all_rank = negative_all_rank
         self._check()
         config = student.config
+        if self.uses('image_tokens'):
+            same = config.vision_width == teacher.config.vision_width  # then the student speaks the teacher's own space
+            self.token_map = nn.Identity() if same else nn.Linear(config.vision_width, teacher.config.vision_width)
         if self.uses('fused_feat'):
             self.fused_map = nn.Linear(config.text_width, teacher.config.text_width)
         if self.uses('decoder_feat'):
@@ -112,9 +115,9 @@ class Objective(nn.Module):
                 raise ValueError(f'attention terms need equal text heads: student {ours.text_heads}, teacher '
                                  f'{theirs.text_heads}')
             patches = [net.image_size // net.patch_size for net in (ours, theirs)]
-            if self.uses('cross_attn', 'decoder_cross_attn') and patches[0] != patches[1]:
-                raise ValueError(f'cross-attention terms need equal patch grids: student {patches[0]}, teacher '
-                                 f'{patches[1]} patches a side')
+            if self.uses('image_tokens', 'cross_attn', 'decoder_cross_attn') and patches[0] != patches[1]:
+                raise ValueError(f'image_tokens and cross-attention terms need equal patch grids: student '
+                                 f'{patches[0]}, teacher {patches[1]} patches a side')
             if self.uses('image_feat', 'text_feat') and ours.embed_dim != theirs.embed_dim:
                 raise ValueError(f'image_feat and text_feat need equal embed_dim: student {ours.embed_dim}, '
                                  f'teacher {theirs.embed_dim}')
@@ -131,6 +134,8 @@ class Objective(nn.Module):
         tokens = self.student.encode_image(images)
         with torch.no_grad():
             teacher_tokens = teacher.encode_image(images) if teacher is not None else None
+        if self.uses('image_tokens'):
+            out['image_tokens'] = losses.cosine_loss(self.token_map(tokens), teacher_tokens)
         negatives = None
         if self.uses(*CONTRASTIVE):
             negatives = self.contrastive(out, images, tokens, teacher_tokens, ids, mask, sample_ids, alpha, step_seed)
