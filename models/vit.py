@@ -42,8 +42,8 @@ class VisionTower(VisionTransformer):
 
     @torch.no_grad()
     def scratch_init(self, side: int) -> None:
-        """MAE's initialisation (2-d sine-cosine positions, Xavier weights): from scratch, timm's position embedding
-        of std 0.02 leaves a small ViT blind to places for long.
+        """MAE's initialisation (2-d sine-cosine positions, Xavier weights): used when training from
+        scratch; weights of a checkpoint or of timm replace it.
         """
         self.pos_embed[:, 1:] = sincos_positions(self.embed_dim, side)
         self.pos_embed[:, :1] = 0
@@ -55,7 +55,7 @@ class VisionTower(VisionTransformer):
     def train(self, mode: bool = True) -> 'VisionTower':
         """On a CPU, train with plain attention: torch's fused one has a slow backward there.
 
-        At 65 tokens in bf16 a whole pre-training step is 2.4x faster.
+        At 65 tokens in bf16 a whole pre-training step is about twice as fast.
         """
         for block in self.blocks:
             block.attn.fused_attn = not (mode and self.cls_token.device.type == 'cpu')
