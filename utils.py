@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -293,9 +294,7 @@ def make_output_dir(path: str | os.PathLike) -> Path:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path / '.writable'):
-            pass
-        (path / '.writable').unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise PermissionError(f'cannot write to the output folder {path}: {error.strerror}. '
                               f'Choose another with --output_dir.') from None
