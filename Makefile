@@ -59,7 +59,7 @@ demo-teacher: setup
 	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/easy \
 	  data.train=$(EASY)/dataloader/all.json loss.ita=0 loss.itm=0 train.batch_size=16 train.epochs=5
 	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/captions \
-	  model.init=$(DEMO)/teacher/easy/last.pth loss.ita=0 loss.itm=0 train.epochs=2
+	  model.init=$(DEMO)/teacher/easy/last.pth loss.ita=0 loss.itm=0 train.epochs=4
 	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/all \
 	  model.init=$(DEMO)/teacher/captions/last.pth optim.schedule=cosine train.epochs=3
 	$(PY) -m models.export $(DEMO)/teacher/all/last.pth $(TEACHER)

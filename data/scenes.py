@@ -10,14 +10,14 @@ import random
 import zlib
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 SHAPES = ('circle', 'square', 'triangle', 'star', 'heart', 'cross')
 COLOURS = {'red': (222, 40, 44), 'orange': (247, 142, 30), 'yellow': (240, 220, 50), 'green': (48, 160, 62),
            'blue': (42, 84, 214), 'purple': (140, 50, 172), 'pink': (246, 140, 190)}
 BACKGROUNDS = {'white': (246, 246, 246), 'gray': (150, 150, 150), 'black': (26, 26, 26), 'cream': (236, 222, 184)}
 FILLS = ('solid', 'striped', 'outlined')
-SIZES = {'small': 14, 'large': 25}  # radius in pixels of a 128 px picture
+SIZES = {'small': 16, 'large': 27}  # radius in pixels of a 128 px picture
 PLACES = {'center': (64, 64), 'top left': (36, 36), 'top right': (92, 36), 'bottom left': (36, 92),
           'bottom right': (92, 92)}
 # Arrangements by kind of scene; objects are listed left to right, top to bottom, or inner before outer.
@@ -133,10 +133,12 @@ def draw_thing(picture: Image.Image, thing: Thing, x: float, y: float, r: float,
     pen = ImageDraw.Draw(mask)
     pen.polygon(outline(thing.shape, x, y, r), fill=255)
     if thing.fill == 'striped':
-        period = max(8, r / 2.4)
-        for i in range(8):
-            top = y - r + (2 * i + 1) * period / 2
-            pen.rectangle([x - 1.1 * r, top, x + 1.1 * r, top + 0.42 * period], fill=0)
+        stripes = Image.new('L', picture.size, 255)
+        gaps, period = ImageDraw.Draw(stripes), r / 1.8
+        for i in range(4):  # a tint remains between the stripes, so that the shape can be told at 64 pixels
+            top = y - r + (i + 0.5) * period
+            gaps.rectangle([x - 1.1 * r, top, x + 1.1 * r, top + 0.45 * period], fill=90)
+        mask = ImageChops.multiply(mask, stripes)
     elif thing.fill == 'outlined':
         pen.polygon(outline(thing.shape, x, y + (0.13 * r if thing.shape == 'triangle' else 0), 0.58 * r), fill=0)
     picture.paste(jittered(COLOURS[thing.colour], rng), (0, 0), mask)
@@ -151,8 +153,8 @@ def places(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]
         x, y = PLACES[scene.arrangement]
         return [(x + jitter(6), y + jitter(6), radii[0] * rng.uniform(0.95, 1.08))]
     if scene.arrangement == 'inside':
-        x, y = 64 + jitter(12), 64 + jitter(12)
-        return [(x, y, 12.0), (x, y, 40.0)]
+        x, y = 64 + jitter(10), 64 + jitter(10)
+        return [(x, y, 16.0), (x, y, 46.0)]
     count = scene.count if scene.kind == 'group' else len(scene.things)
     across, drift = jitter(8), 5 if count == 2 else 3
     out = []
