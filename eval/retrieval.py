@@ -73,7 +73,7 @@ def text_feats(model: BLIP, texts: Texts, indices: range, batch_size: int) -> to
     """Unit-norm embeddings [len(indices), embed_dim] on the CPU."""
     feats = torch.empty(len(indices), model.config.embed_dim)
     for places, ids, mask in texts.batches(torch.arange(indices.start, indices.stop), batch_size):
-        feats[places] = model.text_feat(model.encode_text(ids, mask)).cpu()
+        feats[places] = model.text_feat(ids, mask).cpu()
     return feats
 
 

@@ -40,7 +40,7 @@ def workloads(model: BLIP, tokenizer: Tokenizer) -> dict[str, Callable]:
     work: dict[str, Callable] = {}
     if model.text_encoder is not None:
         work['image embedding'] = lambda: model.image_feat(model.encode_image(image))
-        work['text embedding'] = lambda: model.text_feat(model.encode_text(ids, mask))
+        work['text embedding'] = lambda: model.text_feat(ids, mask)
         work['match image + text'] = lambda: model.match_logits(
             ids, mask, model.project_image(model.encode_image(image)))
     if model.text_decoder is not None:

@@ -83,17 +83,14 @@ class BLIP(nn.Module):
         tower = self.text_encoder if self.text_encoder is not None else self.text_decoder.bert
         return tower.project_image(image_tokens)
 
-    def encode_text(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """ids, mask [B, T] starting with [CLS] -> hidden [B, T, text_width], without the image"""
-        return self.text_encoder(ids, mask).hidden
-
     def image_feat(self, image_tokens: torch.Tensor) -> torch.Tensor:
         """image tokens [B, N, vision_width] -> unit-norm float32 embedding [B, embed_dim]"""
         return F.normalize(self.vision_proj(image_tokens[:, 0]).float(), dim=-1)
 
-    def text_feat(self, text_hidden: torch.Tensor) -> torch.Tensor:
-        """text hidden [B, T, text_width] -> unit-norm float32 embedding [B, embed_dim]"""
-        return F.normalize(self.text_proj(text_hidden[:, 0]).float(), dim=-1)
+    def text_feat(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """ids, mask [B, T] starting with [CLS] -> unit-norm float32 embedding [B, embed_dim]"""
+        hidden = self.text_encoder(ids, mask, first_only=True).hidden
+        return F.normalize(self.text_proj(hidden[:, 0]).float(), dim=-1)
 
     def match_logits(self, ids: torch.Tensor, mask: torch.Tensor, image_kv: ImageKV,
                      image_index: torch.Tensor | None = None) -> torch.Tensor:
@@ -102,7 +99,7 @@ class BLIP(nn.Module):
         Row r is matched with image `image_index[r]` of `image_kv`; None: rows are spread evenly over the
         images, the rows of an image side by side (row i with image i when there are as many).
         """
-        hidden = self.text_encoder(ids, mask, image_kv=select_images(image_kv, image_index)).hidden
+        hidden = self.text_encoder(ids, mask, image_kv=select_images(image_kv, image_index), first_only=True).hidden
         return self.itm_head(hidden[:, 0])
 
 

@@ -60,7 +60,7 @@ class MomentumQueue(nn.Module):
     def encode(self, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """images [B, 3, S, S], ids and mask [B, T] -> unit-norm image and text features [B, embed_dim]"""
         image = self.vision_proj(self.visual_encoder(images)[:, 0]).float()
-        text = self.text_proj(self.text_encoder(ids, mask).hidden[:, 0]).float()
+        text = self.text_proj(self.text_encoder(ids, mask, first_only=True).hidden[:, 0]).float()
         return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
 
     @torch.no_grad()

@@ -154,7 +154,7 @@ class Objective(nn.Module):
         student, teacher, momentum = self.student, self.teacher, self.momentum
         ids = with_start(ids, self.cls_id)
         image_feat = student.image_feat(tokens)
-        text_feat = student.text_feat(student.encode_text(ids, mask))
+        text_feat = student.text_feat(ids, mask)
         image_feat_m, text_feat_m = momentum.encode(images, ids, mask)
         batch_ids, batch = all_gather(sample_ids), {'image': all_gather(image_feat_m), 'text': all_gather(text_feat_m)}
         image_all = torch.cat([batch['image'], momentum.image_queue])
@@ -166,7 +166,7 @@ class Objective(nn.Module):
         if self.uses('ita_soft', 'image_feat', 'text_feat'):
             with torch.no_grad():
                 teacher_image = teacher.image_feat(teacher_tokens)
-                teacher_text = teacher.text_feat(teacher.encode_text(ids, mask))
+                teacher_text = teacher.text_feat(ids, mask)
             if self.uses('image_feat'):
                 out['image_feat'] = losses.cosine_loss(image_feat, teacher_image)
             if self.uses('text_feat'):
@@ -218,7 +218,8 @@ class Objective(nn.Module):
             mask = torch.cat([pad_to(mask, width), pad_to(mask, width), all_mask[text_negative]])
             image_index = torch.cat([own, image_negative, own])
         want_maps = self.uses('self_attn', 'cross_attn')
-        fused = self.student.text_encoder(ids, mask, image_kv=select_images(kv, image_index), want_maps=want_maps)
+        fused = self.student.text_encoder(ids, mask, image_kv=select_images(kv, image_index), want_maps=want_maps,
+                                          first_only=not want_maps)
         if negatives is not None:
             logits = self.student.itm_head(fused.hidden[:, 0])
             if self.uses('itm'):
@@ -232,7 +233,7 @@ class Objective(nn.Module):
                 remote = all_gather(teacher_tokens)[negatives[0]]
                 teacher_kv = concat_images(teacher_kv, self.teacher.project_image(remote))
             target = self.teacher.text_encoder(ids, mask, image_kv=select_images(teacher_kv, image_index),
-                                               want_maps=want_maps)
+                                               want_maps=want_maps, first_only=not want_maps)
         if self.uses('itm_soft'):
             out['itm_soft'] = losses.logit_kl_loss(logits, self.teacher.itm_head(target.hidden[:, 0]))
         pair_mask = mask[:batch]

@@ -143,10 +143,12 @@ class TextLayer(nn.Module):
         self.intermediate = Intermediate(width, ffn)
         self.output = ResidualNorm(ffn, width, dropout)
 
-    def forward(self, hidden, mask, image_kv, want_maps, extend):
+    def forward(self, hidden, mask, image_kv, want_maps, extend, first_only):
         k, v = self.attention.keys_values(hidden)
         if extend is not None:
             k, v = extend(k, v)
+        if first_only:
+            hidden = hidden[:, :1]
         hidden, self_map = self.attention(hidden, k, v, mask, want_maps)
         cross_map = None
         if image_kv is not None:
@@ -192,12 +194,13 @@ class TextTower(nn.Module):
         return [layer.crossattention.keys_values(image_tokens) for layer in self.layers]
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = False,
-                image_kv: ImageKV | None = None, want_maps: bool = False,
+                image_kv: ImageKV | None = None, want_maps: bool = False, first_only: bool = False,
                 cache: KVCache | None = None) -> TextOutput:
         """ids [R, T] int64; mask [R, T], 1 = token, 0 = pad (right-padded), None = no pads.
 
         With a cache, `ids` continue the cached positions (causal, no pads). `want_maps` returns the last
-        layer's attention maps.
+        layer's attention maps. `first_only` computes position 0 alone in the last layer (bidirectional; hidden is
+        [R, 1, width]): all that an embedding or a matching score reads.
         """
         start = cache.length if cache else 0
         length = ids.shape[1]
@@ -209,9 +212,9 @@ class TextTower(nn.Module):
         self_map = cross_map = None
         for i, layer in enumerate(self.layers):
             extend = None if cache is None else (lambda k, v, i=i: cache.extend(i, k, v))
-            hidden, self_map, cross_map = layer(
-                hidden, attend, image_kv[i] if image_kv is not None else None,
-                want_maps and i == len(self.layers) - 1, extend)
+            last = i == len(self.layers) - 1
+            hidden, self_map, cross_map = layer(hidden, attend, image_kv[i] if image_kv is not None else None,
+                                                want_maps and last, extend, first_only and last)
         if cache is not None:
             cache.length += length
         return TextOutput(hidden, self_map, cross_map)

@@ -96,7 +96,7 @@ class DLIPProd:
         """
         self._require('retrieval')
         with torch.inference_mode():
-            parts = [self.model.text_feat(self.model.encode_text(ids, mask)).cpu()
+            parts = [self.model.text_feat(ids, mask).cpu()
                      for ids, mask in self._tokens(texts, batch_size, '[CLS]')]
         return torch.cat(parts)
 

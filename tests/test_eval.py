@@ -118,7 +118,7 @@ def plain_scores(model: BLIP, tokenizer: Tokenizer, dataset, k: int) -> tuple[to
     """BLIP's procedure, one query and one candidate at a time, each pair with its own pass over the image."""
     tokens = [model.encode_image(dataset[i][None]) for i in range(len(dataset))]
     image = torch.cat([model.image_feat(x) for x in tokens])
-    text = torch.cat([model.text_feat(model.encode_text(*tokenizer([caption], 35))) for caption in dataset.texts])
+    text = torch.cat([model.text_feat(*tokenizer([caption], 35)) for caption in dataset.texts])
     cosine = image @ text.T
 
     def match(i: int, t: int) -> torch.Tensor:
