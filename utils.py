@@ -1,17 +1,13 @@
-"""Mechanics shared by the scripts: configs, processes, schedules, atomic files, meters and curves."""
+"""Mechanics shared by the scripts: configs, processes, atomic files, progress bars."""
 
 import argparse
 import difflib
-import json
 import logging
-import math
 import os
 import random
 import signal
 import sys
 import tempfile
-import time
-from collections import defaultdict
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -301,134 +297,7 @@ def make_output_dir(path: str | os.PathLike) -> Path:
     return path
 
 
-def append_log(path: Path, record: dict) -> None:
-    """Append one JSON line (`log.txt`)."""
-    with open(path, 'a', encoding='utf-8') as file:
-        file.write(json.dumps(record) + '\n')
-
-
-# ---------------------------------------------------------------- schedules and optimizer
-
-def learning_rate(step: int, steps_per_epoch: int, epochs: int, lr: float, min_lr: float, warmup_steps: int,
-                  warmup_lr: float, schedule: str, decay: float) -> float:
-    """Learning rate of an optimizer step: linear warm-up, then 'step' (lr * decay^epoch) or 'cosine' (to min_lr).
-
-    'step' and 'cosine' are BLIP's `step_lr_schedule` and `cosine_lr_schedule`.
-    """
-    epoch = step // steps_per_epoch
-    if schedule == 'step':
-        value = max(min_lr, lr * decay ** epoch)
-    else:
-        done = step / max(1, steps_per_epoch * epochs)
-        value = min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * done))
-    if step < warmup_steps:
-        value = min(value, warmup_lr + (lr - warmup_lr) * step / warmup_steps)
-    return value
-
-
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Two AdamW groups: decay on matrices; none on biases, norms, the temperature and position embeddings."""
-    decay, plain = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            bare = parameter.ndim < 2 or name.endswith(('pos_embed', 'cls_token', 'position_embeddings.weight'))
-            (plain if bare else decay).append(parameter)
-    return [{'params': decay, 'weight_decay': weight_decay}, {'params': plain, 'weight_decay': 0.0}]
-
-
-# ---------------------------------------------------------------- watching a run
-
 def progress(iterable, total: int | None = None, desc: str = ''):
     """A progress bar with ETA on the main process; silent elsewhere."""
     return tqdm(iterable, total=total, desc=desc, disable=not is_main(), mininterval=1.0, leave=False,
                 dynamic_ncols=True)
-
-
-class Meters:
-    """Running means of scalar tensors, kept on the device: nothing waits for the GPU until they are read."""
-
-    def __init__(self):
-        self.sums: dict[str, torch.Tensor] = defaultdict(lambda: 0.0)
-        self.counts: dict[str, int] = defaultdict(int)
-
-    def update(self, values: dict[str, torch.Tensor | float]) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + (value.detach() if isinstance(value, torch.Tensor) else value)
-            self.counts[name] += 1
-
-    def means(self) -> dict[str, float]:
-        """Mean over the updates and the processes."""
-        local = {name: (float(self.sums[name]), self.counts[name]) for name in self.sums}
-        total: dict[str, list[float]] = {}
-        for part in gather_objects(local):
-            for name, (value, count) in part.items():
-                pair = total.setdefault(name, [0.0, 0])
-                pair[0] += value
-                pair[1] += count
-        return {name: value / count for name, (value, count) in total.items()}
-
-    def state_dict(self) -> dict:
-        return {name: [float(self.sums[name]), self.counts[name]] for name in self.sums}
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, (value, count) in state.items():
-            self.sums[name], self.counts[name] = value, count
-
-
-class Clock:
-    """Step rate, share of time spent waiting for data, and ETA of a loop."""
-
-    def __init__(self, steps_left: int):
-        self.steps_left, self.steps, self.waited = steps_left, 0, 0.0
-        self.started = self.mark = time.perf_counter()
-
-    def data_ready(self) -> None:
-        self.waited += time.perf_counter() - self.mark
-
-    def step_done(self) -> None:
-        self.steps += 1
-        self.mark = time.perf_counter()
-
-    def line(self, samples_per_step: int) -> str:
-        elapsed = max(1e-9, time.perf_counter() - self.started)
-        eta = timedelta(seconds=round(elapsed / max(1, self.steps) * (self.steps_left - self.steps)))
-        return (f'{self.steps * samples_per_step / elapsed:.1f} images/s  data wait {self.waited / elapsed:.0%}  '
-                f'eta {eta}')
-
-
-def read_log(path: Path) -> list[dict]:
-    """The records of a JSON-lines file; an absent file has none."""
-    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
-
-
-def plot_curves(logs: list[Path], png: Path) -> None:
-    """Draw every `train_*`, `val_*` and `test_*` number of JSON-lines logs over the epochs, one small panel each.
-
-    A record's place is its `progress` (fractional epoch) or, at the end of an epoch, its `epoch` + 1.
-    """
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    series: dict[str, list[tuple[float, float]]] = {}
-    for log in logs:
-        for row in read_log(log):
-            for name, value in row.items():
-                if name.startswith(('train_', 'val_', 'test_')) and isinstance(value, int | float):
-                    series.setdefault(name, []).append((row.get('progress', row['epoch'] + 1), value))
-    if not series:
-        return
-    columns = min(4, len(series))
-    rows = -(-len(series) // columns)
-    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(3.2 * columns, 2.3 * rows))
-    for axis in axes.flat[len(series):]:
-        axis.axis('off')
-    for axis, (name, points) in zip(axes.flat, series.items(), strict=False):
-        axis.plot(*zip(*sorted(points), strict=True), marker='.', markersize=3, linewidth=1.2)
-        axis.set_title(name, fontsize=9)
-        axis.tick_params(labelsize=7)
-        axis.grid(alpha=0.3)
-    figure.supxlabel('epoch', fontsize=8)
-    figure.tight_layout()
-    with atomic_write(png, 'wb') as file:
-        figure.savefig(file, dpi=110, format='png')
-    plt.close(figure)

@@ -12,25 +12,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data.loader import BadImages
 from models.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from models.logs import Clock, Meters, append_log, plot_curves, read_log
 from models.objective import Objective
+from models.optim import learning_rate, parameter_groups
 from models.tokenizer import Tokenizer
-from utils import (
-    Clock,
-    Meters,
-    StopSignal,
-    any_process,
-    append_log,
-    atomic_write,
-    is_main,
-    learning_rate,
-    logger,
-    parameter_groups,
-    plot_curves,
-    rank,
-    read_log,
-    seed_everything,
-    world_size,
-)
+from utils import StopSignal, any_process, atomic_write, is_main, logger, rank, seed_everything, world_size
 
 
 class Run:

@@ -19,7 +19,9 @@ import train_dlip_caption_flickr
 import train_dlip_retrieval_flickr
 from data import scene_layouts
 from models.checkpoint import load_model, read_checkpoint
-from utils import ROOT, learning_rate, read_log, read_yaml
+from models.logs import read_log
+from models.optim import learning_rate
+from utils import ROOT, read_yaml
 
 
 @pytest.fixture(scope='session')
