@@ -1,0 +1,155 @@
+"""The README's commands for real data, read from the README and run in its order, in one folder.
+
+Only the paths and the number of processes are replaced, and settings appended that make the nets and epochs small.
+"""
+
+import http.server
+import io
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pandas
+import pytest
+from conftest import NANO, TESTS
+
+from data import scene_layouts
+from data.scene_captions import captions
+from data.scenes import render, sample_split
+from models.blip import BLIP, BLIPConfig
+from models.checkpoint import save_checkpoint
+from models.logs import read_log
+from utils import ROOT
+
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+BLOCKS = re.findall(r'^```(\w*)\n(.*?)^```', README, re.DOTALL | re.MULTILINE)
+COMMANDS = [line for kind, block in BLOCKS if not kind for line in block.replace('\\\n', '').splitlines()
+            if line.startswith(('sed ', 'img2dataset ', 'python '))]
+PAIRS = 6  # of each downloaded source, one of which is missing on the server
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory) -> Path:
+    """What a user downloads by hand: lists of addresses, Visual Genome, Flickr30K, a teacher, a picture."""
+    folder = tmp_path_factory.mktemp('readme')
+    scenes = folder / 'scenes'
+    scene_layouts.main(['--out', str(scenes), '--pretrain', '40', '--flickr_train', '6', '--flickr_val', '3',
+                        '--flickr_test', '4', '--workers', '1'])
+    for name in ('vgo', 'flickr30k'):
+        shutil.copytree(scenes / name, folder / 'datadrive' / name)
+    shutil.copy(scenes / 'flickr30k/flickr30k-images/test000000.jpg', folder / 'dog.jpg')
+    return folder
+
+
+@pytest.fixture(scope='module')
+def address():
+    """A loopback server of rendered pictures; the first of each source answers 404."""
+    scenes = sample_split('train', PAIRS, 0, distinct=True)
+
+    class Pictures(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            number = int(re.findall(r'\d+', self.path)[-1])
+            self.send_response(200 if number else 404)
+            self.end_headers()
+            if number:
+                file = io.BytesIO()
+                render(scenes[number], random.Random(number)).save(file, 'JPEG')
+                self.wfile.write(file.getvalue())
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Pictures)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f'http://127.0.0.1:{server.server_port}', [captions(scene)[0] for scene in scenes]
+    server.shutdown()
+
+
+def run(command: str, place: Path, cwd: Path, *overrides: str) -> str:
+    """Run a command of the README with this folder's paths and few processes."""
+    for there in ('/datadrive', 'output/', 'save/'):
+        command = command.replace(f' {there}', f' {place / there.strip("/")}{"/" if there[-1] == "/" else ""}')
+    command = re.sub(r'(--processes_count|--nproc_per_node)(.)\d+', r'\1\g<2>1', command)
+    command = command.replace('torch.distributed.run', 'torch.distributed.run --standalone')
+    env = {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
+           'NO_ALBUMENTATIONS_UPDATE': '1', 'OMP_NUM_THREADS': '2'}
+    done = subprocess.run(['bash', '-c', ' '.join([command, *overrides])], cwd=cwd, env=env, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, f'{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}'
+    return done.stdout
+
+
+def commands(text: str) -> list[str]:
+    """The README's commands that contain `text`; there must be one."""
+    found = [command for command in COMMANDS if text in command]
+    assert found, f'README.md has no command with {text!r}'
+    return found
+
+
+def test_downloads_and_all_json(place, address):
+    """img2dataset fetches each source as the README says, and `json_dataset.py` turns them into all.json."""
+    server, texts = address
+    rows = {name: [(f'{server}/{name}/{i}.jpg', text) for i, text in enumerate(texts)] for name in 'abc'}
+    (place / 'Train_GCC-training.tsv').write_text(''.join(f'{text}\t{url}\n' for url, text in rows['a']))
+    pandas.DataFrame(rows['b'], columns=['URL', 'TEXT']).to_parquet(place / 'mscoco.parquet')
+    urls, sentences = zip(*rows['c'], strict=True)
+    (place / 'sbu-captions-all.json').write_text(json.dumps({'image_urls': urls, 'captions': sentences}))
+    for command in [*commands('sed '), *commands('img2dataset ')]:
+        run(command, place, place)
+    printed = run(*commands('json_dataset.py'), place, ROOT)
+    assert re.search(rf'sbu +{PAIRS - 1} +1\b', printed)
+    pairs = json.loads((place / 'datadrive/dataloader/all.json').read_text())
+    assert [pair['id'] for pair in pairs] == list(range(len(pairs)))
+    for source in ('cc3m', 'mscoco', 'sbu'):
+        kept = [pair for pair in pairs if f'/{source}/' in pair['image_root']]
+        assert sorted(pair['caption'] for pair in kept) == sorted(texts[1:])
+        assert all(Path(pair['image_root']).is_file() for pair in kept)
+
+
+def test_train_evaluate_use(place, bert_tokenizer, monkeypatch, capsys):
+    """The real configs, every loss term included, at nano size: pre-train, finetune, evaluate, serve."""
+    if not (place / 'datadrive/dataloader/all.json').exists():
+        run(*commands('json_dataset.py'), place, ROOT)
+    teacher = BLIP(BLIPConfig(**{**NANO, 'embed_dim': 256, 'dropout': 0.1}, vocab_size=len(bert_tokenizer)))
+    (place / 'save').mkdir()
+    save_checkpoint(place / 'save/model_base.pth', teacher, bert_tokenizer, {})
+    small = ['model.size=nano', 'model.image_size=32', f'tokenizer={TESTS / "vocab.txt"}', 'teacher.size=nano',
+             'train.epochs=1', 'train.batch_size=4', 'data.workers=0']
+    save = place / 'save'
+    run(*commands('pretrain_dlip.py'), place, ROOT, *small, f'teacher.weights={save}/model_base.pth',
+        'model.init_vision=null', 'ita.queue_size=64', f'data.train={place}/datadrive/dataloader/all.json')
+    assert {'train_loss_ita', 'train_loss_lm_logits', 'train_loss_cross_attn'} <= read_log(
+        place / 'output/pretrain/log.txt')[0].keys()
+    flickr = f'data.root={place}/datadrive/flickr30k'
+    for script in ('train_dlip_retrieval_flickr.py', 'train_dlip_caption_flickr.py'):
+        run(*commands(script), place, ROOT, *small, flickr, f'model.init={place}/output/pretrain/last.pth')
+    for script in ('eval.retrieval', 'eval.caption'):
+        run(*commands(script), place, ROOT, f'--output_dir {place}/eval --device cpu', flickr, 'data.workers=0')
+    assert {path.name for path in (place / 'eval').iterdir()} == {
+        f'{name}_test.{kind}' for name in ('retrieval', 'caption') for kind in ('json', 'html')}
+    assert 'beam-3 caption' in run(*commands('eval.speed'), place, ROOT)
+
+    for name in ('retrieval', 'caption'):
+        shutil.copy(place / f'output/{name}_flickr/best.pth', save / f'dlip_{name}_flickr.pth')
+    monkeypatch.chdir(place)
+    scope: dict = {}
+    example, = (block for kind, block in BLOCKS if kind == 'python')
+    exec(example, scope)
+    words = scope['caption'].generate(scope['image'])
+    assert len(words) == 1 and isinstance(words[0], str)
+    for feature in (scope['retrieval'].get_image_feat(scope['image']), scope['retrieval'].get_text_feat('a dog')):
+        assert feature.shape == (1, 256) and float(feature.norm()) == pytest.approx(1, abs=1e-5)
+
+
+def test_every_command_is_run():
+    """A command that is added to the README must be added here, or be part of `make demo`."""
+    tested = ('sed ', 'img2dataset ', 'json_dataset.py', 'pretrain_dlip.py', 'train_dlip_', 'eval.', 'prod.try_it')
+    assert not [command for command in COMMANDS if not any(name in command for name in tested)]
+    demo = (ROOT / 'Makefile').read_text()
+    assert 'prod.try_it' in demo and 'json_dataset.py' in demo
