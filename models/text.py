@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.vit import prefers_plain_attention
+
 ImageKV = list[tuple[torch.Tensor, torch.Tensor]]  # per layer: keys and values, each [images, heads, N, D]
 
 
@@ -113,7 +115,7 @@ class Attention(nn.Module):
                 scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
             log_map = scores.log_softmax(-1)
             context = F.dropout(log_map.exp(), dropout).to(v.dtype) @ v
-        elif self.training and q.device.type == 'cpu':  # see VisionTower.train
+        elif prefers_plain_attention(q.device, self.training):
             scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(-1, -2)
             if mask is not None:
                 scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
