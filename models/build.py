@@ -103,8 +103,8 @@ def load_timm(model: BLIP, name: str) -> None:
 
 
 def spaced(kept: int, depth: int) -> list[int]:
-    """Indices of `kept` of `depth` teacher layers, evenly spaced, the last one included."""
-    return [round((i + 1) * depth / kept) - 1 for i in range(kept)]
+    """Indices of `kept` of `depth` teacher layers, evenly spaced from the first to the last (of one: the last)."""
+    return [round(i * (depth - 1) / (kept - 1)) for i in range(kept)] if kept > 1 else [depth - 1]
 
 
 def inherit_vision(model: BLIP, teacher: BLIP) -> None:
@@ -122,8 +122,18 @@ def inherit_vision(model: BLIP, teacher: BLIP) -> None:
         copy_weights(model.vision_proj, teacher.vision_proj.state_dict(), 'the teacher (vision_proj)')
 
 
+def keep_strongest_neurons(layer: dict[str, torch.Tensor], prefix: str, ffn: int) -> None:
+    """Cut a text layer's feed-forward net to its `ffn` neurons of largest weight (norm in x norm out), in place."""
+    into, bias, out = (f'{prefix}{name}' for name in ('intermediate.dense.weight', 'intermediate.dense.bias',
+                                                      'output.dense.weight'))
+    strength = layer[into].norm(dim=1) * layer[out].norm(dim=0)
+    kept = strength.topk(min(ffn, len(strength))).indices.sort().values
+    layer[into], layer[bias], layer[out] = layer[into][kept], layer[bias][kept], layer[out][:, kept]
+
+
 def inherit_text(model: BLIP, teacher: BLIP) -> None:
-    """Copy evenly spaced text layers, embeddings and heads of a teacher of equal width."""
+    """Copy evenly spaced text layers, embeddings and heads of a teacher of equal width; a narrower feed-forward net
+    keeps the strongest neurons."""
     layers = spaced(model.config.text_depth, teacher.config.text_depth)
     for name in ('text_encoder', 'text_decoder'):
         tower = getattr(model, name)
@@ -135,6 +145,7 @@ def inherit_text(model: BLIP, teacher: BLIP) -> None:
         for ours, theirs in enumerate(layers):
             picked |= {f'{prefix}{ours}.{key.removeprefix(f"{prefix}{theirs}.")}': value
                        for key, value in weights.items() if key.startswith(f'{prefix}{theirs}.')}
+            keep_strongest_neurons(picked, f'{prefix}{ours}.', model.config.text_ffn)
         copy_weights(tower, picked, f'the teacher (model.init_text, {name})')
     if model.text_encoder is not None:
         for name in ('text_proj', 'itm_head'):

@@ -100,7 +100,7 @@ class Objective(nn.Module):
                 net, part = nets[who], 'text_decoder' if term in DECODER else 'text_encoder'
                 if net is None:
                     raise ValueError(f'loss.{term} needs a teacher: set teacher.weights, or loss.{term}: 0')
-                if getattr(net, part) is None:
+                if term != 'image_tokens' and getattr(net, part) is None:
                     raise ValueError(f'loss.{term} needs a {part}, which the {who} of task '
                                      f'{net.config.task!r} does not have: set loss.{term}: 0')
         if self.uses(*CONTRASTIVE) and self.momentum is None:
