@@ -77,17 +77,20 @@ def read_log(path: Path) -> list[dict]:
 def plot_curves(logs: list[Path], png: Path) -> None:
     """Draw every `train_*`, `val_*` and `test_*` number of JSON-lines logs over the epochs, one small panel each.
 
-    A record's place is its `progress` (fractional epoch) or, at the end of an epoch, its `epoch` + 1.
+    A record's place is its `progress` (fractional epoch) or, at the end of an epoch, its `epoch` + 1; what is logged
+    at both is drawn from the former.
     """
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     series: dict[str, list[tuple[float, float]]] = {}
-    for log in logs:
-        for row in read_log(log):
-            for name, value in row.items():
-                if name.startswith(('train_', 'val_', 'test_')) and isinstance(value, int | float):
-                    series.setdefault(name, []).append((row.get('progress', row['epoch'] + 1), value))
+    rows = [row for log in logs for row in read_log(log)]
+    finer = {name for row in rows if 'progress' in row for name in row}  # of these the epochs' means would be spikes
+    for row in rows:
+        for name, value in row.items():
+            if name.startswith(('train_', 'val_', 'test_')) and isinstance(value, int | float) and (
+                    'progress' in row or name not in finer):
+                series.setdefault(name, []).append((row.get('progress', row['epoch'] + 1), value))
     if not series:
         return
     columns = min(4, len(series))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from utils import ROOT, load_config, read_yaml
+from models.objective import TEACHER_TERMS
+from utils import ROOT, flat_keys, load_config, read_yaml
 
 SCHEMAS = {'pretrain': ['pretrain', 'demo/teacher', 'demo/pretrain'],
            'retrieval_flickr': ['retrieval_flickr', 'demo/retrieval_flickr'],
@@ -65,3 +66,25 @@ def test_overrides(config_file):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match='no config file .*nowhere.yaml'):
         load_config(tmp_path / 'nowhere.yaml', 'configs/pretrain.yaml')
+
+
+SIZES_AND_PATHS = {'model.size', 'model.image_size', 'model.init', 'model.vit_ckpt_layer', 'tokenizer', 'teacher.size',
+                   'teacher.weights', 'ita.queue_size', 'ita.momentum', 'data.train', 'data.root', 'data.max_tokens',
+                   'data.workers', 'optim.lr', 'optim.warmup_steps', 'optim.schedule', 'train.epochs',
+                   'train.batch_size', 'train.log_every', 'train.save_every', 'eval.k_test', 'eval.min_length'}
+BESIDES = {'model.init_vision', 'model.init_text', 'model.dropout', 'data.min_scale', 'data.randaugment', 'data.prompt'}
+
+
+@pytest.mark.parametrize('name', SCHEMAS)
+def test_the_demo_differs_only_as_the_readme_says(name):
+    """In sizes, paths and schedule; in initialisation, dropout, augmentation and prompt; in weights of loss terms."""
+    real, demo = (read_yaml(ROOT / 'configs' / folder / f'{name}.yaml') for folder in ('', 'demo'))
+    different = set()
+    for key in flat_keys(real):
+        a, b = real, demo
+        for part in key.split('.'):
+            a, b = a[part], b[part]
+        if a != b:
+            different.add(key)
+    distilled = {f'loss.{term}' for term in TEACHER_TERMS}
+    assert different <= SIZES_AND_PATHS | BESIDES | distilled
