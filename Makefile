@@ -1,4 +1,4 @@
-# make demo   the whole path on one machine, about 8 minutes on 2 cores after installation
+# make demo   the whole path on one machine, 8 to 9 minutes on 2 cores after installation
 # make test   the test suite
 PYTHON ?= python3
 PY := .venv/bin/python

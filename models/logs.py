@@ -78,7 +78,7 @@ def plot_curves(logs: list[Path], png: Path) -> None:
     """Draw every `train_*`, `val_*` and `test_*` number of JSON-lines logs over the epochs, one small panel each.
 
     A record's place is its `progress` (fractional epoch) or, at the end of an epoch, its `epoch` + 1; what is logged
-    at both is drawn from the former.
+    at both is drawn from the former; a single value is no curve.
     """
     import matplotlib
     matplotlib.use('Agg')
@@ -91,6 +91,7 @@ def plot_curves(logs: list[Path], png: Path) -> None:
             if name.startswith(('train_', 'val_', 'test_')) and isinstance(value, int | float) and (
                     'progress' in row or name not in finer):
                 series.setdefault(name, []).append((row.get('progress', row['epoch'] + 1), value))
+    series = {name: points for name, points in series.items() if len(points) > 1}
     if not series:
         return
     columns = min(4, len(series))
