@@ -127,7 +127,7 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(small_tokenizer, ba
     net = objective(small_tokenizer, dict.fromkeys(terms, 1.0))
     net.frozen.model = net.student
     out = net.eval()(*batch, 0.4, 0)
-    assert all(abs(float(out[term])) < 1e-5 for term in terms)
+    assert all(abs(float(out[term].detach())) < 1e-5 for term in terms)
 
 
 def test_pads_change_no_loss(small_tokenizer, batch):
@@ -143,6 +143,28 @@ def test_teacher_cannot_leave_eval_nor_train(small_tokenizer, batch):
     net = objective(small_tokenizer, {'lm_logits': 1.0}).train()
     assert not net.teacher.training and not any(p.requires_grad for p in net.teacher.parameters())
     assert not any('teacher' in key and 'queue' not in key for key in net.state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('change', [lambda net: net.teacher.temp.mul_(2),
+                                    lambda net: net.momentum.teacher_image_queue.neg_()])
+def test_soft_targets_come_from_the_teachers_own_space(small_tokenizer, batch, change):
+    """Its temperature and its features of the queue, not the student's (bug 4 of the original)."""
+    net = objective(small_tokenizer, {'ita_soft': 1.0}).eval()
+    before = net(*batch, 0.4, 0)['ita_soft']
+    change(net)
+    assert not torch.isclose(net(*batch, 0.4, 0)['ita_soft'], before)
+
+
+@torch.no_grad()
+def test_every_pass_starts_with_its_own_token(small_tokenizer, batch):
+    """[CLS] embeds, [ENC] matches, [DEC] captions, whatever stands at position 0 of the batch."""
+    for token, terms in (('cls_id', {'ita'}), ('enc_id', {'itm'}), ('bos_id', {'lm'})):
+        net = objective(small_tokenizer, {'ita': 1.0, 'itm': 1.0, 'lm': 1.0}).eval()
+        before = net(*batch, 0.4, 0)
+        setattr(net, token, 9)
+        after = net(*batch, 0.4, 0)
+        assert {term for term in ('ita', 'itm', 'lm') if not torch.isclose(before[term], after[term])} >= terms
 
 
 def test_the_batch_is_enqueued_after_the_losses(small_tokenizer, batch):

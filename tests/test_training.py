@@ -20,7 +20,7 @@ import train_dlip_retrieval_flickr
 from data import scene_layouts
 from models.checkpoint import load_model, read_checkpoint
 from models.logs import read_log
-from models.optim import learning_rate
+from models.optim import learning_rate, parameter_groups
 from utils import ROOT, read_yaml
 
 
@@ -279,6 +279,19 @@ def test_odd_captions_and_a_broken_picture_do_not_end_a_run(pretrained, scenes, 
     run(pretrain_dlip, pretrained[0], tmp_path / 'out', f'data.train={data}')
     printed = capsys.readouterr().out
     assert 'cut.jpg is not a readable picture' in printed and '1 pairs without a caption' in printed
+
+
+def test_weight_decay_is_for_matrices_only(nano):
+    decayed, spared = parameter_groups(nano, 0.1)
+    assert (decayed['weight_decay'], spared['weight_decay']) == (0.1, 0.0)
+    spared = {id(parameter) for parameter in spared['params']}
+    layer = nano.text_encoder.layers[0]
+    for parameter in (nano.temp, nano.visual_encoder.pos_embed, nano.visual_encoder.norm.weight, nano.itm_head.bias,
+                      layer.output.LayerNorm.weight, nano.text_encoder.embeddings.position_embeddings.weight):
+        assert id(parameter) in spared
+    for parameter in (nano.itm_head.weight, layer.intermediate.dense.weight,
+                      nano.visual_encoder.blocks[0].mlp.fc1.weight):
+        assert id(parameter) not in spared
 
 
 def test_learning_rate_schedules():
