@@ -84,7 +84,7 @@ def score_captions(dataset, captions: list[str], meteor: bool = False) -> tuple[
 def main(argv: list[str] | None = None) -> None:
     args, config = evaluation_arguments(__doc__, 'configs/caption_flickr.yaml', argv)
     device, output_dir = setup_process(args.device), make_output_dir(args.output_dir)
-    model, tokenizer, _ = load_model(args.checkpoint, device, 'caption')
+    model, tokenizer, _ = load_model(args.checkpoint, device, 'caption', args.tokenizer)
     data = config['data']
     dataset = ImageTextEval(data['root'], args.split, eval_transform(model.config.image_size), data['max_words'])
     metrics, records = evaluate_captions(model, tokenizer, dataset, device=device, meteor=True, prompt=data['prompt'],

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Subset
 
+from models.originals import VOCABULARY
 from utils import atomic_write, load_config, progress, rank, world_size
 
 
@@ -14,13 +15,19 @@ def evaluation_arguments(description: str, config: str, argv: list[str] | None =
     """Parse the options of an evaluation script -> (namespace, config checked against the default)."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', default=config, help='YAML file of the training (default: %(default)s)')
-    parser.add_argument('--checkpoint', required=True, help='a .pth that this repository wrote')
+    parser.add_argument('--checkpoint', required=True, help='a .pth of this repository, of BLIP or of dlip-v2')
+    tokenizer_option(parser)
     parser.add_argument('--split', default='test', choices=('train', 'val', 'test'))
     parser.add_argument('--output_dir', default='output/eval', help='default: %(default)s')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='override a setting, e.g. eval.batch_size=16')
     args = parser.parse_args(argv)
     return args, load_config(args.config, config, args.overrides)
+
+
+def tokenizer_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--tokenizer', default=VOCABULARY, help='vocabulary of a BLIP or dlip-v2 file, which carries '
+                        'none: hub name, folder or vocab.txt (default: %(default)s)')
 
 
 def shard(count: int) -> range:

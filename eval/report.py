@@ -18,7 +18,7 @@ import torch
 from data.datasets import ImageTextEval
 from data.transforms import eval_transform
 from eval.caption import evaluate_captions
-from eval.common import hardware, write_json
+from eval.common import hardware, tokenizer_option, write_json
 from eval.metrics import retrieval_metrics
 from eval.page import caption_card, figure, grid, picture_hits, section, table, write_page
 from eval.retrieval import retrieval_scores, top_pictures
@@ -56,11 +56,11 @@ def dataset_for(model: BLIP, data: dict) -> ImageTextEval:
 
 
 def evaluate(name: str, retrieval_path: str, caption_path: str, configs: tuple[dict, dict],
-             device: torch.device) -> Net:
+             device: torch.device, vocabulary: str) -> Net:
     """Retrieval and captions of the test split."""
     logger.info('evaluating: %s', name)
-    retrieval, tokenizer, _ = load_model(retrieval_path, device, 'retrieval')
-    caption, caption_tokenizer, _ = load_model(caption_path, device, 'caption')
+    retrieval, tokenizer, _ = load_model(retrieval_path, device, 'retrieval', vocabulary)
+    caption, caption_tokenizer, _ = load_model(caption_path, device, 'caption', vocabulary)
     for_retrieval, for_caption = configs
     dataset = dataset_for(retrieval, for_retrieval['data'])
     i2t, t2i = retrieval_scores(retrieval, tokenizer, dataset, device=device,
@@ -194,6 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--retrieval_config', default=RETRIEVAL_CONFIG, help='default: %(default)s')
     parser.add_argument('--caption_config', default=CAPTION_CONFIG, help='default: %(default)s')
     parser.add_argument('--curves', nargs='*', default=[], type=Path, metavar='PNG', help='loss curves to include')
+    tokenizer_option(parser)
     parser.add_argument('--output_dir', default='output/report', help='default: %(default)s')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
     args = parser.parse_args(argv)
@@ -209,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.plain_retrieval:
         paths[PLAIN] = args.plain_retrieval, args.plain_caption
     paths[STUDENT] = args.retrieval, args.caption
-    nets = [evaluate(name, *pair, configs, device) for name, pair in paths.items()]
+    nets = [evaluate(name, *pair, configs, device, args.tokenizer) for name, pair in paths.items()]
     add_times(nets, configs, device)
 
     teacher, student = nets[0], nets[-1]

@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval.common import hardware, write_json
+from eval.common import hardware, tokenizer_option, write_json
 from models.blip import BLIP
 from models.build import count_parameters
 from models.checkpoint import load_model
@@ -105,11 +105,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--rounds', type=int, default=20, help='timed runs of each workload (default: %(default)s)')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
     parser.add_argument('--output_dir')
+    tokenizer_option(parser)
     args = parser.parse_args(argv)
     device = setup_process(args.device)
     output_dir = make_output_dir(args.output_dir) if args.output_dir else None
     paths = {'teacher': args.teacher, 'student': args.checkpoint} if args.teacher else {'student': args.checkpoint}
-    nets = {name: load_model(path, device)[:2] for name, path in paths.items()}
+    nets = {name: load_model(path, device, tokenizer=args.tokenizer)[:2] for name, path in paths.items()}
     rows = compare(nets, device, args.rounds)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [''.join(f'{column:>12}' if column else f'{"":<28}' for column in columns)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from models.blip import BLIP, BLIPConfig
+from models.originals import VOCABULARY, infer_config
 from models.tokenizer import Tokenizer
 from models.vit import resample_positions
 from utils import atomic_write, read_yaml
@@ -93,12 +94,13 @@ def save_checkpoint(path: str | os.PathLike, model: BLIP, tokenizer: Tokenizer, 
                     'vocab': tokenizer.vocab, 'config': config, **state}, file)
 
 
-def load_model(path: str | os.PathLike, device: str | torch.device = 'cpu', task: str | None = None
-               ) -> tuple[BLIP, Tokenizer, dict]:
-    """Rebuild the net of a checkpoint of this repository from the file alone.
+def load_model(path: str | os.PathLike, device: str | torch.device = 'cpu', task: str | None = None,
+               tokenizer: str | os.PathLike = VOCABULARY) -> tuple[BLIP, Tokenizer, dict]:
+    """Rebuild the net of a checkpoint: from the file alone, or of a file of the original BLIP or dlip-v2.
 
     Args:
         task: build only the parts of this task ('retrieval' or 'caption'); default: all that the file holds.
+        tokenizer: the vocabulary of an original file, which carries none (see `Tokenizer.from_pretrained`).
 
     Returns:
         (net in eval mode and float32 on `device`, its tokenizer, everything else in the file).
@@ -107,11 +109,19 @@ def load_model(path: str | os.PathLike, device: str | torch.device = 'cpu', task
         FileNotFoundError, ValueError: the file is missing, damaged, of another kind, or lacks the task's parts.
     """
     checkpoint = read_checkpoint(path)
-    if 'architecture' not in checkpoint or 'vocab' not in checkpoint:
-        raise ValueError(f'{path} carries no architecture and vocabulary: it was not written by this repository')
-    config = BLIPConfig(**checkpoint.pop('architecture'))
+    if 'architecture' in checkpoint and 'vocab' in checkpoint:
+        config, words = BLIPConfig(**checkpoint.pop('architecture')), Tokenizer(checkpoint.pop('vocab'))
+    else:
+        try:
+            config = infer_config(checkpoint['model'], checkpoint.pop('config', None))
+        except ValueError as error:
+            raise ValueError(f'{path} cannot be loaded: {error}') from None
+        words = Tokenizer.from_pretrained(tokenizer)
+        if len(words) != config.vocab_size:
+            raise ValueError(f'{path} has a vocabulary of {config.vocab_size} tokens, the tokenizer {tokenizer} has '
+                             f'{len(words)}: give the one it was trained with')
     if task and config.task not in ('pretrain', task):
         raise ValueError(f'{path} is a {config.task} checkpoint: it cannot serve {task}')
     model = BLIP(BLIPConfig(**{**config.to_dict(), 'task': task or config.task}))
     load_weights(model, checkpoint.pop('model'), str(path))
-    return model.eval().to(device), Tokenizer(checkpoint.pop('vocab')), checkpoint
+    return model.eval().to(device), words, checkpoint

@@ -16,6 +16,7 @@ import torch
 from data.transforms import eval_transform
 from models.checkpoint import load_model
 from models.generation import PROMPT, generate
+from models.originals import VOCABULARY
 from models.tokenizer import ENC
 from prod.images import as_list, kind, read_image
 from utils import choose_device
@@ -25,7 +26,7 @@ MAX_TOKENS = 35  # of a text, where the checkpoint does not say what it was trai
 
 
 class DLIPProd:
-    """A checkpoint of this repository, ready for inference (eval mode, float32, `inference_mode`).
+    """A checkpoint of this repository, of dlip-v2 or of BLIP, ready for inference (float32, `inference_mode`).
 
     Images are a PIL image of any mode, a numpy array (H, W) or (H, W, 1|3|4) of uint8, uint16 or float in
     [0, 1], a torch tensor (1|3|4, H, W) of the same kinds, a path, the bytes of a file, or a list or tuple of
@@ -36,19 +37,22 @@ class DLIPProd:
     Args:
         name: 'caption' or 'retrieval': what the checkpoint must be able to do. One that holds both
             (pre-training) serves both.
-        weight: path of the checkpoint; it carries architecture and vocabulary.
+        weight: path of the checkpoint. Ours carries architecture and vocabulary; of an original file the sizes are
+            read from the tensors.
         device: 'cpu', 'cuda', 'cuda:1', 'mps', or 'auto' (the best one there is).
+        tokenizer: vocabulary of an original file: a hub name, a folder or a vocab.txt.
 
     Raises:
         FileNotFoundError: no checkpoint there.
         ValueError: unknown name, absent device, or a checkpoint that is damaged or lacks what `name` needs.
     """
 
-    def __init__(self, name: str, weight: str | os.PathLike, device: str = 'cpu'):
+    def __init__(self, name: str, weight: str | os.PathLike, device: str = 'cpu',
+                 tokenizer: str | os.PathLike = VOCABULARY):
         if name not in NEEDS:
             raise ValueError(f'unknown name {name!r}: choose one of {", ".join(map(repr, NEEDS))}')
         self.name, self.weight, self.device = name, str(weight), choose_device(device)
-        self.model, self.tokenizer, info = load_model(weight, self.device)
+        self.model, self.tokenizer, info = load_model(weight, self.device, tokenizer=tokenizer)
         data = info.get('config', {}).get('data', {})
         self.prompt = data.get('prompt', PROMPT)
         self.max_tokens = data.get('max_tokens', MAX_TOKENS)

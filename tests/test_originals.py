@@ -1,0 +1,67 @@
+"""Files of the original BLIP and dlip-v2 code: served as they are, by DLIPProd and the evaluation."""
+
+import pytest
+import torch
+from conftest import GOLDEN, TESTS, golden, relative
+
+from models.blip import BLIP
+from models.checkpoint import architecture, load_model
+from models.generation import generate_ids
+from models.originals import infer_config
+from models.tokenizer import Tokenizer
+from prod import DLIPProd
+
+HEADS = {'vision_heads': 4, 'text_heads': 4}  # of the tiny golden nets: not the published 64-wide heads and 12
+VOCAB = TESTS / 'vocab.txt'
+
+
+@pytest.mark.parametrize('size, image_size', [('small', 384), ('small_ffn1536', 224), ('base', 384)])
+@pytest.mark.parametrize('task', ['pretrain', 'retrieval', 'caption'])
+def test_the_architecture_is_read_from_the_shapes(size, image_size, task):
+    want = architecture(size, image_size, 30524, task)
+    with torch.device('meta'):
+        weights = BLIP(want).state_dict()
+    assert infer_config(weights) == want
+
+
+def original(folder, name: str, **changes) -> str:
+    """A golden file whose config names its head counts; `changes` are made to its state dict."""
+    path = folder / f'{name}.pth'
+    torch.save({'model': golden(f'{name}.pth')['model'] | changes, 'config': HEADS}, path)
+    return str(path)
+
+
+def test_dlip_v2_retrieval(tmp_path):
+    served = DLIPProd('retrieval', original(tmp_path, 'dlip_retrieval_tiny'), tokenizer=VOCAB)
+    want = golden('golden_dlip_retrieval_tiny.pt')
+    with torch.no_grad():
+        tokens = served.model.encode_image(golden('inputs_tiny.pt')['images'])
+        assert relative(served.model.image_feat(tokens), want['image_feat']) < 1e-5
+        assert relative(served.model.text_feat(want['input_ids'], want['attention_mask']), want['text_feat']) < 1e-5
+    assert served.get_text_feat('a dog').shape == (1, 256)
+
+
+@pytest.mark.parametrize('name', ['dlip_caption_tiny', 'blip_caption_tiny'])
+def test_caption_ids_equal_the_original(tmp_path, name):
+    model, _, _ = load_model(original(tmp_path, name), tokenizer=VOCAB)
+    want = golden(f'golden_{name}.pt')
+    with torch.no_grad():
+        tokens = model.encode_image(golden('inputs_tiny.pt')['images'])
+    assert relative(tokens, want['image_embeds']) < 1e-5
+    for key, settings in (('greedy_ids', {'num_beams': 1}), ('beam3_ids', {})):
+        assert torch.equal(generate_ids(model, tokens, want['prompt_ids'][0], 102, 0, **settings), want[key])
+
+
+def test_what_is_wrong_with_a_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match='not divisible by its 12 heads'):  # no config: the published head counts
+        load_model(GOLDEN / 'dlip_caption_tiny.pth', tokenizer=VOCAB)
+    with pytest.raises(ValueError, match=r'1 unexpected \(surprise\)'):
+        load_model(original(tmp_path, 'dlip_caption_tiny', surprise=torch.zeros(1)), tokenizer=VOCAB)
+    letters = tmp_path / 'vocab.txt'
+    Tokenizer(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'a']).save(tmp_path)
+    with pytest.raises(ValueError, match='has a vocabulary of 30524 tokens, the tokenizer'):
+        load_model(original(tmp_path, 'dlip_caption_tiny'), tokenizer=letters)
+    other = tmp_path / 'other.pth'
+    torch.save({'model': {'layer.weight': torch.zeros(2)}}, other)
+    with pytest.raises(ValueError, match='neither a checkpoint of this repository nor of BLIP or dlip-v2'):
+        load_model(other)
