@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import torch
 
-from models.blip import BLIP, BLIPConfig
-from models.checkpoint import architecture, load_weights, read_checkpoint
+from models.blip import BLIP
+from models.checkpoint import architecture, load_weights, read_checkpoint, stored_config
 from models.objective import TEACHER_TERMS
 from models.tokenizer import Tokenizer
 from models.vit import resample_positions
@@ -16,6 +16,9 @@ from utils import logger
 def build_teacher(settings: dict, tokenizer: Tokenizer, task: str) -> BLIP | None:
     """The frozen net of `teacher.weights`: a checkpoint of this repository or an original BLIP `.pth`.
 
+    It has the parts of `task`, or, of a retrieval or caption checkpoint, those that the file holds: the terms that
+    need no other still work (`Objective` names the ones that do not).
+
     Raises:
         ValueError: it does not fit `teacher.size`, or was trained with another vocabulary.
     """
@@ -23,18 +26,14 @@ def build_teacher(settings: dict, tokenizer: Tokenizer, task: str) -> BLIP | Non
     if path is None:
         return None
     checkpoint = read_checkpoint(path)
-    if 'architecture' in checkpoint:
-        config = replace(BLIPConfig(**checkpoint['architecture']), task=task)
-        if checkpoint['vocab'] != tokenizer.vocab:
-            raise ValueError(f'the teacher {path} was trained with another vocabulary ({len(checkpoint["vocab"])} '
-                             f'tokens, `tokenizer` has {len(tokenizer)}): its logits cannot teach; use its vocabulary')
-        named = architecture(settings['size'], config.image_size, len(tokenizer), task)
-        if replace(config, dropout=named.dropout) != named:
-            raise ValueError(f'the teacher {path} is not of teacher.size {settings["size"]!r}: it is {config}')
-    else:  # an original BLIP file: its resolution is in the position embedding
-        tokens = checkpoint['model']['visual_encoder.pos_embed'].shape[1]
-        patch = architecture(settings['size'], 224, len(tokenizer), task).patch_size
-        config = architecture(settings['size'], int((tokens - 1) ** 0.5) * patch, len(tokenizer), task)
+    config = stored_config(checkpoint, path)
+    config = replace(config, task=task if config.task == 'pretrain' else config.task)
+    if checkpoint.get('vocab', tokenizer.vocab) != tokenizer.vocab:
+        raise ValueError(f'the teacher {path} was trained with another vocabulary ({len(checkpoint["vocab"])} '
+                         f'tokens, `tokenizer` has {len(tokenizer)}): its logits cannot teach; use its vocabulary')
+    named = architecture(settings['size'], config.image_size, config.vocab_size, config.task)
+    if replace(config, dropout=named.dropout) != named:
+        raise ValueError(f'the teacher {path} is not of teacher.size {settings["size"]!r}: it is {config}')
     teacher = BLIP(config)
     load_weights(teacher, checkpoint['model'], str(path))
     logger.info('teacher %s: %.1fM parameters', path, count_parameters(teacher) / 1e6)
@@ -118,7 +117,7 @@ def inherit_vision(model: BLIP, teacher: BLIP) -> None:
                    if key.startswith(prefix)}
     picked['pos_embed'] = resample_positions(picked['pos_embed'], model.visual_encoder.pos_embed)
     copy_weights(model.visual_encoder, picked, 'the teacher (model.init_vision)')
-    if model.text_encoder is not None:
+    if model.text_encoder is not None and teacher.text_encoder is not None:
         copy_weights(model.vision_proj, teacher.vision_proj.state_dict(), 'the teacher (vision_proj)')
 
 
@@ -139,6 +138,8 @@ def inherit_text(model: BLIP, teacher: BLIP) -> None:
         tower = getattr(model, name)
         if tower is None:
             continue
+        if getattr(teacher, name) is None:
+            raise ValueError(f'model.init_text is teacher, but a teacher of task {teacher.config.task!r} has no {name}')
         weights, prefix = getattr(teacher, name).state_dict(), 'bert.encoder.layer.' if name == 'text_decoder' \
             else 'encoder.layer.'
         picked = {key: value for key, value in weights.items() if not key.startswith(prefix)}

@@ -94,6 +94,16 @@ def save_checkpoint(path: str | os.PathLike, model: BLIP, tokenizer: Tokenizer, 
                     'vocab': tokenizer.vocab, 'config': config, **state}, file)
 
 
+def stored_config(checkpoint: dict, path: str | os.PathLike) -> BLIPConfig:
+    """The architecture of a checkpoint's net: as written in our files, read from the tensors of original ones."""
+    if 'architecture' in checkpoint:
+        return BLIPConfig(**checkpoint['architecture'])
+    try:
+        return infer_config(checkpoint['model'], checkpoint.get('config'))
+    except ValueError as error:
+        raise ValueError(f'{path} cannot be loaded: {error}') from None
+
+
 def load_model(path: str | os.PathLike, device: str | torch.device = 'cpu', task: str | None = None,
                tokenizer: str | os.PathLike = VOCABULARY) -> tuple[BLIP, Tokenizer, dict]:
     """Rebuild the net of a checkpoint: from the file alone, or of a file of the original BLIP or dlip-v2.
@@ -109,13 +119,11 @@ def load_model(path: str | os.PathLike, device: str | torch.device = 'cpu', task
         FileNotFoundError, ValueError: the file is missing, damaged, of another kind, or lacks the task's parts.
     """
     checkpoint = read_checkpoint(path)
-    if 'architecture' in checkpoint and 'vocab' in checkpoint:
-        config, words = BLIPConfig(**checkpoint.pop('architecture')), Tokenizer(checkpoint.pop('vocab'))
+    config = stored_config(checkpoint, path)
+    if checkpoint.pop('architecture', None):
+        words = Tokenizer(checkpoint.pop('vocab'))
     else:
-        try:
-            config = infer_config(checkpoint['model'], checkpoint.pop('config', None))
-        except ValueError as error:
-            raise ValueError(f'{path} cannot be loaded: {error}') from None
+        checkpoint.pop('config', None)  # of another code: nothing of it is ours
         words = Tokenizer.from_pretrained(tokenizer)
         if len(words) != config.vocab_size:
             raise ValueError(f'{path} has a vocabulary of {config.vocab_size} tokens, the tokenizer {tokenizer} has '

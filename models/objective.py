@@ -10,6 +10,7 @@ from torch import nn
 from models import losses
 from models.blip import BLIP, select_images
 from models.momentum import MomentumQueue
+from models.originals import HOLDERS
 from utils import all_gather, all_gather_grad, rank, world_size
 
 TEACHER_TERMS = ('image_tokens', 'image_feat', 'text_feat', 'fused_feat', 'decoder_feat', 'ita_soft', 'itm_soft',
@@ -101,8 +102,8 @@ class Objective(nn.Module):
                 if net is None:
                     raise ValueError(f'loss.{term} needs a teacher: set teacher.weights, or loss.{term}: 0')
                 if term != 'image_tokens' and getattr(net, part) is None:
-                    raise ValueError(f'loss.{term} needs a {part}, which the {who} of task '
-                                     f'{net.config.task!r} does not have: set loss.{term}: 0')
+                    raise ValueError(f'loss.{term} needs a {part}, which the {who} of task {net.config.task!r} does '
+                                     f'not have: set loss.{term}: 0, or give one that has it (BLIP: {HOLDERS[part]})')
         if self.uses(*CONTRASTIVE) and self.momentum is None:
             raise ValueError('the contrastive terms need a momentum twin')
         if self.teacher is not None:

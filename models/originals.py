@@ -8,6 +8,9 @@ from models.blip import BLIPConfig
 
 VISION_HEAD_WIDTH = 64  # of every published ViT: 6 heads of 384, 12 of 768
 TEXT_HEADS = 12  # of every published text tower, dlip-v2's small one included
+HOLDERS = {'text_encoder': 'model_base.pth, model_base_capfilt_large.pth, model_base_retrieval_coco.pth or '
+                           'model_base_retrieval_flickr.pth',
+           'text_decoder': 'model_base.pth, model_base_capfilt_large.pth or model_base_caption_capfilt_large.pth'}
 VOCABULARY = 'bert-base-uncased'
 
 

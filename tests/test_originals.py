@@ -5,8 +5,11 @@ import torch
 from conftest import GOLDEN, TESTS, golden, relative
 
 from models.blip import BLIP
+from models.build import build_teacher, inherit_text
 from models.checkpoint import architecture, load_model
 from models.generation import generate_ids
+from models.momentum import MomentumQueue
+from models.objective import Objective
 from models.originals import infer_config
 from models.tokenizer import Tokenizer
 from prod import DLIPProd
@@ -50,6 +53,25 @@ def test_caption_ids_equal_the_original(tmp_path, name):
     assert relative(tokens, want['image_embeds']) < 1e-5
     for key, settings in (('greedy_ids', {'num_beams': 1}), ('beam3_ids', {})):
         assert torch.equal(generate_ids(model, tokens, want['prompt_ids'][0], 102, 0, **settings), want[key])
+
+
+@pytest.mark.parametrize('task, lacks, term, works', [('retrieval', 'text_decoder', 'lm_logits', 'image_feat'),
+                                                      ('caption', 'text_encoder', 'itm_soft', 'image_tokens')])
+def test_a_teacher_that_lacks_a_part_teaches_the_rest(tmp_path, small_tokenizer, task, lacks, term, works):
+    """BLIP's retrieval files hold no decoder, its caption files no text encoder."""
+    config = architecture('nano', 32, len(small_tokenizer), task)
+    torch.save({'model': BLIP(config).state_dict(), 'config': {'vision_heads': 2, 'text_heads': 2}}, tmp_path / 'b.pth')
+    teacher = build_teacher({'size': 'nano', 'weights': tmp_path / 'b.pth'}, small_tokenizer, 'pretrain')
+    student = BLIP(architecture('nano', 32, len(small_tokenizer)))
+    momentum = MomentumQueue(student, 8, 0.9, 256)
+    with pytest.raises(ValueError, match=f'loss.{term} needs a {lacks}, which the teacher .* model_base.pth'):
+        Objective(student, {term: 1.0}, (2, 5, 6), momentum, teacher)
+    with pytest.raises(ValueError, match=f'has no {lacks}'):
+        inherit_text(student, teacher)
+    ids, mask = small_tokenizer(['a red dog', 'blue star'], 12)
+    out = Objective(student, {works: 1.0}, (2, 5, 6), momentum, teacher)(
+        torch.randn(2, 3, 32, 32), ids, mask, torch.arange(2), 0.4, 0)
+    assert float(out[works].detach()) > 0
 
 
 def test_what_is_wrong_with_a_file_is_named(tmp_path):
