@@ -7,6 +7,7 @@ Loading is strict: a key that is skipped is named here, everything else must mat
 import os
 import pickle
 from pathlib import Path
+from urllib.parse import urlparse
 
 import torch
 
@@ -14,7 +15,7 @@ from models.blip import BLIP, BLIPConfig
 from models.originals import VOCABULARY, infer_config
 from models.tokenizer import Tokenizer
 from models.vit import resample_positions
-from utils import atomic_write, read_yaml
+from utils import atomic_write, barrier, is_main, read_yaml
 
 FORMAT = 'dlip-1'
 # What original BLIP and dlip-v2 files hold beside the net: momentum twins, queues, fixed position indices, and
@@ -36,16 +37,45 @@ def architecture(size: str, image_size: int, vocab_size: int, task: str = 'pretr
     return BLIPConfig(image_size=image_size, vocab_size=vocab_size, task=task, **table[size])
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict:
-    """Read a `.pth` file onto the CPU.
+def local_file(source: str | os.PathLike) -> Path:
+    """The path of a file; of a URL its copy in torch.hub's cache, downloaded when absent (once per machine).
+
+    Raises:
+        FileNotFoundError: no such file, or the download failed (a part of a file is never kept).
+    """
+    if not str(source).startswith(('http://', 'https://')):
+        if not Path(source).is_file():
+            raise FileNotFoundError(f'no checkpoint {source}')
+        return Path(source)
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / Path(urlparse(str(source)).path).name
+    if not path.is_file() and int(os.environ.get('LOCAL_RANK', 0)) == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(str(source), str(path), progress=is_main())
+        except OSError as error:
+            raise FileNotFoundError(f'cannot download {source} ({error}): fetch it on another machine and give its '
+                                    f'path') from None
+    barrier()
+    return path
+
+
+def read_checkpoint(source: str | os.PathLike) -> dict:
+    """Read a `.pth` file, of a path or URL, onto the CPU.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: truncated, no torch file, no weights inside, or a pickle that would need code.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f'no checkpoint {path}')
+    path = local_file(source)
+    try:
+        return read_file(path)
+    except ValueError:
+        if path != Path(source):
+            path.unlink(missing_ok=True)  # the next run downloads it again
+        raise
+
+
+def read_file(path: Path) -> dict:
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:

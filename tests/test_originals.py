@@ -1,12 +1,16 @@
 """Files of the original BLIP and dlip-v2 code: served as they are, by DLIPProd and the evaluation."""
 
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
 import pytest
 import torch
 from conftest import GOLDEN, TESTS, golden, relative
 
 from models.blip import BLIP
 from models.build import build_teacher, inherit_text
-from models.checkpoint import architecture, load_model
+from models.checkpoint import architecture, load_model, read_checkpoint
 from models.generation import generate_ids
 from models.momentum import MomentumQueue
 from models.objective import Objective
@@ -72,6 +76,28 @@ def test_a_teacher_that_lacks_a_part_teaches_the_rest(tmp_path, small_tokenizer,
     out = Objective(student, {works: 1.0}, (2, 5, 6), momentum, teacher)(
         torch.randn(2, 3, 32, 32), ids, mask, torch.arange(2), 0.4, 0)
     assert float(out[works].detach()) > 0
+
+
+def test_weights_from_a_url(tmp_path, monkeypatch):
+    """Downloaded once into torch.hub's cache; a damaged download is not kept, a missing file is named."""
+    served, cache = tmp_path / 'served', tmp_path / 'cache'
+    served.mkdir()
+    original(served, 'dlip_caption_tiny')
+    (served / 'torn.pth').write_bytes((served / 'dlip_caption_tiny.pth').read_bytes()[:5000])
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(cache))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(served))
+    with ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f'http://127.0.0.1:{server.server_port}'
+        first = read_checkpoint(f'{address}/dlip_caption_tiny.pth')
+        with pytest.raises(ValueError, match='truncated'):
+            read_checkpoint(f'{address}/torn.pth')
+        with pytest.raises(FileNotFoundError, match='cannot download .*none.pth .*404'):
+            read_checkpoint(f'{address}/none.pth')
+        server.shutdown()
+    again = read_checkpoint(f'{address}/dlip_caption_tiny.pth')  # the server is gone
+    assert again['model'].keys() == first['model'].keys()
+    assert [path.name for path in (cache / 'checkpoints').iterdir()] == ['dlip_caption_tiny.pth']
 
 
 def test_what_is_wrong_with_a_file_is_named(tmp_path):
