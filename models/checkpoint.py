@@ -93,7 +93,7 @@ def load_weights(model: BLIP, weights: dict[str, torch.Tensor], source: str) -> 
     """Load a state dict key for key and shape for shape; position embeddings are resampled to the image size.
 
     Raises:
-        ValueError: naming the missing, unexpected and misshaped keys.
+        ValueError: naming the missing, unexpected and misshaped keys, or those that hold NaN.
     """
     other_task = TASK_PARTS.get(model.config.task, ())
     weights = {key: value for key, value in weights.items()
@@ -114,6 +114,10 @@ def load_weights(model: BLIP, weights: dict[str, torch.Tensor], source: str) -> 
     if problems:
         raise ValueError(f'{source} does not fit a {model.config.task!r} net of this size: {"; ".join(problems)}. '
                          f'Check model.size, model.image_size and which checkpoint this is.')
+    broken = [key for key, weight in weights.items() if not torch.isfinite(weight).all()]
+    if broken:
+        raise ValueError(f'{source} holds NaN or infinite numbers ({", ".join(broken[:3])}): the training that wrote '
+                         f'it diverged, use an earlier one')
     model.load_state_dict(weights)
 
 

@@ -105,6 +105,9 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path):
         load_model(GOLDEN / 'dlip_caption_tiny.pth', tokenizer=VOCAB)
     with pytest.raises(ValueError, match=r'1 unexpected \(surprise\)'):
         load_model(original(tmp_path, 'dlip_caption_tiny', surprise=torch.zeros(1)), tokenizer=VOCAB)
+    with pytest.raises(ValueError, match=r'NaN or infinite numbers \(visual_encoder.norm.bias\)'):
+        broken = {'visual_encoder.norm.bias': torch.full((64,), torch.nan)}
+        load_model(original(tmp_path, 'dlip_caption_tiny', **broken), tokenizer=VOCAB)
     letters = tmp_path / 'vocab.txt'
     Tokenizer(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'a']).save(tmp_path)
     with pytest.raises(ValueError, match='has a vocabulary of 30524 tokens, the tokenizer'):
