@@ -63,7 +63,7 @@ demo-teacher: setup
 	  model.init=$(DEMO)/teacher/easy/last.pth loss.ita=0 loss.itm=0 train.epochs=4
 	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/all \
 	  model.init=$(DEMO)/teacher/captions/last.pth optim.schedule=cosine train.epochs=3
-	$(PY) -m models.export $(DEMO)/teacher/all/last.pth $(TEACHER)
+	$(PY) -m prod.export $(DEMO)/teacher/all/last.pth $(TEACHER) --half
 
 test: setup
 	$(PY) -m pytest

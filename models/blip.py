@@ -9,6 +9,7 @@ from torch import nn
 from models.text import ImageKV, TextDecoder, TextTower, tie_decoder
 from models.vit import VisionTower
 
+TEMPERATURE = 0.07  # at the start of training, as BLIP
 TASKS = ('pretrain', 'retrieval', 'caption')
 
 
@@ -32,6 +33,7 @@ class BLIPConfig:
     embed_dim: int = 256
     vocab_size: int = 30524
     max_positions: int = 512
+    vision_eps: float = 1e-6
     dropout: float = 0.1
     task: str = 'pretrain'
 
@@ -57,14 +59,14 @@ class BLIP(nn.Module):
         super().__init__()
         self.config = config
         self.visual_encoder = VisionTower(config.image_size, config.patch_size, config.vision_width,
-                                          config.vision_depth, config.vision_heads, vit_ckpt_layer)
+                                          config.vision_depth, config.vision_heads, config.vision_eps, vit_ckpt_layer)
         self.text_encoder = self.text_decoder = None
         if config.task != 'caption':
             self.text_encoder = build_text_tower(config)
             self.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
             self.text_proj = nn.Linear(config.text_width, config.embed_dim)
             self.itm_head = nn.Linear(config.text_width, 2)
-            self.temp = nn.Parameter(torch.tensor(0.07))
+            self.temp = nn.Parameter(torch.tensor(TEMPERATURE))
         if config.task != 'retrieval':
             self.text_decoder = TextDecoder(build_text_tower(config))
         if config.task == 'pretrain':

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from models.blip import BLIP
-from models.checkpoint import architecture, load_weights, read_checkpoint, stored_config
+from models.checkpoint import architecture, build, load_weights, read_checkpoint, stored_config
 from models.objective import TEACHER_TERMS
 from models.tokenizer import Tokenizer
 from models.vit import resample_positions
@@ -32,21 +32,18 @@ def build_teacher(settings: dict, tokenizer: Tokenizer, task: str) -> BLIP | Non
         raise ValueError(f'the teacher {path} was trained with another vocabulary ({len(checkpoint["vocab"])} '
                          f'tokens, `tokenizer` has {len(tokenizer)}): its logits cannot teach; use its vocabulary')
     named = architecture(settings['size'], config.image_size, config.vocab_size, config.task)
-    if replace(config, dropout=named.dropout) != named:
+    if replace(config, dropout=named.dropout, vision_eps=named.vision_eps) != named:
         raise ValueError(f'the teacher {path} is not of teacher.size {settings["size"]!r}: it is {config}')
-    teacher = BLIP(config)
-    load_weights(teacher, checkpoint['model'], str(path))
+    teacher = build(config, checkpoint['model'], str(path))
     logger.info('teacher %s: %.1fM parameters', path, count_parameters(teacher) / 1e6)
-    return teacher.eval()
+    return teacher
 
 
 def at_resolution(teacher: BLIP, image_size: int) -> BLIP:
     """The teacher for pictures of another size: position embeddings resampled."""
     if teacher.config.image_size == image_size:
         return teacher
-    resized = BLIP(replace(teacher.config, image_size=image_size))
-    load_weights(resized, teacher.state_dict(), 'the teacher')
-    return resized.eval()
+    return build(replace(teacher.config, image_size=image_size), teacher.state_dict(), 'the teacher')
 
 
 def build_student(settings: dict, tokenizer: Tokenizer, task: str, teacher: BLIP | None = None) -> BLIP:

@@ -1,7 +1,8 @@
 """Caption generation: greedy, beam search and nucleus sampling with one static cache.
 
 The image's keys and values are projected once per image and shared by its beams; finished images leave the
-batch. Token ids equal those of the original BLIP (transformers' `generate`) for greedy and beam search.
+batch. Token ids equal those of the original BLIP for greedy and beam search, or, by `length_rule`, those of today's
+transformers.
 """
 
 import torch
@@ -79,16 +80,19 @@ def extend(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tensor, eo
 
 
 def beam_search(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tensor, eos_id: int, pad_id: int,
-                num_beams: int, max_length: int, min_length: int, length_penalty: float,
-                repetition_penalty: float) -> tuple[torch.Tensor, torch.Tensor]:
+                num_beams: int, max_length: int, min_length: int, length_penalty: float, repetition_penalty: float,
+                length_rule: str = 'blip') -> tuple[torch.Tensor, torch.Tensor]:
     """Beam search -> (ids [B, <= max_length], scores [B]: log-probability / length^length_penalty).
 
-    An image is finished when it has `num_beams` ended hypotheses and none of its running ones can beat the
-    worst of them at the present length (transformers' `early_stopping=False`).
+    The length of an ended hypothesis counts, by the rule 'blip', the prompt but not the [SEP] (transformers when BLIP
+    was published), and by 'transformers' the [SEP] but not the prompt (transformers today). An image is finished when
+    it has `num_beams` ended hypotheses and none of its running ones can beat the worst of them at the present length
+    (transformers' `early_stopping=False`).
     """
     batch, beams, length, device = len(image_tokens), num_beams, len(prompt_ids), image_tokens.device
     best_ids = torch.full((batch, max_length), pad_id, device=device)
     best_scores = torch.zeros(batch, device=device)
+    uncounted = 1 if length_rule == 'blip' else length
     rows = torch.arange(batch, device=device)  # the unfinished images
     running = best_ids[:, None].repeat(1, beams, 1)  # [images, beams, max_length]
     running[..., :length] = prompt_ids
@@ -115,7 +119,7 @@ def beam_search(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tenso
         ids[..., length] = tokens
         length += 1
         ends = tokens == eos_id
-        ended_length = (length - 1) ** length_penalty  # the original counts the prompt, but not the [SEP]
+        ended_length = (length - uncounted) ** length_penalty
         eligible = ends.clone()
         eligible[:, beams:] = False  # an end below the top `beams` candidates does not count
         ended, ended_scores = merge(ended, ended_scores, ids,
@@ -124,9 +128,11 @@ def beam_search(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tenso
         running = ids.gather(1, order[..., None].expand(-1, -1, max_length))
         running_scores, source = top_scores.gather(1, order), source.gather(1, order)
 
-        done = ended_scores[:, -1] >= top_scores[:, 0] / ended_length
+        best = top_scores[:, 0] if length_rule == 'blip' else running_scores[:, 0]
+        done = ended_scores[:, -1] >= best / ended_length
         if length == max_length:  # the running hypotheses compete as they are
-            scores = (running_scores / max_length ** length_penalty).masked_fill(done[:, None], -torch.inf)
+            full_length = (length if length_rule == 'blip' else length - uncounted) ** length_penalty
+            scores = (running_scores / full_length).masked_fill(done[:, None], -torch.inf)
             ended, ended_scores = merge(ended, ended_scores, running, scores)
             done[:] = True
         if done.any():
@@ -150,11 +156,12 @@ def beam_search(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tenso
 def generate_ids(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tensor, eos_id: int, pad_id: int, *,
                  num_beams: int = 3, max_length: int = 30, min_length: int = 10, sample: bool = False,
                  top_k: int = 0, top_p: float = 0.9, temperature: float = 1.0, repetition_penalty: float = 1.0,
-                 length_penalty: float = 1.0, generator: torch.Generator | None = None) -> torch.Tensor:
+                 length_penalty: float = 1.0, length_rule: str = 'blip',
+                 generator: torch.Generator | None = None) -> torch.Tensor:
     """Image tokens [B, N, vision_width] -> token ids [B, <= max_length], prompt included, [SEP]-ended, padded.
 
     Lengths count the prompt's tokens. `sample` draws from the nucleus; otherwise beam search, or greedy with
-    one beam.
+    one beam. `length_rule` ('blip' or 'transformers') says how beams of unequal length compare (`beam_search`).
 
     Raises:
         ValueError: a setting is out of range.
@@ -168,6 +175,7 @@ def generate_ids(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tens
               f'temperature > 0, got {temperature}': temperature > 0,
               f'0 < top_p <= 1, got {top_p}': 0 < top_p <= 1,
               f'top_k >= 0, got {top_k}': top_k >= 0,
+              f'a length_rule blip or transformers, got {length_rule!r}': length_rule in ('blip', 'transformers'),
               f'repetition_penalty > 0, got {repetition_penalty}': repetition_penalty > 0}
     for rule, holds in checks.items():
         if not holds:
@@ -181,7 +189,7 @@ def generate_ids(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tens
         return extend(*shared, max_length, min_length, pick, repetition_penalty)
     if num_beams == 1:
         return extend(*shared, max_length, min_length, lambda logits: logits.argmax(-1), repetition_penalty)
-    return beam_search(*shared, num_beams, max_length, min_length, length_penalty, repetition_penalty)[0]
+    return beam_search(*shared, num_beams, max_length, min_length, length_penalty, repetition_penalty, length_rule)[0]
 
 
 @torch.inference_mode()

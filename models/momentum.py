@@ -26,7 +26,7 @@ class MomentumQueue(nn.Module):
         super().__init__()
         config = student.config
         self.visual_encoder = VisionTower(config.image_size, config.patch_size, config.vision_width,
-                                          config.vision_depth, config.vision_heads)
+                                          config.vision_depth, config.vision_heads, config.vision_eps)
         self.text_encoder = build_text_tower(config, cross_attention=False)
         self.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
         self.text_proj = nn.Linear(config.text_width, config.embed_dim)

@@ -12,6 +12,20 @@ HOLDERS = {'text_encoder': 'model_base.pth, model_base_capfilt_large.pth, model_
                            'model_base_retrieval_flickr.pth',
            'text_decoder': 'model_base.pth, model_base_capfilt_large.pth or model_base_caption_capfilt_large.pth'}
 VOCABULARY = 'bert-base-uncased'
+ENCODER, DECODER = 'text_encoder.', 'text_decoder.'
+
+
+def held_task(weights: dict[str, torch.Tensor]) -> str:
+    """What a state dict can do: 'pretrain' (both), 'retrieval' (it has the encoder) or 'caption' (the decoder).
+
+    Raises:
+        ValueError: it has neither.
+    """
+    held = [task for task, prefix in (('retrieval', ENCODER), ('caption', DECODER))
+            if any(key.startswith(prefix) for key in weights)]
+    if not held:
+        raise ValueError('it has neither a text_encoder nor a text_decoder: not a BLIP for captions or retrieval')
+    return 'pretrain' if len(held) == 2 else held[0]
 
 
 def infer_config(weights: dict[str, torch.Tensor], settings: dict | None = None) -> BLIPConfig:
@@ -26,8 +40,7 @@ def infer_config(weights: dict[str, torch.Tensor], settings: dict | None = None)
         ValueError: a tensor that tells a size is missing.
     """
     settings = settings or {}
-    encoder, decoder = 'text_encoder.', 'text_decoder.bert.'
-    tower = encoder if any(key.startswith(encoder) for key in weights) else decoder
+    tower = ENCODER if any(key.startswith(ENCODER) for key in weights) else f'{DECODER}bert.'
 
     def shape(name: str) -> torch.Size:
         if name not in weights:
@@ -42,8 +55,6 @@ def infer_config(weights: dict[str, torch.Tensor], settings: dict | None = None)
     patches = shape('visual_encoder.pos_embed')[1] - 1
     vocab_size, text_width = shape(f'{tower}embeddings.word_embeddings.weight')
     layer = f'{tower}encoder.layer.'
-    held = [name for name, prefix in (('retrieval', encoder), ('caption', decoder))
-            if any(key.startswith(prefix) for key in weights)]
     return BLIPConfig(
         image_size=round(patches ** 0.5) * patch_size, patch_size=patch_size, vision_width=vision_width,
         vision_depth=depth('visual_encoder.blocks.'),
@@ -52,4 +63,4 @@ def infer_config(weights: dict[str, torch.Tensor], settings: dict | None = None)
         text_ffn=shape(f'{layer}0.intermediate.dense.weight')[0],
         embed_dim=weights['vision_proj.weight'].shape[0] if 'vision_proj.weight' in weights else 256,
         vocab_size=vocab_size, max_positions=shape(f'{tower}embeddings.position_embeddings.weight')[0],
-        task='pretrain' if len(held) == 2 else held[0])
+        task=held_task(weights))

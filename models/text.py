@@ -16,6 +16,7 @@ from torch import nn
 
 from models.vit import prefers_plain_attention
 
+LAYER_NORM_EPS = 1e-12  # BERT's
 ImageKV = list[tuple[torch.Tensor, torch.Tensor]]  # per layer: keys and values, each [images, heads, N, D]
 
 
@@ -69,7 +70,7 @@ class ResidualNorm(nn.Module):
     def __init__(self, width_in: int, width: int, dropout: float):
         super().__init__()
         self.dense = nn.Linear(width_in, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=1e-12)
+        self.LayerNorm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.dropout = dropout
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -163,7 +164,7 @@ class Embeddings(nn.Module):
         super().__init__()
         self.word_embeddings = nn.Embedding(vocab_size, width)
         self.position_embeddings = nn.Embedding(max_positions, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=1e-12)
+        self.LayerNorm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.dropout = dropout
 
     def forward(self, ids: torch.Tensor, start: int) -> torch.Tensor:
@@ -230,9 +231,12 @@ class LMHead(nn.Module):
         vocab_size, width = word_embeddings.weight.shape
         self.transform = nn.Module()
         self.transform.dense = nn.Linear(width, width)
-        self.transform.LayerNorm = nn.LayerNorm(width, eps=1e-12)
+        self.transform.LayerNorm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.decoder = nn.Linear(width, vocab_size)
         self.apply(init_bert)
+        self.tie(word_embeddings)
+
+    def tie(self, word_embeddings: nn.Embedding) -> None:
         self.decoder.weight = word_embeddings.weight
         self.bias = self.decoder.bias  # the checkpoints hold the bias under both names
 
@@ -249,6 +253,10 @@ class TextDecoder(nn.Module):
         self.cls = nn.Module()
         self.cls.predictions = LMHead(bert.embeddings.word_embeddings)
 
+    def tie_head(self) -> None:
+        """Let the head score with the word embedding itself (after either was replaced)."""
+        self.cls.predictions.tie(self.bert.embeddings.word_embeddings)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [..., width] -> logits [..., vocabulary]"""
         return self.cls.predictions(hidden)
@@ -257,7 +265,7 @@ class TextDecoder(nn.Module):
 def tie_decoder(encoder: TextTower, decoder: TextDecoder) -> None:
     """Share everything but the self-attention, as BLIP does (its `tie_encoder_decoder_weights`)."""
     decoder.bert.embeddings = encoder.embeddings
-    decoder.cls.predictions.decoder.weight = encoder.embeddings.word_embeddings.weight
+    decoder.tie_head()
     for ours, theirs in zip(decoder.bert.layers, encoder.layers, strict=True):
         ours.crossattention = theirs.crossattention
         ours.intermediate = theirs.intermediate

@@ -1,10 +1,14 @@
 """WordPiece tokenizer whose vocabulary travels inside every checkpoint, so that no network is needed."""
 
+import json
 import os
 from pathlib import Path
 
+import tokenizers
 import torch
-from tokenizers import BertWordPieceTokenizer
+
+from models.sources import find_file
+from utils import atomic_write
 
 DEC, ENC = '[DEC]', '[ENC]'  # start of a caption, start of a text to be matched with an image
 
@@ -28,7 +32,7 @@ class Tokenizer:
         self.bos_id, self.enc_id = ids[DEC], ids[ENC]
         self._starts = {'[CLS]': self.cls_id, DEC: self.bos_id, ENC: self.enc_id}
         self._special = {self.pad_id, self.cls_id, self.sep_id, self.bos_id, self.enc_id}
-        self._wordpiece = BertWordPieceTokenizer(ids, lowercase=True)
+        self._wordpiece = tokenizers.BertWordPieceTokenizer(ids, lowercase=True)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str) -> 'Tokenizer':
@@ -37,18 +41,17 @@ class Tokenizer:
         Raises:
             FileNotFoundError: neither a local vocabulary nor reachable or cached on the hub.
         """
-        path = Path(name_or_path)
-        file = path / 'vocab.txt' if path.is_dir() else path
-        if file.is_file():
-            return cls(file.read_text(encoding='utf-8').splitlines())
-        from transformers import AutoTokenizer
-        try:
-            vocab = AutoTokenizer.from_pretrained(name_or_path).get_vocab()
-        except (OSError, ValueError) as error:
-            raise FileNotFoundError(
-                f'no vocabulary {name_or_path!r}: not a vocab.txt or a folder with one, and the hub could not '
-                f'supply it. Download its vocab.txt and give that path as `tokenizer`.') from error
-        return cls(sorted(vocab, key=vocab.get))
+        if Path(name_or_path).is_file():
+            path = Path(name_or_path)
+        else:
+            try:
+                path = find_file(name_or_path, 'vocab.txt', 'tokenizer.json')
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f'no vocabulary {str(name_or_path)!r}: {error}, or a vocab.txt') from None
+        if path.suffix == '.json':
+            vocab = tokenizers.Tokenizer.from_file(str(path)).get_vocab()
+            return cls(sorted(vocab, key=vocab.get))
+        return cls(path.read_text(encoding='utf-8').splitlines())
 
     def __len__(self) -> int:
         return len(self.vocab)
@@ -78,8 +81,12 @@ class Tokenizer:
     def batch_decode(self, rows: torch.Tensor | list[list[int]]) -> list[str]:
         return [self.decode(row) for row in rows]
 
-    def save(self, folder: str | os.PathLike) -> Path:
-        """Write `vocab.txt` into a folder."""
-        path = Path(folder) / 'vocab.txt'
-        path.write_text('\n'.join(self.vocab) + '\n', encoding='utf-8')
-        return path
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write `vocab.txt`, and the two files that transformers reads beside it, into a folder."""
+        settings = {'tokenizer_class': 'BertTokenizer', 'do_lower_case': True, 'unk_token': '[UNK]',
+                    'sep_token': '[SEP]', 'pad_token': '[PAD]', 'cls_token': '[CLS]', 'mask_token': '[MASK]'}
+        for name, text in (('vocab.txt', '\n'.join(self.vocab) + '\n'),
+                           ('tokenizer.json', self._wordpiece.to_str(pretty=True)),
+                           ('tokenizer_config.json', json.dumps(settings, indent=2) + '\n')):
+            with atomic_write(Path(folder) / name) as file:
+                file.write(text)

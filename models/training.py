@@ -98,7 +98,7 @@ class Run:
         path = self.output_dir / 'last.pth'
         if not path.exists():
             return
-        state = read_checkpoint(path)
+        state = read_checkpoint(path, mmap=False)  # it becomes the optimizer's own
         load_weights(self.student, state['model'], str(path))
         missing, unexpected = self.objective.load_state_dict(state['objective'], strict=False)
         missing = [key for key in missing if not key.startswith('student.')]

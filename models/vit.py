@@ -28,14 +28,15 @@ class VisionTower(VisionTransformer):
     """images [B, 3, S, S] -> tokens [B, 1 + (S / patch)^2, width]; token 0 is the class token.
 
     Args:
+        eps: of the layer norms: 1e-6 in BLIP and timm, 1e-5 in transformers' copies of BLIP.
         checkpoint_layers: recompute the activations of the last this many blocks in the backward pass.
     """
 
-    def __init__(self, image_size: int, patch_size: int, width: int, depth: int, heads: int,
+    def __init__(self, image_size: int, patch_size: int, width: int, depth: int, heads: int, eps: float = 1e-6,
                  checkpoint_layers: int = 0):
         super().__init__(img_size=image_size, patch_size=patch_size, embed_dim=width, depth=depth,
                          num_heads=heads, num_classes=0, block_fn=CheckpointedBlock,
-                         norm_layer=partial(nn.LayerNorm, eps=1e-6))
+                         norm_layer=partial(nn.LayerNorm, eps=eps))
         self.scratch_init(image_size // patch_size)
         for block in self.blocks[max(0, depth - checkpoint_layers):]:
             block.recompute = True

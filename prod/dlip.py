@@ -18,6 +18,7 @@ from models.checkpoint import load_model
 from models.generation import PROMPT, generate
 from models.originals import VOCABULARY
 from models.tokenizer import ENC
+from models.transformers_format import write_folder
 from prod.images import as_list, kind, read_image
 from utils import choose_device
 
@@ -37,8 +38,9 @@ class DLIPProd:
     Args:
         name: 'caption' or 'retrieval': what the checkpoint must be able to do. One that holds both
             (pre-training) serves both.
-        weight: path of the checkpoint. Ours carries architecture and vocabulary; of an original file the sizes are
-            read from the tensors.
+            None: whichever it can do.
+        weight: path or URL of the checkpoint, a folder of the transformers layout, or the name of one on the Hugging
+            Face hub. Of an original file the sizes are read from the tensors.
         device: 'cpu', 'cuda', 'cuda:1', 'mps', or 'auto' (the best one there is).
         tokenizer: vocabulary of an original file: a hub name, a folder or a vocab.txt.
 
@@ -47,20 +49,31 @@ class DLIPProd:
         ValueError: unknown name, absent device, or a checkpoint that is damaged or lacks what `name` needs.
     """
 
-    def __init__(self, name: str, weight: str | os.PathLike, device: str = 'cpu',
+    def __init__(self, name: str | None, weight: str | os.PathLike, device: str = 'cpu',
                  tokenizer: str | os.PathLike = VOCABULARY):
-        if name not in NEEDS:
+        if name not in (None, *NEEDS):
             raise ValueError(f'unknown name {name!r}: choose one of {", ".join(map(repr, NEEDS))}')
         self.name, self.weight, self.device = name, str(weight), choose_device(device)
-        self.model, self.tokenizer, info = load_model(weight, self.device, tokenizer=tokenizer)
-        data = info.get('config', {}).get('data', {})
+        self.model, self.tokenizer, self.info = load_model(weight, self.device, tokenizer=tokenizer)
+        data = self.info.get('config', {}).get('data', {})
         self.prompt = data.get('prompt', PROMPT)
         self.max_tokens = data.get('max_tokens', MAX_TOKENS)
-        evaluated = info.get('config', {}).get('eval', {})
+        evaluated = self.info.get('config', {}).get('eval', {})
         self.generation = {name: evaluated.get(name, default)
                            for name, default in (('num_beams', 3), ('max_length', 30), ('min_length', 10))}
         self.transform = eval_transform(self.model.config.image_size)
-        self._require(name)
+        if name is not None:
+            self._require(name)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike, name: str | None = None, **options) -> 'DLIPProd':
+        """What `save_pretrained` wrote, or a BLIP of transformers: a folder or a name on the Hugging Face hub."""
+        return cls(name, source, **options)
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write a folder that `from_pretrained` gives back bit for bit, with a model card; transformers' BLIP classes
+        load it too. To publish it: `hf upload USER/NAME FOLDER`."""
+        write_folder(folder, self.model, self.tokenizer, self.info)
 
     def generate(self, images, *, sample: bool = False, num_beams: int | None = None,
                  max_length: int | None = None, min_length: int | None = None, top_p: float = 0.9,

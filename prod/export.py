@@ -1,0 +1,47 @@
+"""Hand a trained net on, without optimizer and queues: as one `.pth`, or as a folder for the Hugging Face hub.
+
+    python -m prod.export output/caption_flickr/best.pth save/dlip-caption
+    python -m prod.export output/pretrain/last.pth save/dlip-caption --task caption # of a net that does both
+    python -m prod.export output/demo/teacher/all/last.pth data/demo_teacher.pth --half
+
+SOURCE is anything that DLIPProd takes, so that BLIP's and dlip-v2's original files are converted too.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from eval.common import tokenizer_option
+from models.checkpoint import load_model, save_checkpoint
+from models.transformers_format import write_folder
+from utils import clean_exit
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('source', help='file, URL, folder or name on the hub')
+    parser.add_argument('target', type=Path, help='a .pth, or a folder to be made')
+    parser.add_argument('--task', choices=('caption', 'retrieval'), help='only the parts of this task (default: all)')
+    parser.add_argument('--half', action='store_true', help='float16 (default: float32)')
+    parser.add_argument('--metrics', type=Path, help='JSON of an evaluation, to travel with the weights')
+    tokenizer_option(parser)
+    args = parser.parse_args(argv)
+    model, tokenizer, info = load_model(args.source, task=args.task, tokenizer=args.tokenizer)
+    if args.metrics:
+        info['metrics'] = json.loads(args.metrics.read_text(encoding='utf-8'))
+    if args.half:
+        model = model.to(torch.float16)
+    if args.target.suffix == '.pth':
+        save_checkpoint(args.target, model, tokenizer, info.get('config', {}), metrics=info.get('metrics'))
+        size = args.target.stat().st_size
+    else:
+        write_folder(args.target, model, tokenizer, info)
+        size = sum(file.stat().st_size for file in args.target.iterdir())
+    print(f'{args.target}: a {model.config.task} net, {size / 2 ** 20:.1f} MiB')
+
+
+if __name__ == '__main__':
+    with clean_exit():
+        main()
