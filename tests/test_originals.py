@@ -9,9 +9,10 @@ import torch
 from conftest import GOLDEN, TESTS, golden, relative
 
 from models.blip import BLIP
-from models.build import build_teacher, inherit_text
+from models.build import build_teacher
 from models.checkpoint import architecture, load_model, read_checkpoint
 from models.generation import generate_ids
+from models.inherit import inherit_text
 from models.momentum import MomentumQueue
 from models.objective import Objective
 from models.originals import infer_config

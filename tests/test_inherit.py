@@ -1,0 +1,139 @@
+"""Where a student starts: layers and channels of its teacher, a BERT, a timm ViT."""
+
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+import transformers
+from conftest import NANO, relative
+from safetensors.torch import save_file
+
+from models.blip import BLIP, BLIPConfig
+from models.build import build_student
+from models.inherit import choose_layers, inherit_text, inherit_vision, load_bert, load_timm
+
+BIG = {'vision_width': 64, 'text_width': 64, 'text_ffn': 128}
+
+
+def test_which_layers_are_kept():
+    assert [choose_layers(*sizes) for sizes in ((1, 6), (2, 6), (3, 7), (3, 3))] == [[5], [0, 5], [0, 3, 6], [0, 1, 2]]
+    assert choose_layers(2, 5, 'first') == [0, 1] and choose_layers(2, 5, 'last') == [3, 4]
+    with pytest.raises(ValueError, match="init_layers is 'middle': one of spaced, first, last"):
+        choose_layers(2, 5, 'middle')
+    with pytest.raises(ValueError, match='the student has 6 layers'):
+        choose_layers(6, 5)
+
+
+@torch.no_grad()
+def test_the_neurons_that_do_something_are_kept(nano):
+    """The others of the teacher's feed-forward net are silent, so the student computes what the teacher does."""
+    for layer in nano.text_encoder.layers:  # the decoder's are the same, tied
+        layer.intermediate.dense.weight[::2] = 0
+        layer.intermediate.dense.bias[::2] = 0
+        layer.output.dense.weight[:, ::2] = 0
+    student = BLIP(replace(nano.config, text_ffn=nano.config.text_ffn // 2)).eval()
+    inherit_vision(student, nano)
+    inherit_text(student, nano)
+    images, ids = torch.randn(2, 3, 32, 32), torch.randint(5, 30, (2, 7))
+    kv = student.project_image(student.encode_image(images))
+    for tower in ('text_encoder', 'text_decoder'):
+        ours, theirs = (getattr(net, tower) for net in (student, nano))
+        ours, theirs = (net.bert if tower == 'text_decoder' else net for net in (ours, theirs))
+        assert torch.allclose(ours(ids, image_kv=kv).hidden, theirs(ids, image_kv=kv).hidden, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_narrow_net_hidden_in_a_wide_one_is_found(nano):
+    """A student is planted at the odd places of every axis of a teacher twice as wide, zeros elsewhere."""
+    teacher = BLIP(replace(nano.config, **BIG))
+    planted, wide = {name: torch.randn_like(weight) for name, weight in nano.state_dict().items()}, teacher.state_dict()
+    nano.load_state_dict(planted)
+    for name, weight in nano.state_dict().items():
+        places = [torch.arange(small) * (big // small) + big // small - 1
+                  for small, big in zip(weight.shape, wide[name].shape, strict=True)]
+        wide[name].zero_()[torch.meshgrid(*places, indexing='ij') if places else ...] = weight
+    teacher.load_state_dict(wide)
+    student = BLIP(nano.config)
+    inherit_vision(student, teacher)
+    inherit_text(student, teacher)
+    half = 0.5 ** 0.5  # the heads are half as wide, so scores are divided by less
+    for name, weight in nano.state_dict().items():
+        got = student.state_dict()[name]
+        if 'query' in name:
+            got = got / half
+        if 'qkv' in name:
+            got = torch.cat([got[:len(got) // 3] / half, got[len(got) // 3:]])
+        assert torch.allclose(got, weight, atol=1e-6), name
+
+
+def test_half_of_the_heads_and_no_wider_than_the_teacher(nano):
+    teacher = BLIP(replace(nano.config, **BIG, text_heads=4, vision_heads=4)).eval()
+    before = nano.text_encoder.layers[0].attention.self.query.weight.clone()
+    inherit_vision(nano, teacher)
+    inherit_text(nano, teacher, 'last')
+    rows = {tuple(row) for row in teacher.text_encoder.layers[0].attention.self.query.weight.tolist()}
+    kept = nano.text_encoder.layers[0].attention.self.query.weight
+    assert kept.shape == before.shape and not torch.equal(kept, before)
+    assert all(set(row) <= set(sum(rows, ())) for row in kept.tolist())
+    with pytest.raises(ValueError, match='wider than what it would start from'):
+        inherit_text(teacher, nano)
+
+
+@pytest.fixture
+def bert(tmp_path, bert_tokenizer) -> tuple:
+    """A BERT as on the hub: its vocabulary lacks [DEC] and [ENC]."""
+    config = transformers.BertConfig(vocab_size=30522, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+                                     intermediate_size=64)
+    model = transformers.BertForPreTraining(config).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / 'vocab.txt').write_text('\n'.join(bert_tokenizer.vocab[:30522]) + '\n')
+    return model, tmp_path
+
+
+@torch.no_grad()
+def test_text_towers_start_from_a_bert(bert, bert_tokenizer, small_tokenizer):
+    theirs, folder = bert
+    student = BLIP(BLIPConfig(**NANO | {'text_depth': 3}, vocab_size=30524)).eval()
+    load_bert(student, folder, bert_tokenizer)
+    ids, mask = bert_tokenizer(['a dog on a beach', 'snow'], 20)
+    want = theirs.bert(ids, mask).last_hidden_state
+    got = student.text_encoder(ids, mask).hidden
+    assert relative(got[mask.bool()], want[mask.bool()]) < 1e-5
+    assert relative(student.text_decoder.logits(want)[..., :30522], theirs.cls.predictions(want)) < 1e-5
+    shallow = BLIP(BLIPConfig(**NANO | {'text_ffn': 32, 'task': 'caption'}, vocab_size=30524, max_positions=40))
+    load_bert(shallow, folder, bert_tokenizer, 'first')
+    layer = theirs.bert.encoder.layer[1].attention.self.query.weight
+    assert torch.equal(shallow.text_decoder.bert.layers[1].attention.self.query.weight, layer)
+    with pytest.raises(ValueError, match='has another vocabulary'):
+        load_bert(BLIP(BLIPConfig(**NANO, vocab_size=len(small_tokenizer))), folder, small_tokenizer)
+    with pytest.raises(ValueError, match='wider than'):
+        load_bert(BLIP(BLIPConfig(**NANO | BIG, vocab_size=30524)), folder, bert_tokenizer)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_the_vision_tower_starts_from_a_file_of_timm(tmp_path, nano, suffix):
+    theirs = timm.create_model('vit_tiny_patch16_224', img_size=32, embed_dim=32, depth=2, num_heads=2).eval()
+    file = tmp_path / f'vit{suffix}'
+    if suffix == '.pth':
+        torch.save({'model': theirs.state_dict()}, file)  # as DeiT's own files
+    else:
+        save_file(theirs.state_dict(), file)
+    load_timm(nano, file)
+    images = torch.randn(2, 3, 32, 32)
+    assert relative(nano.encode_image(images), theirs.forward_features(images)) < 1e-5
+    with pytest.raises(ValueError, match=r'does not fit the student: .* 64\) here'):
+        load_timm(BLIP(replace(nano.config, **BIG)), file)
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'init_vision': 'deit_small_patch16_224.fb_in1k'}, "cannot get 'timm/deit_small_patch16_224.fb_in1k'"),
+    ({'init_vision': 'save/deit.pth'}, 'no checkpoint save/deit.pth'),
+    ({'init_text': 'bert-base-uncased'}, "cannot get 'bert-base-uncased'"),
+    ({'init_text': 'teacher'}, 'model.init_text is teacher, but teacher.weights is null')])
+def test_a_start_that_is_not_there_is_named(small_tokenizer, changes, message):
+    settings = {'size': 'nano', 'image_size': 32, 'init': None, 'init_vision': None, 'init_text': None,
+                'init_layers': 'spaced', 'dropout': 0.0, 'vit_ckpt_layer': 0}
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        build_student(settings | changes, small_tokenizer, 'pretrain')
