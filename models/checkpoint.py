@@ -56,7 +56,8 @@ def read_checkpoint(source: str | os.PathLike, mmap: bool = True) -> dict:
     try:
         checkpoint = read_tensors(path, mmap)
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('model'), dict):
-            raise ValueError(f'{path} holds no weights: expected a dictionary with the key "model"')
+            keys = list(checkpoint)[:3] if isinstance(checkpoint, dict) else type(checkpoint).__name__
+            raise ValueError(f'{path} holds no weights: expected a dictionary with the key "model", got {keys}')
     except ValueError:
         if is_url(source):
             path.unlink(missing_ok=True)  # the next run downloads it again

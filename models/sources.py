@@ -5,6 +5,7 @@ Every torch file is read `weights_only`, so that nothing in it can run code.
 
 import os
 import pickle
+import re
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -104,18 +105,26 @@ def downloads() -> bool:
 def read_tensors(path: Path, mmap: bool = True) -> dict:
     """The content of a torch or safetensors file on the CPU, mapped rather than copied where the format allows.
 
+    The format is told by the first bytes, whatever the file is called.
+
     Raises:
         ValueError: truncated, of no such format, or a pickle that would need code.
     """
+    with open(path, 'rb') as file:
+        start = file.read(16)
+    zipped = start.startswith(b'PK\x03\x04')  # torch < 1.6 wrote a plain pickle, which cannot be mapped
+    if not (zipped or start.startswith(b'\x80') or start[8:9] == b'{'):
+        what = f'another kind of file, which starts with {start}' if start else 'empty'
+        raise ValueError(f'{path} holds no weights, it is {what}: download or copy it again')
     try:
-        if path.suffix == '.safetensors':
+        if not zipped and start[8:9] == b'{':
             return load_file(path)
-        with open(path, 'rb') as file:
-            zipped = file.read(4) == b'PK\x03\x04'  # torch < 1.6 wrote another format, which cannot be mapped
         return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and zipped)
     except pickle.UnpicklingError as error:
-        raise ValueError(f'{path} is not a plain checkpoint: it is damaged or holds objects that need code to load, '
-                         f'which is refused ({str(error).splitlines()[0][:120]})') from None
+        wanted = re.search(r'GLOBAL ([\w.]+)', str(error))
+        reason = f'needs the code of {wanted[1]}' if wanted else 'is damaged or needs code'
+        raise ValueError(f'{path} {reason} to be read, which is refused: whoever made it can save its state_dict '
+                         f'alone') from None
     except (RuntimeError, EOFError, OSError, KeyError, SafetensorError) as error:
         raise ValueError(f'{path} is not a readable checkpoint, it may be truncated '
                          f'({str(error).splitlines()[0][:120]}): download or train it again') from None

@@ -35,9 +35,10 @@ class VisionTower(VisionTransformer):
     def __init__(self, image_size: int, patch_size: int, width: int, depth: int, heads: int, eps: float = 1e-6,
                  checkpoint_layers: int = 0):
         super().__init__(img_size=image_size, patch_size=patch_size, embed_dim=width, depth=depth,
-                         num_heads=heads, num_classes=0, block_fn=CheckpointedBlock,
+                         num_heads=heads, num_classes=0, block_fn=CheckpointedBlock, weight_init='skip',
                          norm_layer=partial(nn.LayerNorm, eps=eps))
-        self.scratch_init(image_size // patch_size)
+        if not self.cls_token.is_meta:
+            self.scratch_init(image_size // patch_size)
         for block in self.blocks[max(0, depth - checkpoint_layers):]:
             block.recompute = True
 
@@ -48,9 +49,11 @@ class VisionTower(VisionTransformer):
         """
         self.pos_embed[:, 1:] = sincos_positions(self.embed_dim, side)
         self.pos_embed[:, :1] = 0
+        nn.init.normal_(self.cls_token, std=1e-6)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

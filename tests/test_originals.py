@@ -1,5 +1,6 @@
 """Files of the original BLIP and dlip-v2 code: served as they are, by DLIPProd and the evaluation."""
 
+import subprocess
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -7,6 +8,7 @@ from threading import Thread
 import pytest
 import torch
 from conftest import GOLDEN, TESTS, golden, relative
+from safetensors.torch import save_file
 
 from models.blip import BLIP
 from models.build import build_teacher
@@ -117,3 +119,37 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path):
     torch.save({'model': {'layer.weight': torch.zeros(2)}}, other)
     with pytest.raises(ValueError, match='neither a checkpoint of this repository nor of BLIP or dlip-v2'):
         load_model(other)
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
+    good = (GOLDEN / 'dlip_caption_tiny.pth').read_bytes()
+    torch.save({'model': {}, 'f': subprocess.Popen}, tmp_path / 'code.pth')
+    torch.save([1, 2], tmp_path / 'list.pth')
+    save_file({'a': torch.zeros(3)}, tmp_path / 'renamed.pth')
+    for name, content in (('cut', good[:len(good) // 2]), ('head', good[:100]), ('empty', b''), ('page', b'<html>404')):
+        (tmp_path / f'{name}.pth').write_bytes(content)
+    for name, message in (('code', 'needs the code of .*Popen .* is refused'), ('cut', '.*may be truncated'),
+                          ('head', '.*may be truncated'), ('empty', '.*it is empty: download'),
+                          ('page', ".*b'<html>404'"), ('list', 'holds no weights: .* got list'),
+                          ('renamed', r"holds no weights: .* got \['a'\]")):
+        with pytest.raises(ValueError, match=f'{name}.pth {message}'):
+            load_model(tmp_path / f'{name}.pth')
+    with pytest.raises(FileNotFoundError, match='no checkpoint .*none.pth'):
+        load_model(tmp_path / 'none.pth')
+
+
+def test_dlip_v2_training_and_half_files(tmp_path, bert_tokenizer):
+    """The pre-training form has queues, momentum twins and an optimizer beside the net; `_half` files are float16."""
+    weights = golden('pretrain_student_tiny.pth')['model']
+    assert {'image_queue', 'queue_ptr', 'vl_proj.weight'} <= weights.keys()
+    twins = {f'{name.partition(".")[0]}_m.{name.partition(".")[2]}': weight for name, weight in weights.items()
+             if name.startswith(('visual_encoder.', 'text_encoder.', 'text_proj.', 'vision_proj.'))}
+    form = {'model': weights | twins, 'optimizer': {'state': {}}, 'config': HEADS, 'epoch': 3}
+    torch.save(form, tmp_path / 'dlip_pretrain.pth')
+    half = {name: weight.half() if weight.is_floating_point() else weight for name, weight in weights.items()}
+    torch.save({'model': half, 'config': HEADS}, tmp_path / 'dlip_pretrain_half.pth')
+    full, small = (load_model(tmp_path / f'dlip_pretrain{name}.pth', tokenizer=VOCAB)[0] for name in ('', '_half'))
+    assert full.config.task == 'pretrain' and full.config.image_size == 224
+    for name, weight in full.state_dict().items():
+        assert torch.equal(weight, small.state_dict()[name]), name  # exact: the golden weights are float16 numbers
+        assert torch.equal(weight, weights[name].float())

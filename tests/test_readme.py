@@ -25,7 +25,7 @@ from data.scenes import render, sample_split
 from models.blip import BLIP, BLIPConfig
 from models.checkpoint import save_checkpoint
 from models.logs import read_log
-from utils import ROOT
+from utils import ROOT, load_config
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 BLOCKS = re.findall(r'^```(\w*)\n(.*?)^```', README, re.DOTALL | re.MULTILINE)
@@ -135,6 +135,8 @@ def test_train_evaluate_use(place, bert_tokenizer, monkeypatch, capsys):
         f'{name}_test.{kind}' for name in ('retrieval', 'caption') for kind in ('json', 'html')}
     assert 'beam-3 caption' in run(*commands('eval.speed'), place, ROOT)
 
+    run(*commands('prod.export'), place, ROOT)
+    assert (place / 'save/dlip-caption/model.safetensors').is_file()
     for name in ('retrieval', 'caption'):
         shutil.copy(place / f'output/{name}_flickr/best.pth', save / f'dlip_{name}_flickr.pth')
     monkeypatch.chdir(place)
@@ -149,7 +151,17 @@ def test_train_evaluate_use(place, bert_tokenizer, monkeypatch, capsys):
 
 def test_every_command_is_run():
     """A command that is added to the README must be added here, or be part of `make demo`."""
-    tested = ('sed ', 'img2dataset ', 'json_dataset.py', 'pretrain_dlip.py', 'train_dlip_', 'eval.', 'prod.try_it')
+    tested = ('sed ', 'img2dataset ', 'json_dataset.py', 'pretrain_dlip.py', 'train_dlip_', 'eval.', 'prod.')
     assert not [command for command in COMMANDS if not any(name in command for name in tested)]
     demo = (ROOT / 'Makefile').read_text()
     assert 'prod.try_it' in demo and 'json_dataset.py' in demo
+
+
+def test_the_lines_of_yaml_are_settings():
+    lines = re.findall(r'\| `([\w.]+): (\S+)` \|', README)
+    assert len(lines) > 10
+    for key, value in lines:
+        name = 'caption_flickr' if 'caption' in value else 'retrieval_flickr' if 'retrieval' in value else 'pretrain'
+        section, key = key.split('.')
+        config = load_config(f'configs/{name}.yaml', f'configs/{name}.yaml', [f'{section}.{key}={value}'])
+        assert config[section][key] == value
