@@ -27,6 +27,7 @@ from utils import ROOT, clean_exit
 
 OURS = """
 from models.checkpoint import load_model
+from transformers import BlipConfig  # a folder's config.json is read by it: an import, as on the other side
 start()
 model = load_model(source, tokenizer='tests/vocab.txt')[0]
 """

@@ -15,7 +15,8 @@ def evaluation_arguments(description: str, config: str, argv: list[str] | None =
     """Parse the options of an evaluation script -> (namespace, config checked against the default)."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', default=config, help='YAML file of the training (default: %(default)s)')
-    parser.add_argument('--checkpoint', required=True, help='a .pth of this repository, of BLIP or of dlip-v2')
+    parser.add_argument('--checkpoint', required=True, help='a .pth of this repository, of BLIP or of '
+                        'dlip-v2, a folder in the layout of transformers, or the name of one on the hub')
     tokenizer_option(parser)
     parser.add_argument('--split', default='test', choices=('train', 'val', 'test'))
     parser.add_argument('--output_dir', default='output/eval', help='default: %(default)s')

@@ -6,7 +6,8 @@ computes what it did before (after weight subcloning, Samragh et al. 2023, arXiv
 
 - layers: the first, the last, or evenly spaced ones from the first to the last (`init_layers`);
 - channels: those with the largest weights, summed over all matrices that read or write them; one set for a whole tower,
-  since every layer adds to the same residual stream;
+  since every layer adds to the same residual stream. What reads d of D channels is scaled by sqrt(D / d), so that its
+  sums keep their size;
 - attention: the heads with the largest |query| |key| |value| |output|, and in each the dimensions with the largest
   |query| |key|, or |value| |output|; queries are rescaled for the narrower heads' softmax;
 - feed-forward nets: the neurons with the largest |in| |out|.
@@ -34,6 +35,7 @@ READS = re.compile(r'((?<!cross)attention\.self\.(query|key|value)|crossattentio
                    r'itm_head|text_proj|vision_proj)\.weight$|^(cls_token|pos_embed)$')
 WRITES = re.compile(r'(output\.dense|LayerNorm|transform\.dense|attn\.proj|mlp\.fc2|patch_embed\.proj|norm\d?)\.'
                     r'(weight|bias)$')
+STREAM = re.compile(r'_embed(dings\.weight)?$|cls_token$|predictions\.decoder')  # what is in the stream: not scaled
 READS_IMAGE = re.compile(r'crossattention\.self\.(key|value)\.weight$')
 
 
@@ -89,12 +91,12 @@ def keep_channels(weights: Weights, channels: torch.Tensor, image_channels: torc
     """Cut the residual stream to these channels, and the image tokens that cross-attention reads to those."""
     cut = {}
     for name, weight in weights.items():
-        if READS.search(name):
-            weight = weight[..., channels]
+        for pattern, kept in ((READS, channels), (READS_IMAGE, image_channels)):
+            if pattern.search(name) and kept is not None:
+                scale = 1 if STREAM.search(name) else (weight.shape[-1] / len(kept)) ** 0.5
+                weight = weight[..., kept] * scale
         if WRITES.search(name):
             weight = weight[channels]
-        if READS_IMAGE.search(name) and image_channels is not None:
-            weight = weight[..., image_channels]
         cut[name] = weight
     return cut
 

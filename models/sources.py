@@ -31,6 +31,8 @@ def names_a_file(source: str | os.PathLike) -> bool:
 def local_file(source: str | os.PathLike) -> Path:
     """The path of a file; of a URL its copy in torch.hub's cache, downloaded when absent (once per machine).
 
+    A checksum in the name, by torch.hub's convention (`deit_small_patch16_224-cd65a155.pth`), is checked.
+
     Raises:
         FileNotFoundError: no such file, or the download failed (a part of a file is never kept).
     """
@@ -41,9 +43,10 @@ def local_file(source: str | os.PathLike) -> Path:
     path = Path(torch.hub.get_dir()) / 'checkpoints' / Path(urlparse(str(source)).path).name
     if not path.is_file() and downloads():
         path.parent.mkdir(parents=True, exist_ok=True)
+        checksum = re.search(r'-([a-f0-9]{8,})\.', path.name)
         try:
-            torch.hub.download_url_to_file(str(source), str(path), progress=is_main())
-        except OSError as error:
+            torch.hub.download_url_to_file(str(source), str(path), checksum and checksum[1], progress=is_main())
+        except (OSError, RuntimeError) as error:
             raise FileNotFoundError(f'cannot download {source} ({error}): fetch it on another machine and give its '
                                     f'path') from None
     barrier()

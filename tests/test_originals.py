@@ -1,7 +1,9 @@
 """Files of the original BLIP and dlip-v2 code: served as they are, by DLIPProd and the evaluation."""
 
+import shutil
 import subprocess
 from functools import partial
+from hashlib import sha256
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -82,10 +84,14 @@ def test_a_teacher_that_lacks_a_part_teaches_the_rest(tmp_path, small_tokenizer,
 
 
 def test_weights_from_a_url(tmp_path, monkeypatch):
-    """Downloaded once into torch.hub's cache; a damaged download is not kept, a missing file is named."""
+    """Downloaded once into torch.hub's cache, its checksum checked where the name has one; a damaged download is not
+    kept, a missing file is named."""
     served, cache = tmp_path / 'served', tmp_path / 'cache'
     served.mkdir()
     original(served, 'dlip_caption_tiny')
+    good = sha256((served / 'dlip_caption_tiny.pth').read_bytes()).hexdigest()[:8]
+    for checksum in (good, '01234567'):
+        shutil.copy(served / 'dlip_caption_tiny.pth', served / f'tiny-{checksum}.pth')
     (served / 'torn.pth').write_bytes((served / 'dlip_caption_tiny.pth').read_bytes()[:5000])
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(cache))
     handler = partial(SimpleHTTPRequestHandler, directory=str(served))
@@ -97,10 +103,13 @@ def test_weights_from_a_url(tmp_path, monkeypatch):
             read_checkpoint(f'{address}/torn.pth')
         with pytest.raises(FileNotFoundError, match='cannot download .*none.pth .*404'):
             read_checkpoint(f'{address}/none.pth')
+        read_checkpoint(f'{address}/tiny-{good}.pth')
+        with pytest.raises(FileNotFoundError, match='cannot download .*invalid hash value'):
+            read_checkpoint(f'{address}/tiny-01234567.pth')
         server.shutdown()
     again = read_checkpoint(f'{address}/dlip_caption_tiny.pth')  # the server is gone
     assert again['model'].keys() == first['model'].keys()
-    assert [path.name for path in (cache / 'checkpoints').iterdir()] == ['dlip_caption_tiny.pth']
+    assert {path.name for path in (cache / 'checkpoints').iterdir()} == {'dlip_caption_tiny.pth', f'tiny-{good}.pth'}
 
 
 def test_what_is_wrong_with_a_file_is_named(tmp_path):
