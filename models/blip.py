@@ -78,7 +78,7 @@ class BLIP(nn.Module):
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, 3, S, S] normalised float -> image tokens [B, N, vision_width]"""
-        return self.visual_encoder(images)
+        return self.visual_encoder(images.to(self.visual_encoder.cls_token.dtype))
 
     def project_image(self, image_tokens: torch.Tensor) -> ImageKV:
         """Image tokens -> cross-attention keys and values, valid for the encoder and the (tied) decoder."""

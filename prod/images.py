@@ -2,6 +2,7 @@
 
 import io
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +13,21 @@ from data.transforms import to_rgb
 ACCEPTED = ('a PIL image, a numpy array (H, W) or (H, W, 1|3|4), a torch tensor (1|3|4, H, W), a path, '
             'bytes, or a list of these')
 FLOAT_SLACK = 1e-3  # resampling in float overshoots [0, 1] a little
+
+
+def find_pictures(folder: str | os.PathLike) -> list[str]:
+    """The picture files of a folder and the folders in it, by their names' endings, in order.
+
+    Raises:
+        FileNotFoundError: no such folder, or no picture in it.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f'no folder {str(folder)!r}')
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = sorted(str(path) for path in Path(folder).rglob('*') if path.suffix.lower() in endings and path.is_file())
+    if not found:
+        raise FileNotFoundError(f'no pictures in the folder {str(folder)!r}')
+    return found
 
 
 def as_list(images) -> list[tuple[str, object]]:

@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
     tokenizer = Tokenizer(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', DEC, ENC, *WORDS])
     names = {'caption': 'dlip_caption_flickr', 'retrieval': 'dlip_retrieval_flickr', 'pretrain': 'last'}
     for task, name in names.items():
-        torch.manual_seed(0)
+        torch.manual_seed(1)
         model = BLIP(BLIPConfig(image_size=32, patch_size=16, vision_width=32, vision_depth=2, vision_heads=2,
                                 text_width=32, text_depth=2, text_heads=2, text_ffn=64, task=task,
                                 vocab_size=len(tokenizer.vocab)))

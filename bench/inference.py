@@ -1,0 +1,177 @@
+"""Inference against what a user would run otherwise, as ratios: transformers' BLIP-Base, and dlip-v2's way to decode.
+
+    python -m bench.inference --image_size 224 384 --batch 1 16
+
+Random weights of the real sizes, 20 new tokens forced, all sides of a row interleaved in one process, medians. The
+sides:
+
+- transformers: `BlipForConditionalGeneration` / `BlipForImageTextRetrieval` base, float32, as loaded;
+- original: DLIP's student decoded as dlip-v2 does, the image's keys and values projected again at every step and for
+  every beam, with autograd on;
+- DLIP: this repository's student, at each precision that DLIPProd offers, with its output error beside it.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from models import generation
+from models.blip import BLIP
+from models.checkpoint import architecture
+from models.generation import PROMPT, generate_ids
+from models.precision import PRECISIONS, at_precision
+from models.tokenizer import DEC, ENC, Tokenizer
+from utils import ROOT, clean_exit, progress
+
+NEW_TOKENS = 20
+TEXT = 'two brown dogs run after a red ball on a long sandy beach while people watch'  # 18 tokens with its ends
+
+
+class OriginalDecoder(generation.Decoder):
+    """dlip-v2's decoding: every step projects the image of every row again."""
+
+    def __init__(self, model: BLIP, image_tokens: torch.Tensor, capacity: int):
+        super().__init__(model, image_tokens, capacity)
+        self.image_tokens = image_tokens
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = self.image_tokens.repeat_interleave(len(ids) // len(self.image_tokens), 0)
+        self.image_kv = self.model.text_decoder.bert.project_image(rows)
+        return super().logits(ids)
+
+    def keep_images(self, keep: torch.Tensor) -> None:
+        self.image_tokens = self.image_tokens[keep]
+
+
+def our_work(model: BLIP, tokenizer: Tokenizer, images: torch.Tensor) -> dict[str, Callable]:
+    """Workload -> function, on pictures [B, 3, S, S]."""
+    prompt = tokenizer([PROMPT], NEW_TOKENS, DEC)[0][0, :-1]
+    length = len(prompt) + NEW_TOKENS
+    ids, mask = tokenizer([TEXT] * 64, 35)
+    matched, _ = tokenizer([TEXT] * 64, 35, ENC)
+
+    def caption(beams: int) -> torch.Tensor:
+        return generate_ids(model, model.encode_image(images), prompt, tokenizer.sep_id, tokenizer.pad_id,
+                            num_beams=beams, min_length=length, max_length=length)
+
+    return {'greedy caption': lambda: caption(1), 'beam-3 caption': lambda: caption(3),
+            'image embedding': lambda: model.image_feat(model.encode_image(images)),
+            'text embedding x 64': lambda: model.text_feat(ids, mask),
+            'match 64 texts, 1 image': lambda: model.match_logits(
+                matched, mask, model.project_image(model.encode_image(images[:1])))}
+
+
+def original_work(model: BLIP, tokenizer: Tokenizer, images: torch.Tensor) -> dict[str, Callable]:
+    prompt = tokenizer([PROMPT], NEW_TOKENS, DEC)[0][0, :-1]
+    length = len(prompt) + NEW_TOKENS
+    shared = (prompt, tokenizer.sep_id, tokenizer.pad_id)
+
+    def caption(beams: int) -> torch.Tensor:
+        ours, generation.Decoder = generation.Decoder, OriginalDecoder
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                tokens = model.encode_image(images)
+                if beams == 1:
+                    return generation.extend(model, tokens, *shared, length, length, lambda x: x.argmax(-1), 1.0)
+                return generation.beam_search(model, tokens, *shared, beams, length, length, 1.0, 1.0)[0]
+        finally:
+            generation.Decoder = ours
+
+    return {'greedy caption': lambda: caption(1), 'beam-3 caption': lambda: caption(3)}
+
+
+def transformers_work(captioner, retriever, tokenizer: Tokenizer, images: torch.Tensor) -> dict[str, Callable]:
+    prompt = tokenizer([PROMPT], NEW_TOKENS, DEC)[0]
+    ids, mask = tokenizer([TEXT] * 64, 35)
+    matched, _ = tokenizer([TEXT] * 64, 35, ENC)
+
+    def caption(beams: int) -> torch.Tensor:
+        return captioner.generate(images, prompt.repeat(len(images), 1), num_beams=beams, do_sample=False,
+                                  min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS)
+
+    def image_feat() -> torch.Tensor:
+        return F.normalize(retriever.vision_proj(retriever.vision_model(images)[0][:, 0]), dim=-1)
+
+    def text_feat() -> torch.Tensor:
+        return F.normalize(retriever.text_proj(retriever.text_encoder(ids, mask)[0][:, 0]), dim=-1)
+
+    def match() -> torch.Tensor:
+        tokens = retriever.vision_model(images[:1])[0].expand(64, -1, -1)
+        hidden = retriever.text_encoder(matched, mask, encoder_hidden_states=tokens)[0]
+        return retriever.itm_head(hidden[:, 0])
+
+    return {'greedy caption': lambda: caption(1), 'beam-3 caption': lambda: caption(3), 'image embedding': image_feat,
+            'text embedding x 64': text_feat, 'match 64 texts, 1 image': match}
+
+
+def transformers_base(image_size: int):
+    """transformers' two classes at BLIP-Base's sizes, random weights."""
+    from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
+    config = BlipConfig(text_config={'num_attention_heads': 12}, vision_config={'image_size': image_size})
+    config.vision_config.initializer_range = 0.02
+    return BlipForConditionalGeneration(config).eval(), BlipForImageTextRetrieval(config).eval()
+
+
+@torch.inference_mode()
+def medians(work: dict[str, Callable], rounds: int) -> dict[str, float]:
+    """Median seconds of each function, in turn, after one round of warm-up."""
+    times = {name: [] for name in work}
+    for number in range(rounds + 1):
+        for name, function in work.items():
+            started = time.perf_counter()
+            function()
+            if number:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+@torch.inference_mode()
+def error(ours: Callable, exact: Callable) -> str:
+    """Of features and scores the relative L2 error, of captions the share of equal tokens."""
+    a, b = ours(), exact()
+    if a.dtype == torch.int64:
+        return f'{float((a == b).float().mean()):.0%} of tokens'
+    return f'{float((a - b).norm() / b.norm()):.0e}'
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--image_size', type=int, nargs='+', default=[224, 384], help='default: 224 384')
+    parser.add_argument('--batch', type=int, nargs='+', default=[1, 16], help='pictures at once (default: 1 16)')
+    parser.add_argument('--precision', nargs='*', default=list(PRECISIONS), help='default: all')
+    parser.add_argument('--rounds', type=int, default=7, help='default: %(default)s')
+    parser.add_argument('--threads', type=int, default=2, help='default: %(default)s')
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    tokenizer = Tokenizer.from_pretrained(ROOT / 'tests' / 'vocab.txt')
+    for image_size in args.image_size:
+        torch.manual_seed(0)
+        theirs = transformers_base(image_size)
+        student = BLIP(architecture('small', image_size, len(tokenizer))).eval()
+        nets = {precision: at_precision(student, precision) for precision in args.precision}
+        for batch in args.batch:
+            images = torch.randn(batch, 3, image_size, image_size)
+            sides = {'transformers base': transformers_work(*theirs, tokenizer, images),
+                     'student, original': original_work(student, tokenizer, images),
+                     **{f'DLIP {precision}': our_work(net, tokenizer, images) for precision, net in nets.items()}}
+            print(f'\n{image_size} px, batch {batch}, {args.threads} threads\n')
+            print('| workload | side | ms | times transformers | times the original | error |')
+            print('|---|---|---:|---:|---:|---:|')
+            for name in progress(sides['transformers base'], desc=f'{image_size} px x {batch}'):
+                work = {side: functions[name] for side, functions in sides.items() if name in functions}
+                seconds = medians(work, args.rounds)
+                reference, original = seconds['transformers base'], seconds.get('student, original')
+                for side, value in seconds.items():
+                    exact = sides['DLIP fp32'][name] if 'DLIP fp32' in sides else None
+                    shown = error(work[side], exact) if exact and side.startswith('DLIP') else ''
+                    print(f'| {name} | {side} | {1000 * value:.0f} | {reference / value:.1f} | '
+                          f'{f"{original / value:.1f}" if original else ""} | {shown} |', flush=True)
+
+
+if __name__ == '__main__':
+    with clean_exit():
+        main()
