@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f'\n{query}')
         for path, score in hits:
             print(f'  {score:6.3f}  {path}')
-        rows.append((asked.name if isinstance(asked, Path) else query, [(Path(path), score, False) for path, score in hits]))
+        title = asked.name if isinstance(asked, Path) else query
+        rows.append((title, [(Path(path), score, False) for path, score in hits]))
     if args.sheet:
         sheet = Sheet()
         sheet.heading('Pictures found', f'{len(index)} pictures in {args.index}')
