@@ -8,7 +8,7 @@ sides:
 - transformers: `BlipForConditionalGeneration` / `BlipForImageTextRetrieval` base, float32, as loaded;
 - original: DLIP's student decoded as dlip-v2 does, the image's keys and values projected again at every step and for
   every beam, with autograd on;
-- DLIP: this repository's student, at each precision that DLIPProd offers, with its output error beside it.
+- DLIP: this repository's student, at each precision and backend of DLIPProd, with its output error beside it.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from models import generation
 from models.blip import BLIP
 from models.checkpoint import architecture
 from models.generation import PROMPT, generate_ids
-from models.precision import PRECISIONS, at_precision
+from models.precision import BACKENDS, PRECISIONS, for_inference
 from models.tokenizer import DEC, ENC, Tokenizer
 from utils import ROOT, clean_exit, progress
 
@@ -40,7 +40,7 @@ class OriginalDecoder(generation.Decoder):
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         rows = self.image_tokens.repeat_interleave(len(ids) // len(self.image_tokens), 0)
-        self.image_kv = self.model.text_decoder.bert.project_image(rows)
+        self.image_kv = self.model.project_image(rows)
         return super().logits(ids)
 
     def keep_images(self, keep: torch.Tensor) -> None:
@@ -142,7 +142,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--image_size', type=int, nargs='+', default=[224, 384], help='default: 224 384')
     parser.add_argument('--batch', type=int, nargs='+', default=[1, 16], help='pictures at once (default: 1 16)')
-    parser.add_argument('--precision', nargs='*', default=list(PRECISIONS), help='default: all')
     parser.add_argument('--rounds', type=int, default=7, help='default: %(default)s')
     parser.add_argument('--threads', type=int, default=2, help='default: %(default)s')
     args = parser.parse_args(argv)
@@ -152,12 +151,13 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(0)
         theirs = transformers_base(image_size)
         student = BLIP(architecture('small', image_size, len(tokenizer))).eval()
-        nets = {precision: at_precision(student, precision) for precision in args.precision}
+        nets = {f'DLIP {precision} {backend}': for_inference(student, precision, backend)
+                for backend in BACKENDS for precision in PRECISIONS}
         for batch in args.batch:
             images = torch.randn(batch, 3, image_size, image_size)
             sides = {'transformers base': transformers_work(*theirs, tokenizer, images),
                      'student, original': original_work(student, tokenizer, images),
-                     **{f'DLIP {precision}': our_work(net, tokenizer, images) for precision, net in nets.items()}}
+                     **{side: our_work(net, tokenizer, images) for side, net in nets.items()}}
             print(f'\n{image_size} px, batch {batch}, {args.threads} threads\n')
             print('| workload | side | ms | times transformers | times the original | error |')
             print('|---|---|---:|---:|---:|---:|')
@@ -166,8 +166,8 @@ def main(argv: list[str] | None = None) -> None:
                 seconds = medians(work, args.rounds)
                 reference, original = seconds['transformers base'], seconds.get('student, original')
                 for side, value in seconds.items():
-                    exact = sides['DLIP fp32'][name] if 'DLIP fp32' in sides else None
-                    shown = error(work[side], exact) if exact and side.startswith('DLIP') else ''
+                    exact = sides['DLIP fp32 torch'][name]
+                    shown = error(work[side], exact) if side.startswith('DLIP') else ''
                     print(f'| {name} | {side} | {1000 * value:.0f} | {reference / value:.1f} | '
                           f'{f"{original / value:.1f}" if original else ""} | {shown} |', flush=True)
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.text import ImageKV, TextDecoder, TextTower, tie_decoder
+from models.text import ImageKV, KVCache, TextDecoder, TextTower, tie_decoder
 from models.vit import VisionTower
 
 TEMPERATURE = 0.07  # at the start of training, as BLIP
@@ -104,6 +104,11 @@ class BLIP(nn.Module):
         hidden = self.text_encoder(ids, mask, image_kv=select_images(image_kv, image_index), first_only=True).hidden
         return self.itm_head(hidden[:, 0])
 
+    def next_logits(self, ids: torch.Tensor, image_kv: ImageKV, cache: KVCache) -> torch.Tensor:
+        """Feed the decoder ids [R, T] after the cached positions -> float32 logits [R, V] of the token after them."""
+        hidden = self.text_decoder.bert(ids, causal=True, image_kv=image_kv, cache=cache).hidden
+        return self.text_decoder.logits(hidden[:, -1]).float()
+
 
 def build_text_tower(config: BLIPConfig, cross_attention: bool = True) -> TextTower:
     return TextTower(config.vocab_size, config.text_width, config.text_depth, config.text_heads, config.text_ffn,
@@ -114,4 +119,6 @@ def select_images(image_kv: ImageKV, image_index: torch.Tensor | None) -> ImageK
     """The keys and values of the images `image_index` [R] (all of them, in order, when None)."""
     if image_index is None:
         return image_kv
+    if isinstance(image_kv, torch.Tensor):
+        return image_kv[:, :, image_index]
     return [(k[image_index], v[image_index]) for k, v in image_kv]

@@ -19,13 +19,12 @@ class Decoder:
 
     def __init__(self, model: BLIP, image_tokens: torch.Tensor, capacity: int):
         self.model = model
-        self.image_kv = model.text_decoder.bert.project_image(image_tokens)
-        self.cache = KVCache(capacity)
+        self.image_kv = model.project_image(image_tokens)
+        self.cache = KVCache(model.config.text_depth, capacity)
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Feed ids [R, T] after the cached positions -> float32 logits [R, V] of the next token."""
-        hidden = self.model.text_decoder.bert(ids, causal=True, image_kv=self.image_kv, cache=self.cache).hidden
-        return self.model.text_decoder.logits(hidden[:, -1]).float()
+        return self.model.next_logits(ids, self.image_kv, self.cache)
 
     def keep_images(self, keep: torch.Tensor) -> None:
         """Drop images: keep [images] bool. The cache rows are dropped by the next `cache.reorder`."""

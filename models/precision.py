@@ -1,21 +1,26 @@
-"""The precisions that a net can be served in."""
+"""The precisions and backends that a net can be served in."""
 
 import copy
 
 import torch
 
 from models.blip import BLIP
+from models.openvino_backend import OpenVINOBLIP
 
-PRECISIONS = ('fp32', 'bf16')
+PRECISIONS, BACKENDS = ('fp32', 'bf16'), ('torch', 'openvino')
 
 
-def at_precision(model: BLIP, precision: str) -> BLIP:
-    """A net for inference at a precision; 'fp32' is the net itself, 'bf16' a copy with all weights and activations in
-    bfloat16 (fast on GPUs since Ampere and on CPUs with AVX-512 or AMX). Features and logits come in float32 from both.
+def for_inference(model: BLIP, precision: str = 'fp32', backend: str = 'torch') -> BLIP | OpenVINOBLIP:
+    """A net at a precision, run by a backend. In bf16 all arithmetic is bfloat16 (fast on GPUs since Ampere and on CPUs
+    with AVX-512 or AMX); embeddings and logits come in float32 all the same.
 
     Raises:
-        ValueError: no such precision.
+        ValueError: no such precision or backend, or one that the net's device does not have.
+        ImportError: backend openvino without its package.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f'unknown precision {precision!r}: choose one of {", ".join(PRECISIONS)}')
+    for what, value, choices in (('precision', precision, PRECISIONS), ('backend', backend, BACKENDS)):
+        if value not in choices:
+            raise ValueError(f'unknown {what} {value!r}: choose one of {", ".join(choices)}')
+    if backend == 'openvino':
+        return OpenVINOBLIP(model, precision)
     return model if precision == 'fp32' else copy.deepcopy(model).to(torch.bfloat16)

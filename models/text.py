@@ -17,7 +17,8 @@ from torch import nn
 from models.vit import prefers_plain_attention
 
 LAYER_NORM_EPS = 1e-12  # BERT's
-ImageKV = list[tuple[torch.Tensor, torch.Tensor]]  # per layer: keys and values, each [images, heads, N, D]
+# Per layer keys and values, each [images, heads, N, D]; or all of them in one tensor [layers, 2, images, heads, N, D].
+ImageKV = list[tuple[torch.Tensor, torch.Tensor]] | torch.Tensor
 
 
 class TextOutput(NamedTuple):
@@ -29,31 +30,28 @@ class TextOutput(NamedTuple):
 
 
 class KVCache:
-    """Static self-attention cache: per layer keys and values [R, heads, capacity, D], filled from the left."""
+    """Static self-attention cache of all layers, one tensor [layers, 2, R, heads, capacity, D] filled from the left."""
 
-    def __init__(self, capacity: int):
-        self.capacity = capacity
+    def __init__(self, layers: int, capacity: int):
+        self.layers, self.capacity = layers, capacity
         self.length = 0
-        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.store: torch.Tensor | None = None
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the new positions [R, heads, T, D] of a layer; return all keys and values so far."""
-        if layer not in self.layers:
-            shape = (k.shape[0], k.shape[1], self.capacity, k.shape[3])
-            self.layers[layer] = (k.new_empty(shape), v.new_empty(shape))
+        """Store the new positions [R, heads, T, D] of a layer; return all its keys and values so far."""
+        if self.store is None:
+            self.store = k.new_empty(self.layers, 2, *k.shape[:2], self.capacity, k.shape[3])
         end = self.length + k.shape[2]
-        keys, values = self.layers[layer]
+        keys, values = self.store[layer]
         keys[:, :, self.length:end] = k
         values[:, :, self.length:end] = v
         return keys[:, :, :end], values[:, :, :end]
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Keep the given rows, in that order (beam search moves hypotheses; finished rows are dropped)."""
-        for i, (keys, values) in self.layers.items():
-            kept = keys.new_empty(len(rows), *keys.shape[1:]), values.new_empty(len(rows), *values.shape[1:])
-            for new, old in zip(kept, (keys, values), strict=True):
-                new[:, :, :self.length] = old[rows, :, :self.length]
-            self.layers[i] = kept
+        kept = self.store.new_empty(*self.store.shape[:2], len(rows), *self.store.shape[3:])
+        kept[..., :self.length, :] = self.store[:, :, rows, :, :self.length]
+        self.store = kept
 
 
 class Projections(nn.Module):

@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--out', type=Path, required=True, help='file of JSON lines; goes on where it ends')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
     parser.add_argument('--precision', default='fp32', help='fp32 or bf16 (default: %(default)s)')
+    parser.add_argument('--backend', default='torch', help='torch or openvino (default: %(default)s)')
     parser.add_argument('--batch_size', type=int, default=32, help='default: %(default)s')
     parser.add_argument('--num_beams', type=int, help="default: the checkpoint's own, or 3")
     args = parser.parse_args(argv)
@@ -45,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     pictures = find_pictures(args.folder)
     make_output_dir(args.out.parent)
     done = whole_lines(args.out)
-    captioner = DLIPProd('caption', args.weight, str(device), precision=args.precision)
+    captioner = DLIPProd('caption', args.weight, str(device), precision=args.precision,
+                         backend=args.backend)
     left = [path for path in pictures if path not in done]
     logger.info('%d pictures, %d of them captioned already', len(pictures), len(pictures) - len(left))
     failed = 0

@@ -26,9 +26,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--sheet', type=Path, metavar='PNG', help='draw the hits')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
     parser.add_argument('--precision', default='fp32', help='fp32 or bf16 (default: %(default)s)')
+    parser.add_argument('--backend', default='torch', help='torch or openvino (default: %(default)s)')
     args = parser.parse_args(argv)
     device = setup_process(args.device)
-    retriever = DLIPProd('retrieval', args.weight, str(device), precision=args.precision)
+    retriever = DLIPProd('retrieval', args.weight, str(device), precision=args.precision,
+                         backend=args.backend)
     index = retriever.index(args.folder, args.index)
     rows = []
     for query in args.queries:

@@ -116,7 +116,7 @@ def test_cached_decoding_equals_one_pass(nano):
     kv = nano.project_image(nano.encode_image(torch.randn(2, 3, 32, 32)))  # two rows per image
     decoder = nano.text_decoder.bert
     want = decoder(ids, causal=True, image_kv=kv).hidden
-    cache = KVCache(7)
+    cache = KVCache(2, 7)
     got = [decoder(ids[:, :3], causal=True, image_kv=kv, cache=cache).hidden]
     got += [decoder(ids[:, i:i + 1], causal=True, image_kv=kv, cache=cache).hidden for i in range(3, 7)]
     assert torch.allclose(torch.cat(got, 1), want, atol=1e-5)

@@ -118,6 +118,22 @@ def test_bf16_is_near_fp32(retrieval, folder, picture):  # noqa: F811
         DLIPProd('retrieval', folder / 'save/dlip_retrieval_flickr.pth', precision='int4')
 
 
+def test_openvino_gives_what_torch_gives(folder, picture):  # noqa: F811
+    """Of nets of all tasks: pictures alone and in batches, beams that end early, texts of unequal length."""
+    pictures, texts = [picture, picture.rotate(90), picture.rotate(180)], ['a dog', 'a red dog and a red dog']
+    torch_net, other = (DLIPProd(None, folder / 'save/last.pth', backend=name) for name in ('torch', 'openvino'))
+    assert torch.allclose(other.get_image_feat(pictures), torch_net.get_image_feat(pictures), atol=1e-5)
+    assert torch.allclose(other.get_text_feat(texts), torch_net.get_text_feat(texts), atol=1e-5)
+    assert torch.allclose(other.match(pictures, texts), torch_net.match(pictures, texts), atol=1e-4)
+    for settings in ({'num_beams': 1, 'min_length': 5}, {'num_beams': 3, 'min_length': 5}, {'num_beams': 2}):
+        assert other.generate(pictures, **settings) == torch_net.generate(pictures, **settings)
+    assert other.generate(picture) == torch_net.generate(picture)
+    half = DLIPProd('retrieval', folder / 'save/dlip_retrieval_flickr.pth', precision='bf16', backend='openvino')
+    assert float((half.get_image_feat(picture) * half.get_image_feat(picture)).sum()) == pytest.approx(1, abs=1e-3)
+    with pytest.raises(ValueError, match="unknown backend 'onnx': choose one of torch, openvino"):
+        DLIPProd(None, folder / 'save/last.pth', backend='onnx')
+
+
 def test_captioning_a_folder_goes_on_where_it_stopped(folder, pictures, tmp_path):  # noqa: F811
     out = tmp_path / 'out/captions.jsonl'
     command = [str(pictures), '--weight', str(folder / 'save/dlip_caption_flickr.pth'), '--out', str(out), '--device',

@@ -1,0 +1,129 @@
+"""A net run by OpenVINO: on CPUs faster than PyTorch, and in bfloat16 with float32 at the seams (optional package).
+
+Each of the five functions that inference calls is traced and compiled at its first use, which takes seconds.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from models.blip import BLIP
+from models.text import KVCache
+
+HINTS = {'fp32': 'f32', 'bf16': 'bf16'}
+
+
+class Traced(nn.Module):
+    """A function of tensors as a module, which is what the converter takes; it holds the net's weights."""
+
+    def __init__(self, net: nn.Module, function: Callable):
+        super().__init__()
+        self.net, self.function = net, function
+
+    def forward(self, *inputs: torch.Tensor):
+        return self.function(*inputs)
+
+
+class TracedCache:
+    """A cache [layers, 2, R, heads, T, D] that comes in as an input; what is new goes out."""
+
+    def __init__(self, past: torch.Tensor):
+        self.past, self.length, self.fresh = past, past.shape[4], []
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.fresh.append(torch.stack([k, v]))
+        return torch.cat([self.past[layer, 0], k], 2), torch.cat([self.past[layer, 1], v], 2)
+
+
+class OpenVINOBLIP:
+    """The methods of a BLIP that inference uses, on the CPU.
+
+    Args:
+        model: a float32 net on the CPU; it keeps the weights.
+        precision: 'fp32' or 'bf16' (of the arithmetic inside; inputs and outputs are float32).
+
+    Raises:
+        ImportError: openvino is not installed.
+        ValueError: the net is not on the CPU.
+    """
+
+    def __init__(self, model: BLIP, precision: str = 'fp32'):
+        if model.device.type != 'cpu':
+            raise ValueError(f'the openvino backend runs on a CPU, the net is on {model.device}')
+        try:
+            import openvino
+        except ImportError:
+            raise ImportError('backend openvino needs the package: pip install openvino') from None
+        self.model, self.config, self.device = model, model.config, model.device
+        self.text_encoder, self.text_decoder = model.text_encoder, model.text_decoder
+        self._core, self._openvino, self._compiled = openvino.Core(), openvino, {}
+        self._lock, self._of_thread = threading.Lock(), threading.local()  # a request serves one thread at a time
+        self._settings = {'INFERENCE_PRECISION_HINT': HINTS[precision], 'PERFORMANCE_HINT': 'LATENCY',
+                          'INFERENCE_NUM_THREADS': torch.get_num_threads()}
+
+    def _run(self, name: str, function: Callable, *inputs: torch.Tensor,
+             example: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        """Run the compiled form of a function, which is traced once with `example` inputs (their sizes do not bind)."""
+        with self._lock:
+            if name not in self._compiled:
+                self._compiled[name] = self._compile(function, example)
+        requests = vars(self._of_thread)
+        if name not in requests:
+            requests[name] = self._compiled[name].create_infer_request()
+        tensors = [self._openvino.Tensor(x.detach().contiguous().numpy(), shared_memory=True) for x in inputs]
+        return [torch.from_numpy(output) for output in requests[name].infer(tensors, share_outputs=False).values()]
+
+    def _compile(self, function: Callable, example: tuple[torch.Tensor, ...]):
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
+            warnings.simplefilter('ignore')  # torch's tracer warns of every size that it follows
+            traced = self._openvino.convert_model(Traced(self.model, function).eval(), example_input=example)
+        return self._core.compile_model(traced, 'CPU', self._settings)
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        return self._run('image', self.model.visual_encoder, images, example=(torch.zeros(2, *images.shape[1:]),))[0]
+
+    def image_feat(self, image_tokens: torch.Tensor) -> torch.Tensor:
+        return self.model.image_feat(image_tokens)
+
+    def project_image(self, image_tokens: torch.Tensor) -> torch.Tensor:
+        """All layers' keys and values in one tensor [layers, 2, images, heads, N, D]."""
+        def project(tokens):
+            return torch.stack([torch.stack(pair) for pair in self.model.project_image(tokens)])
+        example = torch.zeros(2, *image_tokens.shape[1:])
+        return self._run('keys and values', project, image_tokens, example=(example,))[0]
+
+    def text_feat(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        example = torch.ones(2, 9, dtype=torch.int64)
+        return self._run('text', self.model.text_feat, ids, mask, example=(example, example))[0]
+
+    def match_logits(self, ids: torch.Tensor, mask: torch.Tensor, image_kv: torch.Tensor) -> torch.Tensor:
+        example = torch.ones(6, 9, dtype=torch.int64)
+        return self._run('match', self.model.match_logits, ids, mask, image_kv,
+                         example=(example, example, torch.zeros(*image_kv.shape[:2], 2, *image_kv.shape[3:])))[0]
+
+    def next_logits(self, ids: torch.Tensor, image_kv: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        layers, _, images, heads, _, width = image_kv.shape
+        kv = torch.zeros(layers, 2, 2, heads, 9, width)
+
+        def step(ids, kv, past):
+            seen = TracedCache(past)
+            hidden = self.model.text_decoder.bert(ids, causal=True, image_kv=kv, cache=seen).hidden
+            return self.model.text_decoder.logits(hidden[:, -1]), torch.stack(seen.fresh)
+
+        def prompt(ids, kv):
+            return step(ids, kv, kv[:, :, :, :, :0])
+
+        if cache.store is None:
+            example = (torch.ones(2, 4, dtype=torch.int64), kv)
+            logits, fresh = self._run('prompt', prompt, ids, image_kv, example=example)
+            cache.store = torch.empty(layers, 2, len(ids), heads, cache.capacity, width)
+        else:
+            example = (torch.ones(6, 1, dtype=torch.int64), kv, torch.zeros(layers, 2, 6, heads, 5, width))
+            logits, fresh = self._run('step', step, ids, image_kv, cache.store[..., :cache.length, :], example=example)
+        end = cache.length + ids.shape[1]
+        cache.store[..., cache.length:end, :] = fresh
+        cache.length = end
+        return logits
