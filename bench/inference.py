@@ -31,12 +31,27 @@ NEW_TOKENS = 20
 TEXT = 'two brown dogs run after a red ball on a long sandy beach while people watch'  # 18 tokens with its ends
 
 
+class GrowingCache:
+    """Self-attention keys and values that are concatenated at every step, as transformers' cache."""
+
+    def __init__(self):
+        self.length, self.kv = 0, {}
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        past = self.kv.get(layer, (k[:, :, :0], v[:, :, :0]))
+        self.kv[layer] = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        return self.kv[layer]
+
+    def reorder(self, rows: torch.Tensor) -> None:
+        self.kv = {layer: (k[rows], v[rows]) for layer, (k, v) in self.kv.items()}
+
+
 class OriginalDecoder(generation.Decoder):
     """dlip-v2's decoding: every step projects the image of every row again."""
 
     def __init__(self, model: BLIP, image_tokens: torch.Tensor, capacity: int):
         super().__init__(model, image_tokens, capacity)
-        self.image_tokens = image_tokens
+        self.image_tokens, self.cache = image_tokens, GrowingCache()
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         rows = self.image_tokens.repeat_interleave(len(ids) // len(self.image_tokens), 0)

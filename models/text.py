@@ -42,10 +42,9 @@ class KVCache:
         if self.store is None:
             self.store = k.new_empty(self.layers, 2, *k.shape[:2], self.capacity, k.shape[3])
         end = self.length + k.shape[2]
-        keys, values = self.store[layer]
-        keys[:, :, self.length:end] = k
-        values[:, :, self.length:end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        self.store[layer, 0, :, :, self.length:end] = k
+        self.store[layer, 1, :, :, self.length:end] = v
+        return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
 
     def reorder(self, rows: torch.Tensor) -> None:
         """Keep the given rows, in that order (beam search moves hypotheses; finished rows are dropped)."""
