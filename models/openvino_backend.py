@@ -7,24 +7,14 @@ import threading
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import torch
-from torch import nn
 
 from models.blip import BLIP
 from models.text import KVCache
 
-HINTS = {'fp32': 'f32', 'bf16': 'bf16'}
-
-
-class Traced(nn.Module):
-    """A function of tensors as a module, which is what the converter takes; it holds the net's weights."""
-
-    def __init__(self, net: nn.Module, function: Callable):
-        super().__init__()
-        self.net, self.function = net, function
-
-    def forward(self, *inputs: torch.Tensor):
-        return self.function(*inputs)
+HINTS = {'fp32': 'f32', 'bf16': 'bf16', 'int8': 'bf16'}
+DECODING = 'step'  # the function whose time goes into reading weights: the one that int8 makes smaller
 
 
 class TracedCache:
@@ -42,7 +32,7 @@ class OpenVINOBLIP:
     """The methods of a BLIP that inference uses, on the CPU.
 
     Args:
-        model: a float32 net on the CPU; it keeps the weights.
+        model: a float32 net on the CPU; its weights are shared, and no longer ask for gradients.
         precision: 'fp32' or 'bf16' (of the arithmetic inside; inputs and outputs are float32).
 
     Raises:
@@ -57,9 +47,10 @@ class OpenVINOBLIP:
             import openvino
         except ImportError:
             raise ImportError('backend openvino needs the package: pip install openvino') from None
-        self.model, self.config, self.device = model, model.config, model.device
+        self.model, self.config, self.device = model.requires_grad_(False), model.config, model.device
         self.text_encoder, self.text_decoder = model.text_encoder, model.text_decoder
         self._core, self._openvino, self._compiled = openvino.Core(), openvino, {}
+        self._precision = precision
         self._lock, self._of_thread = threading.Lock(), threading.local()  # a request serves one thread at a time
         self._settings = {'INFERENCE_PRECISION_HINT': HINTS[precision], 'PERFORMANCE_HINT': 'LATENCY',
                           'INFERENCE_NUM_THREADS': torch.get_num_threads()}
@@ -69,18 +60,21 @@ class OpenVINOBLIP:
         """Run the compiled form of a function, which is traced once with `example` inputs (their sizes do not bind)."""
         with self._lock:
             if name not in self._compiled:
-                self._compiled[name] = self._compile(function, example)
+                self._compiled[name] = self._compile(function, example, self._precision == 'int8' and name == DECODING)
         requests = vars(self._of_thread)
         if name not in requests:
             requests[name] = self._compiled[name].create_infer_request()
         tensors = [self._openvino.Tensor(x.detach().contiguous().numpy(), shared_memory=True) for x in inputs]
         return [torch.from_numpy(output) for output in requests[name].infer(tensors, share_outputs=False).values()]
 
-    def _compile(self, function: Callable, example: tuple[torch.Tensor, ...]):
+    def _compile(self, function: Callable, example: tuple[torch.Tensor, ...], eight_bit: bool):
         with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
             warnings.simplefilter('ignore')  # torch's tracer warns of every size that it follows
-            traced = self._openvino.convert_model(Traced(self.model, function).eval(), example_input=example)
-        return self._core.compile_model(traced, 'CPU', self._settings)
+            graph = self._openvino.convert_model(torch.jit.trace(lambda *inputs: function(*inputs), example,
+                                                                    check_trace=False))
+        if eight_bit:
+            compress_weights(graph)
+        return self._core.compile_model(graph, 'CPU', self._settings)
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         return self._run('image', self.model.visual_encoder, images, example=(torch.zeros(2, *images.shape[1:]),))[0]
@@ -105,25 +99,42 @@ class OpenVINOBLIP:
                          example=(example, example, torch.zeros(*image_kv.shape[:2], 2, *image_kv.shape[3:])))[0]
 
     def next_logits(self, ids: torch.Tensor, image_kv: torch.Tensor, cache: KVCache) -> torch.Tensor:
-        layers, _, images, heads, _, width = image_kv.shape
-        kv = torch.zeros(layers, 2, 2, heads, 9, width)
+        layers, _, _, heads, _, width = image_kv.shape
 
         def step(ids, kv, past):
             seen = TracedCache(past)
             hidden = self.model.text_decoder.bert(ids, causal=True, image_kv=kv, cache=seen).hidden
             return self.model.text_decoder.logits(hidden[:, -1]), torch.stack(seen.fresh)
 
-        def prompt(ids, kv):
-            return step(ids, kv, kv[:, :, :, :, :0])
-
         if cache.store is None:
-            example = (torch.ones(2, 4, dtype=torch.int64), kv)
-            logits, fresh = self._run('prompt', prompt, ids, image_kv, example=example)
             cache.store = torch.empty(layers, 2, len(ids), heads, cache.capacity, width)
-        else:
-            example = (torch.ones(6, 1, dtype=torch.int64), kv, torch.zeros(layers, 2, 6, heads, 5, width))
-            logits, fresh = self._run('step', step, ids, image_kv, cache.store[..., :cache.length, :], example=example)
+        example = (torch.ones(6, 4, dtype=torch.int64), torch.zeros(layers, 2, 2, heads, 9, width),
+                   torch.zeros(layers, 2, 6, heads, 5, width))
+        logits, fresh = self._run(DECODING, step, ids, image_kv, cache.store[..., :cache.length, :], example=example)
         end = cache.length + ids.shape[1]
         cache.store[..., cache.length:end, :] = fresh
         cache.length = end
         return logits
+
+
+def compress_weights(graph) -> None:
+    """Hold the matrices that activations are multiplied with in 8 bits, with a scale and a zero point a row.
+
+    The CPU reads the bytes and widens them on the way: a decode step of one row is as long as its weights are large.
+    """
+    from openvino import opset13 as op
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() != 'MatMul' or node.input_value(1).get_node().get_type_name() != 'Constant':
+            continue
+        constant = node.input_value(1).get_node()
+        weight = constant.data
+        if weight.ndim != 2:
+            continue
+        axis = 1 if node.get_attributes()['transpose_b'] else 0  # of the input channels
+        low, high = weight.min(axis, keepdims=True).clip(max=0), weight.max(axis, keepdims=True).clip(min=0)
+        scale = np.maximum((high - low) / 255, np.finfo(np.float32).tiny).astype(np.float32)
+        zero = np.rint(-low / scale)
+        levels = (np.rint(weight / scale) + zero).clip(0, 255)
+        widened = op.subtract(op.convert(op.constant(levels.astype(np.uint8)), 'f32'),
+                              op.convert(op.constant(zero.astype(np.uint8)), 'f32'))
+        node.input(1).replace_source_output(op.multiply(widened, op.constant(scale)).output(0))

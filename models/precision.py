@@ -7,7 +7,7 @@ import torch
 from models.blip import BLIP
 from models.openvino_backend import OpenVINOBLIP
 
-PRECISIONS, BACKENDS = ('fp32', 'bf16'), ('torch', 'openvino')
+PRECISIONS, BACKENDS = ('fp32', 'bf16', 'int8'), ('torch', 'openvino')
 
 
 def for_inference(model: BLIP, precision: str = 'fp32', backend: str = 'torch') -> BLIP | OpenVINOBLIP:

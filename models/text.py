@@ -206,7 +206,7 @@ class TextTower(nn.Module):
         length = ids.shape[1]
         attend = mask[:, None, None, :].bool() if mask is not None else None
         if causal and length > 1:
-            past = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
+            past = torch.ones(length, start + length, dtype=torch.bool, device=ids.device).tril(start)
             attend = past if attend is None else attend & past
         hidden = self.embeddings(ids, start)
         self_map = cross_map = None
