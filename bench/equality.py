@@ -89,21 +89,21 @@ def compare_caption(config: BLIPConfig, folder: Path, tokenizer: Tokenizer, imag
     logits = theirs.text_decoder(input_ids=ids, encoder_hidden_states=tokens, is_decoder=True).logits
     row = {'LM logits': difference(ours.text_decoder.logits(hidden), logits)}
     prompt = tokenizer([PROMPT], 35, DEC)[0][0]
-
-    def ended(ids: torch.Tensor) -> list[int]:
-        """Up to the first [SEP]; transformers fills up with more of them."""
-        ids = ids.tolist()
-        return ids[:ids.index(tokenizer.sep_id) + 1] if tokenizer.sep_id in ids else ids
-
     for name, beams in (('greedy', 1), ('beam 3', 3)):
         settings = {'num_beams': beams, 'max_length': 24, 'min_length': 6}
         rule = {'length_rule': 'transformers'}
         mine = generate_ids(ours, tokens, prompt[:-1], tokenizer.sep_id, tokenizer.pad_id, **settings, **rule)
         other = theirs.generate(images, prompt.repeat(len(images), 1), do_sample=False, **settings)
-        row[f'{name} ids equal'] = sum(ended(a) == ended(b) for a, b in zip(mine, other, strict=True))
-        row[f'{name} captions'] = len({tuple(ended(ids)) for ids in mine})
-        row[f'{name} lengths'] = len({len(ended(ids)) for ids in mine})
+        row[f'{name} ids equal'] = sum(a == b for a, b in zip(*(ended(ids, tokenizer) for ids in (mine, other)),
+                                                         strict=True))
+        row[f'{name} captions'] = len(set(ended(mine, tokenizer)))
+        row[f'{name} lengths'] = len({len(ids) for ids in ended(mine, tokenizer)})
     return row
+
+
+def ended(captions: torch.Tensor, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+    """Ids [N, T] -> each up to its first [SEP]; transformers fills up with more of them."""
+    return [tuple(ids[:(ids + [tokenizer.sep_id]).index(tokenizer.sep_id) + 1]) for ids in captions.tolist()]
 
 
 def check_keys(loading: dict) -> None:

@@ -49,8 +49,8 @@ class GrowingCache:
 class OriginalDecoder(generation.Decoder):
     """dlip-v2's decoding: every step projects the image of every row again."""
 
-    def __init__(self, model: BLIP, image_tokens: torch.Tensor, capacity: int):
-        super().__init__(model, image_tokens, capacity)
+    def __init__(self, model: BLIP, image_tokens: torch.Tensor, capacity: int, copies: int = 1):
+        super().__init__(model, image_tokens, capacity, copies)
         self.image_tokens, self.cache = image_tokens, GrowingCache()
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:

@@ -15,11 +15,18 @@ PROMPT = 'a picture of '
 
 
 class Decoder:
-    """The rows being decoded: `images` x `group` rows side by side, with their cache and image keys/values."""
+    """The rows being decoded: `images` x `group` rows side by side, with their cache and image keys/values.
 
-    def __init__(self, model: BLIP, image_tokens: torch.Tensor, capacity: int):
+    Args:
+        copies: of each image's keys and values, for rows that end one by one.
+    """
+
+    def __init__(self, model: BLIP, image_tokens: torch.Tensor, capacity: int, copies: int = 1):
         self.model = model
         self.image_kv = model.project_image(image_tokens)
+        if copies > 1:
+            rows = torch.arange(len(image_tokens), device=image_tokens.device)
+            self.image_kv = select_images(self.image_kv, rows.repeat_interleave(copies))
         self.cache = KVCache(model.config.text_depth, capacity)
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
@@ -52,13 +59,13 @@ def filter_top(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
 
 
 def extend(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tensor, eos_id: int, pad_id: int,
-           max_length: int, min_length: int, pick, repetition_penalty: float) -> torch.Tensor:
-    """Decode one token at a time with `pick(logits [R, V]) -> ids [R]`; returns ids [B, <= max_length]."""
-    batch, length = len(image_tokens), len(prompt_ids)
+           max_length: int, min_length: int, pick, repetition_penalty: float, copies: int = 1) -> torch.Tensor:
+    """Decode one token at a time with `pick(logits [R, V]) -> ids [R]`; returns ids [B x copies, <= max_length]."""
+    batch, length = len(image_tokens) * copies, len(prompt_ids)
     out = torch.full((batch, max_length), pad_id, device=image_tokens.device)
     out[:, :length] = prompt_ids
-    rows = torch.arange(batch, device=out.device)  # the unfinished images
-    decoder = Decoder(model, image_tokens, max_length)
+    rows = torch.arange(batch, device=out.device)  # the unfinished ones
+    decoder = Decoder(model, image_tokens, max_length, copies)
     fresh = out[:, :length]
     while length < max_length:
         scores = penalise_repeats(decoder.logits(fresh), out[rows, :length], repetition_penalty)
@@ -80,20 +87,22 @@ def extend(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tensor, eo
 
 def beam_search(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tensor, eos_id: int, pad_id: int,
                 num_beams: int, max_length: int, min_length: int, length_penalty: float, repetition_penalty: float,
-                length_rule: str = 'blip') -> tuple[torch.Tensor, torch.Tensor]:
-    """Beam search -> (ids [B, <= max_length], scores [B]: log-probability / length^length_penalty).
+                length_rule: str = 'blip', early_stopping: bool = False,
+                num_captions: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Beam search -> the best `num_captions` of each image, best first: ids [B x num_captions, <= max_length] and
+    scores [B x num_captions], log-probability / length^length_penalty.
 
     The length of an ended hypothesis counts, by the rule 'blip', the prompt but not the [SEP] (transformers when BLIP
     was published), and by 'transformers' the [SEP] but not the prompt (transformers today). An image is finished when
-    it has `num_beams` ended hypotheses and none of its running ones can beat the worst of them at the present length
-    (transformers' `early_stopping=False`).
+    it has `num_beams` ended hypotheses and, without `early_stopping`, none of its running ones can beat the worst of
+    them at the present length.
     """
     batch, beams, length, device = len(image_tokens), num_beams, len(prompt_ids), image_tokens.device
-    best_ids = torch.full((batch, max_length), pad_id, device=device)
-    best_scores = torch.zeros(batch, device=device)
+    best_ids = torch.full((batch, num_captions, max_length), pad_id, device=device)
+    best_scores = torch.zeros(batch, num_captions, device=device)
     uncounted = 1 if length_rule == 'blip' else length
     rows = torch.arange(batch, device=device)  # the unfinished images
-    running = best_ids[:, None].repeat(1, beams, 1)  # [images, beams, max_length]
+    running = best_ids[:, :1].repeat(1, beams, 1)  # [images, beams, max_length]
     running[..., :length] = prompt_ids
     running_scores = torch.tensor([0.0] + [-1e9] * (beams - 1), device=device).repeat(batch, 1)
     ended, ended_scores = running.clone(), running_scores.new_full((batch, beams), -torch.inf)
@@ -119,7 +128,8 @@ def beam_search(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tenso
         length += 1
         ends = tokens == eos_id
         ended_length = (length - uncounted) ** length_penalty
-        eligible = ends.clone()
+        cut = length == max_length
+        eligible = ends | (cut and length_rule == 'transformers')  # there what is cut off competes with what ends now
         eligible[:, beams:] = False  # an end below the top `beams` candidates does not count
         ended, ended_scores = merge(ended, ended_scores, ids,
                                     (top_scores / ended_length).masked_fill(~eligible, -torch.inf))
@@ -128,14 +138,15 @@ def beam_search(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tenso
         running_scores, source = top_scores.gather(1, order), source.gather(1, order)
 
         best = top_scores[:, 0] if length_rule == 'blip' else running_scores[:, 0]
-        done = ended_scores[:, -1] >= best / ended_length
-        if length == max_length:  # the running hypotheses compete as they are
-            full_length = (length if length_rule == 'blip' else length - uncounted) ** length_penalty
-            scores = (running_scores / full_length).masked_fill(done[:, None], -torch.inf)
+        done = ended_scores[:, -1] >= (-torch.inf if early_stopping else best / ended_length)
+        done &= ended_scores[:, -1] > -torch.inf
+        if cut and length_rule == 'blip':  # what runs on competes where the image is not finished, all of it counting
+            scores = (running_scores / length ** length_penalty).masked_fill(done[:, None], -torch.inf)
             ended, ended_scores = merge(ended, ended_scores, running, scores)
-            done[:] = True
+        done |= cut
         if done.any():
-            best_ids[rows[done]], best_scores[rows[done]] = ended[done, 0], ended_scores[done, 0]
+            best_ids[rows[done]] = ended[done, :num_captions]
+            best_scores[rows[done]] = ended_scores[done, :num_captions]
             if done.all():
                 break
             keep = ~done
@@ -147,20 +158,22 @@ def beam_search(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tenso
             offsets = torch.arange(len(rows), device=device)[:, None] * beams
         decoder.cache.reorder((source + offsets).flatten())
         logits = decoder.logits(running.flatten(0, 1)[:, length - 1:length])
-    width = int((best_ids != pad_id).sum(1).max())
-    return best_ids[:, :width], best_scores
+    best_ids = best_ids.flatten(0, 1)
+    return best_ids[:, :int((best_ids != pad_id).sum(1).max())], best_scores.flatten()
 
 
 @torch.inference_mode()
 def generate_ids(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tensor, eos_id: int, pad_id: int, *,
                  num_beams: int = 3, max_length: int = 30, min_length: int = 10, sample: bool = False,
                  top_k: int = 0, top_p: float = 0.9, temperature: float = 1.0, repetition_penalty: float = 1.0,
-                 length_penalty: float = 1.0, length_rule: str = 'blip',
-                 generator: torch.Generator | None = None) -> torch.Tensor:
-    """Image tokens [B, N, vision_width] -> token ids [B, <= max_length], prompt included, [SEP]-ended, padded.
+                 length_penalty: float = 1.0, early_stopping: bool = False, num_captions: int = 1,
+                 length_rule: str = 'blip', generator: torch.Generator | None = None) -> torch.Tensor:
+    """Image tokens [B, N, vision_width] -> token ids [B x num_captions, <= max_length], prompt included, [SEP]-ended,
+    padded, the captions of an image side by side.
 
-    Lengths count the prompt's tokens. `sample` draws from the nucleus; otherwise beam search, or greedy with
-    one beam. `length_rule` ('blip' or 'transformers') says how beams of unequal length compare (`beam_search`).
+    Lengths count the prompt's tokens. `sample` draws from the `top_k` (0: all) most likely tokens and the nucleus;
+    otherwise beam search, or greedy with one beam. `length_penalty`, `early_stopping` and `length_rule` ('blip' or
+    'transformers') belong to `beam_search`.
 
     Raises:
         ValueError: a setting is out of range.
@@ -175,7 +188,9 @@ def generate_ids(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tens
               f'0 < top_p <= 1, got {top_p}': 0 < top_p <= 1,
               f'top_k >= 0, got {top_k}': top_k >= 0,
               f'a length_rule blip or transformers, got {length_rule!r}': length_rule in ('blip', 'transformers'),
-              f'repetition_penalty > 0, got {repetition_penalty}': repetition_penalty > 0}
+              f'repetition_penalty > 0, got {repetition_penalty}': repetition_penalty > 0,
+              f'num_captions >= 1, and at most num_beams where it does not sample, got {num_captions}':
+                  1 <= num_captions and (sample or num_captions <= num_beams)}
     for rule, holds in checks.items():
         if not holds:
             raise ValueError(f'generation needs {rule}')
@@ -185,15 +200,17 @@ def generate_ids(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tens
         def pick(logits):
             probabilities = filter_top(logits / temperature, top_k, top_p).softmax(-1)
             return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-        return extend(*shared, max_length, min_length, pick, repetition_penalty)
+        return extend(*shared, max_length, min_length, pick, repetition_penalty, num_captions)
     if num_beams == 1:
         return extend(*shared, max_length, min_length, lambda logits: logits.argmax(-1), repetition_penalty)
-    return beam_search(*shared, num_beams, max_length, min_length, length_penalty, repetition_penalty, length_rule)[0]
+    return beam_search(*shared, num_beams, max_length, min_length, length_penalty, repetition_penalty, length_rule,
+                       early_stopping, num_captions)[0]
 
 
 @torch.inference_mode()
 def generate(model: BLIP, tokenizer: Tokenizer, images: torch.Tensor, prompt: str = PROMPT, **settings) -> list[str]:
-    """Normalised images [B, 3, S, S] -> one caption each, without the prompt (settings: `generate_ids`)."""
+    """Normalised images [B, 3, S, S] -> `num_captions` each, side by side and without the prompt (settings:
+    `generate_ids`)."""
     prompt_ids = tokenizer([prompt], max_length=model.config.max_positions, start=DEC)[0][0, :-1]
     ids = generate_ids(model, model.encode_image(images.to(model.device)), prompt_ids, tokenizer.sep_id,
                        tokenizer.pad_id, **settings)

@@ -16,8 +16,9 @@ from conftest import NANO
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_originals import HEADS, VOCAB
+from transformers import BlipForConditionalGeneration
 
-from bench.equality import compare_caption, compare_retrieval, random_net, random_pictures
+from bench.equality import compare_caption, compare_retrieval, ended, random_net, random_pictures
 from data.transforms import eval_transform
 from models.blip import BLIP, BLIPConfig
 from models.build import build_teacher
@@ -48,6 +49,27 @@ def test_every_output_equals_that_of_transformers(tmp_path, bert_tokenizer):
     assert caption['greedy ids equal'] == caption['beam 3 ids equal'] == 8
     assert min(caption['greedy captions'], caption['beam 3 captions']) > 5  # and they are not all one caption
     assert caption['beam 3 lengths'] > 1
+
+
+@torch.no_grad()
+def test_every_deterministic_setting_gives_the_ids_of_transformers(tmp_path, bert_tokenizer):
+    write_folder(tmp_path, random_net(config(bert_tokenizer, 'caption'), sep_bias=2), bert_tokenizer, {})
+    ours, theirs = load_model(tmp_path)[0], BlipForConditionalGeneration.from_pretrained(tmp_path)
+    images = random_pictures(8, 64)
+    tokens, prompt = ours.encode_image(images), bert_tokenizer(['a picture of '], 9, DEC)[0][0]
+    base, said = {'max_length': 24, 'min_length': 6}, set()
+    for settings in (dict(num_beams=1, repetition_penalty=1.3), dict(num_beams=3),
+                     dict(num_beams=3, length_penalty=3.0), dict(num_beams=3, length_penalty=-1.0),
+                     dict(num_beams=3, early_stopping=True), dict(num_beams=4, num_captions=3),
+                     dict(num_beams=3, num_captions=2, early_stopping=True, length_penalty=0.3,
+                          repetition_penalty=1.2)):
+        mine = generate_ids(ours, tokens, prompt[:-1], 102, 0, length_rule='transformers', **base | settings)
+        count = settings.pop('num_captions', 1)
+        other = theirs.generate(images, prompt.repeat(8, 1), do_sample=False, num_return_sequences=count,
+                                **base | settings)
+        assert ended(mine, bert_tokenizer) == ended(other, bert_tokenizer), settings
+        said.add(tuple(ended(mine, bert_tokenizer)))
+    assert len(said) == 7  # each setting matters
 
 
 def test_the_length_rule_matters(bert_tokenizer):
