@@ -180,6 +180,10 @@ def generate_ids(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tens
     """
     if model.text_decoder is None:
         raise ValueError(f'this {model.config.task} model has no text decoder: captions need a caption checkpoint')
+    for name, value in (('num_beams', num_beams), ('max_length', max_length), ('min_length', min_length),
+                        ('top_k', top_k), ('num_captions', num_captions)):
+        if not isinstance(value, int):
+            raise ValueError(f'generation needs a whole number as {name}, got {value!r}')
     checks = {f'num_beams >= 1, got {num_beams}': num_beams >= 1,
               f'{len(prompt_ids)} (prompt) < max_length <= {model.config.max_positions}, got {max_length}':
                   len(prompt_ids) < max_length <= model.config.max_positions,

@@ -1,6 +1,6 @@
 """A net run by OpenVINO: on CPUs faster than PyTorch, and in bfloat16 with float32 at the seams (optional package).
 
-Each of the five functions that inference calls is traced and compiled at its first use, which takes seconds.
+Each of the five functions that inference calls is traced and compiled at its first use, which takes a second or two.
 """
 
 import threading
@@ -33,7 +33,8 @@ class OpenVINOBLIP:
 
     Args:
         model: a float32 net on the CPU; its weights are shared, and no longer ask for gradients.
-        precision: 'fp32' or 'bf16' (of the arithmetic inside; inputs and outputs are float32).
+        precision: 'fp32' or 'bf16' (of the arithmetic inside; inputs and outputs are float32), or 'int8': bf16 with the
+            weights of decoding in 8 bits.
 
     Raises:
         ImportError: openvino is not installed.
@@ -60,7 +61,8 @@ class OpenVINOBLIP:
         """Run the compiled form of a function, which is traced once with `example` inputs (their sizes do not bind)."""
         with self._lock:
             if name not in self._compiled:
-                self._compiled[name] = self._compile(function, example, self._precision == 'int8' and name == DECODING)
+                eight_bit = self._precision == 'int8' and name == DECODING
+                self._compiled[name] = self._compile(function, example, eight_bit)
         requests = vars(self._of_thread)
         if name not in requests:
             requests[name] = self._compiled[name].create_infer_request()

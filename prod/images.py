@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,17 +31,20 @@ def find_pictures(folder: str | os.PathLike) -> list[str]:
     return found
 
 
-def as_list(images) -> list[tuple[str, object]]:
-    """One image or a list or tuple of them -> [(name for messages, image)], not yet opened.
+def named_images(images) -> Iterator[tuple[str, object]]:
+    """One image, or a list, tuple or iterator of them -> (name for messages, image), not yet opened.
 
     Raises:
-        ValueError: the list is empty.
+        ValueError: there is none.
     """
-    if not isinstance(images, list | tuple):
-        return [('image', images)]
-    if not images:
+    if not isinstance(images, list | tuple | Iterator):
+        yield 'image', images
+        return
+    i = -1
+    for i, image in enumerate(images):
+        yield f'images[{i}]', image
+    if i < 0:
         raise ValueError('the list of images is empty: pass at least one image')
-    return [(f'images[{i}]', image) for i, image in enumerate(images)]
 
 
 def read_image(image, name: str = 'image', bgr: bool = False) -> Image.Image:

@@ -1,4 +1,4 @@
-"""An index of pictures on disk: their embeddings, memory-mapped, searched exactly by matrix products.
+"""An index of pictures on disk: their embeddings, memory-mapped, searched exactly by matrix products or through faiss.
 
 A folder with `features.f32` (one row of float32 per picture), `pictures.txt` (one JSON string per row) and `index.json`
 (the width, and the embedding of a test picture, which tells whose net wrote it). Rows are only ever appended: a run
@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import atomic_write, make_output_dir
+from utils import atomic_write, make_output_dir, progress
 
 CHUNK = 1 << 16  # rows a matrix product
+CANDIDATES = 20  # of faiss for every hit asked for; their exact cosines decide
+PROBED = 1 / 16  # share of faiss's cells that a query looks into
+GROWTH = 1.1  # faiss's file is made again when the index has outgrown it by this factor
 
 
 class PictureIndex:
@@ -43,6 +46,7 @@ class PictureIndex:
             raise ValueError(f'the index {folder} was made with another checkpoint: delete it, or use that checkpoint')
         self._features, self._names = self.folder / 'features.f32', self.folder / 'pictures.txt'
         self.pictures: list[str] = []
+        self._faiss = None
         self._known: set[str] = set()
         self._recover()
 
@@ -76,15 +80,50 @@ class PictureIndex:
         self.pictures += pictures
         self._known.update(pictures)
 
-    def search(self, query: torch.Tensor, k: int) -> list[tuple[str, float]]:
-        """The `k` pictures with the largest cosine to an embedding [D] -> [(picture, cosine)], best first."""
+    def search(self, query: torch.Tensor, k: int, *, approximate: bool = False) -> list[tuple[str, float]]:
+        """The `k` pictures with the largest cosine to an embedding [D] -> [(picture, cosine)], best first.
+
+        Args:
+            approximate: look only at what faiss thinks near (it is trained at the first such search, and again as the
+                index grows); the cosines are exact, a picture may be missed. Pays beyond about a million pictures.
+
+        Raises:
+            ValueError: the index is empty.
+            ImportError: `approximate` without faiss.
+        """
         if not self.pictures:
             raise ValueError(f'the index {self.folder} is empty: add pictures to it')
+        query, k = query.float(), min(k, len(self))
         features = np.memmap(self._features, np.float32, 'r', shape=(len(self), self.width))
-        scores = torch.empty(len(self))
-        for start in range(0, len(self), CHUNK):
-            rows = torch.from_numpy(np.array(features[start:start + CHUNK]))
-            scores[start:start + CHUNK] = rows @ query.float()
-        best = scores.topk(min(k, len(self)))
-        return [(self.pictures[row], score) for score, row in zip(best.values.tolist(), best.indices.tolist(),
-                                                                  strict=True)]
+        if approximate:
+            rows = torch.from_numpy(self._near(features, query, CANDIDATES * k))
+            scores = torch.from_numpy(features[rows.numpy()]) @ query
+        else:
+            rows, scores = None, torch.empty(len(self))
+            for start in range(0, len(self), CHUNK):
+                scores[start:start + CHUNK] = torch.from_numpy(np.array(features[start:start + CHUNK])) @ query
+        best = scores.topk(min(k, len(scores)))
+        found = best.indices if rows is None else rows[best.indices]
+        return [(self.pictures[row], score) for score, row in zip(best.values.tolist(), found.tolist(), strict=True)]
+
+    def _near(self, features: np.ndarray, query: torch.Tensor, count: int) -> np.ndarray:
+        """Rows near a query by faiss, and those that are newer than its file: [<= count + new]"""
+        try:
+            import faiss
+        except ImportError:
+            raise ImportError('an approximate search needs the package: pip install faiss-cpu') from None
+        path = self.folder / 'faiss.ivf'
+        if self._faiss is None and path.exists():
+            self._faiss = faiss.read_index(str(path))
+        if self._faiss is None or not len(self) / GROWTH <= self._faiss.ntotal <= len(self):
+            cells = max(1, int(4 * len(self) ** 0.5))
+            self._faiss = faiss.index_factory(self.width, f'IVF{cells},SQ8', faiss.METRIC_INNER_PRODUCT)
+            sample = np.random.default_rng(0).permutation(len(self))[:64 * cells]
+            self._faiss.train(np.array(features[np.sort(sample)]))
+            for start in progress(range(0, len(self), CHUNK), desc='faiss'):
+                self._faiss.add(np.array(features[start:start + CHUNK]))
+            with atomic_write(path, 'wb') as file:
+                file.write(faiss.serialize_index(self._faiss).tobytes())
+        self._faiss.nprobe = max(1, int(self._faiss.nlist * PROBED))
+        rows = self._faiss.search(query.numpy()[None], min(count, len(self)))[1][0]
+        return np.concatenate([rows[rows >= 0], np.arange(self._faiss.ntotal, len(self))])

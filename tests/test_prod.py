@@ -11,6 +11,7 @@ from models.blip import BLIP, BLIPConfig
 from models.checkpoint import save_checkpoint
 from models.tokenizer import DEC, ENC, Tokenizer
 from prod import DLIPProd
+from prod.memory import picture_bytes
 
 WORDS = 'a picture of dog cat red blue green star ring above left the on grass two runs'.split()
 TOLERANCE = {'rtol': 0, 'atol': 1e-5}
@@ -31,7 +32,8 @@ def folder(tmp_path_factory):
         for parameter in model.parameters():  # large weights: different inputs give clearly different outputs
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=0.3)
-        save_checkpoint(folder / 'save' / f'{name}.pth', model, tokenizer, {'data': {'max_tokens': 8}})
+        save_checkpoint(folder / 'save' / f'{name}.pth', model, tokenizer,
+                        {'data': {'max_tokens': 8, 'prompt': 'a picture of '}})
     return folder
 
 
@@ -70,6 +72,27 @@ def same(retrieval, image, reference, atol=1e-5, **options):
 
 # ---------------------------------------------------------------- what it returns
 
+def test_an_iterator_is_read_as_it_is_needed_and_batches_fit_the_memory(folder, picture, monkeypatch):
+    served = DLIPProd('retrieval', folder / 'save/dlip_retrieval_flickr.pth', memory=1e-3)
+    encode, opened, batches = served.model.encode_image, [], []
+
+    def pictures():
+        for i in range(30):
+            opened.append(i)
+            yield picture
+
+    monkeypatch.setattr(served.model, 'encode_image',
+                        lambda pixels: batches.append((len(pixels), len(opened))) or encode(pixels))
+    assert served.get_image_feat(pictures()).shape == (30, 256)
+    most = int(1e-3 * 2 ** 30 / picture_bytes(served.model.config))
+    assert 1 < most < 25 and batches[0] == (most, most) and sum(count for count, _ in batches) == 30
+    batches.clear()
+    served.get_image_feat(pictures(), batch_size=7)
+    assert [count for count, _ in batches] == [7, 7, 7, 7, 2]
+    with pytest.raises(ValueError, match='memory must be a positive number of GiB, got 0'):
+        DLIPProd('retrieval', folder / 'save/dlip_retrieval_flickr.pth', memory=0)
+
+
 def test_the_original_readme_demo(folder, picture, monkeypatch):
     monkeypatch.chdir(folder)
     image = picture
@@ -85,7 +108,7 @@ def test_captions_one_per_image_and_independent_of_the_batch(caption, picture):
     images = [picture, picture.rotate(90), picture.convert('L'), picture.rotate(180)]
     captions = caption.generate(images)
     assert captions == [caption.generate(image)[0] for image in images]
-    assert captions == caption.generate(tuple(images), batch_size=3)
+    assert captions == caption.generate(tuple(images), batch_size=3) == caption.generate(iter(images))
     assert len(set(captions)) > 1, 'the random net must tell these pictures apart'
 
 
@@ -96,6 +119,12 @@ def test_generation_settings(caption, picture):
     assert draws[0] == draws[1] != draws[2]
     assert len(set(draws[0])) > 1
     assert isinstance(caption.generate(picture, num_beams=1, repetition_penalty=1.5)[0], str)
+    several = caption.generate([picture, b'nothing', picture.rotate(90)], num_captions=3, on_error='skip')
+    assert several[1] is None and [said[0] for said in several[::2]] == caption.generate([picture, picture.rotate(90)])
+    assert len(set(several[0])) == 3
+    draws = caption.generate(picture, sample=True, temperature=2.0, top_p=1.0, num_captions=5, num_beams=1, seed=1)
+    assert len(set(draws[0])) > 1
+    assert caption.generate(picture, sample=True, top_k=1) == caption.generate(picture, num_beams=1)
     with pytest.raises(ValueError, match='top_p'):
         caption.generate(picture, sample=True, top_p=0)
 
@@ -330,8 +359,8 @@ def test_no_images_at_all(caption, retrieval, picture):
     for call in (caption.generate, retrieval.get_image_feat, lambda images: retrieval.match(images, 'a dog')):
         with pytest.raises(ValueError, match='list of images is empty'):
             call([])
-        with pytest.raises(TypeError, match='generator'):
-            call(image for image in [picture])
+        with pytest.raises(ValueError, match='list of images is empty'):
+            call(iter([]))
         with pytest.raises(TypeError, match=r'images\[0\] is not an image but of type list'):
             call([[picture]])
     with pytest.raises(ValueError, match='batch_size must be at least 1, got 0'):

@@ -9,9 +9,13 @@ import torch
 from PIL import Image
 from test_prod import caption, folder, picture, retrieval  # noqa: F401 (fixtures)
 
+from models.text import KVCache
 from prod import DLIPProd
 from prod import caption as caption_tool
 from prod import search as search_tool
+from prod.images import find_pictures
+from prod.index import PictureIndex
+from utils import ROOT
 
 
 @pytest.fixture
@@ -114,8 +118,10 @@ def test_bf16_is_near_fp32(retrieval, folder, picture):  # noqa: F811
     assert feature.dtype == torch.float32
     assert float((feature * retrieval.get_image_feat(picture)).sum()) > 0.99
     assert float((half.get_text_feat('a dog') * retrieval.get_text_feat('a dog')).sum()) > 0.99
-    with pytest.raises(ValueError, match="unknown precision 'int4': choose one of fp32, bf16"):
+    with pytest.raises(ValueError, match="unknown precision 'int4': choose one of fp32, bf16, int8"):
         DLIPProd('retrieval', folder / 'save/dlip_retrieval_flickr.pth', precision='int4')
+    with pytest.raises(ValueError, match="precision 'int8' needs backend='openvino'"):
+        DLIPProd('retrieval', folder / 'save/dlip_retrieval_flickr.pth', precision='int8')
 
 
 def test_openvino_gives_what_torch_gives(folder, picture):  # noqa: F811
@@ -132,6 +138,40 @@ def test_openvino_gives_what_torch_gives(folder, picture):  # noqa: F811
     assert float((half.get_image_feat(picture) * half.get_image_feat(picture)).sum()) == pytest.approx(1, abs=1e-3)
     with pytest.raises(ValueError, match="unknown backend 'onnx': choose one of torch, openvino"):
         DLIPProd(None, folder / 'save/last.pth', backend='onnx')
+
+
+@torch.inference_mode()
+def test_eight_bit_weights_keep_the_captions_of_a_trained_net():
+    exact, small = (DLIPProd(None, ROOT / 'data/demo_teacher.pth', backend=backend, precision=precision)
+                    for backend, precision in (('torch', 'fp32'), ('openvino', 'int8')))
+    pictures = find_pictures(ROOT / 'prod/examples')
+    same = [a == b for a, b in zip(exact.generate(pictures), small.generate(pictures), strict=True)]
+    assert sum(same) >= 10
+    scores = []
+    for net in (exact, small):
+        kv = net.model.project_image(exact.model.encode_image(net.transform(Image.open(pictures[0]))[None]))
+        scores.append(net.model.next_logits(net.prompt_ids[None], kv, KVCache(exact.model.config.text_depth, 9)))
+    assert 1e-4 < float((scores[0] - scores[1]).norm() / scores[0].norm()) < 0.05  # 8 bits, and not more error
+
+
+def test_approximate_search_misses_little_and_follows_a_growing_index(tmp_path):
+    faiss = pytest.importorskip('faiss')
+    torch.manual_seed(0)
+    centres = torch.randn(40, 32)
+    features = torch.nn.functional.normalize(centres.repeat(100, 1) + 0.5 * torch.randn(4000, 32), dim=-1)
+    index = PictureIndex(tmp_path / 'index', features[0])
+    index.add([f'{i}.jpg' for i in range(3900)], features[:3900])
+    found = [dict(index.search(feature, 10, approximate=True)) for feature in features[:50]]
+    exact = [dict(index.search(feature, 10)) for feature in features[:50]]
+    assert sum(len(a.keys() & b.keys()) for a, b in zip(found, exact, strict=True)) > 0.9 * 500
+    assert found[0]['0.jpg'] == pytest.approx(1, abs=1e-5)  # its cosines are exact
+    index.add([f'{i}.jpg' for i in range(3900, 4000)], features[3900:])  # newer than what faiss was trained with
+    again = PictureIndex(tmp_path / 'index', features[0])
+    assert again.search(features[3950], 1, approximate=True)[0][0] == '3950.jpg'
+    assert faiss.read_index(str(tmp_path / 'index/faiss.ivf')).ntotal == 3900
+    index.add([f'{i}.jpg' for i in range(4000, 8000)], features)
+    assert index.search(features[7], 2, approximate=True)[1][0] == '4007.jpg'
+    assert faiss.read_index(str(tmp_path / 'index/faiss.ivf')).ntotal == 8000
 
 
 def test_captioning_a_folder_goes_on_where_it_stopped(folder, pictures, tmp_path):  # noqa: F811
