@@ -2,6 +2,7 @@
 # make test   the test suite
 PYTHON ?= python3
 PY := .venv/bin/python
+REQUIREMENTS := -r requirements.txt -r requirements-dev.txt
 DEMO := output/demo
 DATA := $(DEMO)/data
 TEACHER := data/demo_teacher.pth
@@ -17,10 +18,10 @@ PLAIN := teacher.weights=null
 setup: .venv/installed
 
 # uv installs the same files faster where it is present; it is never required.
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt requirements-dev.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	if command -v uv >/dev/null; then uv pip install --python $(PY) -r requirements.txt; \
-	else $(PY) -m pip install -r requirements.txt; fi
+	if command -v uv >/dev/null; then uv pip install --python $(PY) $(REQUIREMENTS); \
+	else $(PY) -m pip install $(REQUIREMENTS); fi
 	touch $@
 
 # The README's path on rendered scenes. A step that was finished is not repeated; `make clean` starts over.

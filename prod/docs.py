@@ -31,7 +31,7 @@ COMMANDS = '''## Commands
 |---|---|
 | `python -m prod.caption FOLDER --weight W --out captions.jsonl` | captions a folder; goes on where it stopped |
 | `python -m prod.search FOLDER QUERY ... --weight W --index I` | finds the pictures that fit a text or a picture |
-| `python -m prod.app --weight W` | a web page that does both, on this machine |
+| `python -m prod.app --caption W --retrieval W --folder F --index I` | a web page that does both, on this machine |
 | `python -m prod.try_it --caption W --retrieval W PICTURE ...` | captions pictures and scores the captions |
 | `python -m prod.export W TARGET` | a checkpoint as one file, or a folder for the Hugging Face hub |
 

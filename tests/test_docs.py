@@ -1,6 +1,9 @@
-"""The page of DLIPProd: written from the docstrings, and true."""
+"""The page of DLIPProd: written from the docstrings, and true; the notebook: runs."""
 
 import doctest
+
+import nbformat
+from nbclient import NotebookClient
 
 from prod import docs
 from utils import ROOT
@@ -18,3 +21,16 @@ def test_its_examples_run(tmp_path, monkeypatch):
     test = doctest.DocTestParser().get_doctest(text, {}, docs.PAGE.name, str(docs.PAGE), 0)
     found = doctest.DocTestRunner().run(test)
     assert found.attempted > 10 and found.failed == 0
+
+
+def test_the_notebook_runs_from_top_to_bottom_and_shows_what_it_stores():
+    path = ROOT / 'prod/demo.ipynb'
+    stored, fresh = (nbformat.read(path, 4) for _ in range(2))
+    NotebookClient(fresh, timeout=120, resources={'metadata': {'path': str(path.parent)}}).execute()
+    assert printed(fresh) == printed(stored), 'run the notebook and save it'
+    assert str(fresh).count('image/png') == 5 and path.stat().st_size < 400_000
+
+
+def printed(notebook) -> str:
+    return ''.join(output.text for cell in notebook.cells for output in cell.get('outputs', [])
+                   if output.get('name') == 'stdout')
