@@ -9,25 +9,33 @@ sides:
 - original: DLIP's student decoded as dlip-v2 does, the image's keys and values projected again at every step and for
   every beam, with autograd on;
 - DLIP: this repository's student, at each precision and backend of DLIPProd, with its output error beside it.
+
+At the end the image encoder's share of the fastest matrix product that this machine was seen to do, in either library:
+how much of it is left to gain.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import generation
 from models.blip import BLIP
 from models.checkpoint import architecture
 from models.generation import PROMPT, generate_ids
-from models.precision import BACKENDS, PRECISIONS, for_inference
+from models.openvino_backend import HINTS
+from models.precision import BACKENDS, for_inference
 from models.tokenizer import DEC, ENC, Tokenizer
 from utils import ROOT, clean_exit, progress
 
+SERVED = (('fp32', 'torch'), ('bf16', 'torch'), ('fp32', 'openvino'), ('bf16', 'openvino'), ('int8', 'openvino'))
 NEW_TOKENS = 20
+SIDE = 2048  # of the matrices whose product counts as this machine's peak
 TEXT = 'two brown dogs run after a red ball on a long sandy beach while people watch'  # 18 tokens with its ends
 
 
@@ -153,6 +161,40 @@ def error(ours: Callable, exact: Callable) -> str:
     return f'{float((a - b).norm() / b.norm()):.0e}'
 
 
+def product(precision: str, backend: str) -> Callable:
+    """A matrix product of 2 x SIDE^3 operations."""
+    a, b = torch.randn(2, SIDE, SIDE)
+    if backend == 'torch':
+        a, b = (x.to(torch.float32 if precision == 'fp32' else torch.bfloat16) for x in (a, b))
+        return lambda: a @ b
+    import openvino
+    graph = openvino.convert_model(torch.jit.trace(lambda x: x @ b, (a,), check_trace=False))
+    settings = {'INFERENCE_PRECISION_HINT': HINTS[precision], 'INFERENCE_NUM_THREADS': torch.get_num_threads()}
+    request = openvino.Core().compile_model(graph, 'CPU', settings).create_infer_request()
+    return lambda: request.infer([a.numpy()])
+
+
+def report_peak(nets: dict[str, object], image_size: int, batch: int, rounds: int) -> None:
+    """Print the image encoders' operations a second beside those of a large matrix product."""
+    images = torch.randn(batch, 3, image_size, image_size)
+    reference = nets['DLIP fp32 torch']
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        reference.encode_image(images)
+    work = {f'{precision} {backend}': product(precision, backend) for precision, backend in SERVED[:-1]}
+    work |= {side: partial(net.encode_image, images) for side, net in nets.items() if 'int8' not in side}
+    seconds = medians(work, rounds)
+    flops = counter.get_total_flops()
+    print(f'\nImage encoder, {image_size} px, batch {batch}: {flops / batch / 1e9:.1f} GFLOPs a picture\n')
+    print('| side | GFLOP/s | of the best product at this precision |')
+    print('|---|---:|---:|')
+    for side in nets:
+        if side in seconds:
+            precision = side.split()[1]
+            peak = max(2 * SIDE ** 3 / seconds[f'{precision} {backend}'] for backend in BACKENDS)
+            rate = flops / seconds[side]
+            print(f'| {side} | {rate / 1e9:.0f} | {rate / peak:.0%} of {peak / 1e9:.0f} |')
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--image_size', type=int, nargs='+', default=[224, 384], help='default: 224 384')
@@ -167,7 +209,7 @@ def main(argv: list[str] | None = None) -> None:
         theirs = transformers_base(image_size)
         student = BLIP(architecture('small', image_size, len(tokenizer))).eval()
         nets = {f'DLIP {precision} {backend}': for_inference(student, precision, backend)
-                for backend in BACKENDS for precision in PRECISIONS}
+                for precision, backend in SERVED}
         for batch in args.batch:
             images = torch.randn(batch, 3, image_size, image_size)
             sides = {'transformers base': transformers_work(*theirs, tokenizer, images),
@@ -185,6 +227,8 @@ def main(argv: list[str] | None = None) -> None:
                     shown = error(work[side], exact) if side.startswith('DLIP') else ''
                     print(f'| {name} | {side} | {1000 * value:.0f} | {reference / value:.1f} | '
                           f'{f"{original / value:.1f}" if original else ""} | {shown} |', flush=True)
+        for batch in args.batch:
+            report_peak(nets, image_size, batch, args.rounds)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,92 @@
+"""What a user waits for: imports, loading and the first captions, in a fresh process each time.
+
+    python -m bench.first_call
+
+transformers' BLIP-Base and DLIP's student at 384 px, random weights in a folder of safetensors, one picture, greedy, 20
+new tokens forced; the sides take turns, medians of seconds. Files are in the page cache.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from bench.inference import SERVED
+from models.blip import BLIP
+from models.checkpoint import architecture
+from models.tokenizer import Tokenizer
+from models.transformers_format import write_folder
+from utils import ROOT, clean_exit, progress
+
+DLIP = """
+from prod import DLIPProd
+lap()
+dlip = DLIPProd('caption', source, precision={!r}, backend={!r})
+lap()
+def caption():
+    dlip.generate(picture, num_beams=1, min_length=24, max_length=24)
+"""
+TRANSFORMERS = """
+from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessor, logging
+logging.disable_progress_bar()
+lap()
+model, tokenizer = BlipForConditionalGeneration.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+processor = BlipImageProcessor()
+lap()
+def caption():
+    pixels = processor(picture, return_tensors='pt')['pixel_values']
+    ids = tokenizer('a picture of', return_tensors='pt').input_ids
+    model.generate(pixels, ids, min_new_tokens=20, max_new_tokens=20, do_sample=False)
+"""
+CHILD = """
+import json, sys, time
+times = [time.perf_counter()]
+def lap():
+    times.append(time.perf_counter())
+import torch
+torch.set_num_threads(2)
+from PIL import Image
+source, picture = sys.argv[1], Image.open(sys.argv[2])
+{}
+for _ in range(3):
+    caption()
+    lap()
+print(json.dumps([b - a for a, b in zip(times, times[1:])]))
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--rounds', type=int, default=3, help='default: %(default)s')
+    args = parser.parse_args(argv)
+    tokenizer = Tokenizer.from_pretrained(ROOT / 'tests' / 'vocab.txt')
+    with tempfile.TemporaryDirectory() as place:
+        folders = {size: Path(place) / size for size in ('base', 'small')}
+        for size, folder in folders.items():
+            write_folder(folder, BLIP(architecture(size, 384, len(tokenizer), 'caption')), tokenizer, {})
+        picture = Path(place) / 'picture.jpg'
+        Image.effect_noise((640, 480), 80).convert('RGB').save(picture)
+        sides = {'transformers base': (TRANSFORMERS, folders['base'])}
+        sides |= {f'DLIP {precision} {backend}': (DLIP.format(precision, backend), folders['small'])
+                  for precision, backend in SERVED}
+        times = {side: [] for side in sides}
+        for _ in progress(range(args.rounds), desc='rounds'):
+            for side, (code, folder) in sides.items():
+                command = [sys.executable, '-W', 'ignore', '-c', CHILD.format(code), str(folder), str(picture)]
+                out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+                times[side].append(json.loads(out.stdout.splitlines()[-1]))
+    print('| side | imports (s) | load (s) | first caption (s) | second (s) | third (s) | all of it (s) |')
+    print('|---|---:|---:|---:|---:|---:|---:|')
+    for side, rows in times.items():
+        medians = [statistics.median(column) for column in zip(*rows, strict=True)]
+        print(f'| {side} | {" | ".join(f"{value:.2f}" for value in [*medians, sum(medians)])} |')
+
+
+if __name__ == '__main__':
+    with clean_exit():
+        main()
