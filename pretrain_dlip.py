@@ -6,15 +6,17 @@
         --rdzv_endpoint=HOST:29500 pretrain_dlip.py                                      # on each of two nodes
 
 Any setting of the config can be overridden: `optim.lr=1e-4 train.epochs=2`. Relaunching the same command
-resumes from OUTPUT_DIR/last.pth.
+resumes from OUTPUT_DIR/last.pth; `--dry_run` says beforehand what the run will take.
 """
 
 from data.datasets import PairDataset
 from data.loader import make_loader
 from data.transforms import train_transform
+from eval.caption import caption_pictures
 from models.build import at_resolution, build_student, build_teacher, loss_weights
 from models.momentum import MomentumQueue
 from models.objective import Objective
+from models.rehearsal import rehearse
 from models.tokenizer import Tokenizer
 from models.training import Run
 from utils import (
@@ -57,11 +59,17 @@ def main(argv: list[str] | None = None) -> None:
     logger.info('%d pairs, %d processes x batch %d x accumulate %d = %d pairs a step, %d batches x %d epochs',
                 len(dataset), world_size(), train['batch_size'], config['optim']['accumulate'],
                 train['batch_size'] * world_size() * config['optim']['accumulate'], steps, train['epochs'])
+
+    def batches():
+        return make_loader(dataset, train['batch_size'], seed=args.seed, epoch=run.epoch, start_step=run.batch,
+                           workers=data['workers'], rank=rank(), world_size=world_size())
+
+    if args.dry_run:
+        return rehearse(run, batches(), data['max_tokens'])
     while run.epoch < train['epochs']:
-        loader = make_loader(dataset, train['batch_size'], seed=args.seed, epoch=run.epoch, start_step=run.batch,
-                             workers=data['workers'], rank=rank(), world_size=world_size())
-        stats = run.train_one_epoch(loader, data['max_tokens'])
-        run.end_epoch(stats)
+        stats = run.train_one_epoch(batches(), data['max_tokens'])
+        shown = [dataset.pair(i)[0] for i in range(0, len(dataset), max(1, len(dataset) // 8))][:8]
+        run.end_epoch(stats, caption_pictures(student.eval(), tokenizer, shown) if config['loss']['lm'] else ())
     logger.info('done: %s', output_dir / 'last.pth')
 
 

@@ -7,6 +7,8 @@ Each epoch is evaluated on the validation pictures; the best by CIDEr is kept in
 measured on the test pictures at the end. Relaunching the same command resumes.
 """
 
+from pathlib import Path
+
 from data.datasets import FlickrTrain, ImageTextEval
 from data.loader import make_loader
 from data.transforms import eval_transform, train_transform
@@ -14,6 +16,7 @@ from eval.caption import evaluate_captions
 from models.build import at_resolution, build_student, build_teacher, loss_weights
 from models.checkpoint import load_model
 from models.objective import Objective
+from models.rehearsal import rehearse
 from models.tokenizer import DEC, Tokenizer
 from models.training import Run
 from utils import (
@@ -58,17 +61,22 @@ def main(argv: list[str] | None = None) -> None:
     logger.info('%d captions, %d processes x batch %d, %d batches x %d epochs', len(dataset), world_size(),
                 train['batch_size'], steps, train['epochs'])
     settings = {'prompt': data['prompt'], 'workers': data['workers'], **config['eval']}
+
+    def batches():
+        return make_loader(dataset, train['batch_size'], seed=args.seed, epoch=run.epoch, start_step=run.batch,
+                           workers=data['workers'], rank=rank(), world_size=world_size())
+
+    if args.dry_run:
+        return rehearse(run, batches(), data['max_tokens'], data['prompt'])
     while run.epoch < train['epochs']:
-        loader = make_loader(dataset, train['batch_size'], seed=args.seed, epoch=run.epoch, start_step=run.batch,
-                             workers=data['workers'], rank=rank(), world_size=world_size())
-        stats = run.train_one_epoch(loader, data['max_tokens'], data['prompt'])
-        val, _ = evaluate_captions(student.eval(), tokenizer, held_out['val'], device=device, **settings)
+        stats = run.train_one_epoch(batches(), data['max_tokens'], data['prompt'])
+        val, records = evaluate_captions(student.eval(), tokenizer, held_out['val'], device=device, **settings)
         stats |= {f'val_{name}': value for name, value in val.items()}
         logger.info('epoch %d val  CIDEr %.2f  BLEU-4 %.2f', run.epoch - 1, val['CIDEr'], val['Bleu_4'])
         if val['CIDEr'] > run.best:
             run.best = val['CIDEr']
             run.save_best(metrics=val)
-        run.end_epoch(stats)
+        run.end_epoch(stats, [(Path(record['image']), record['caption']) for record in records[:8]])
     barrier()
     best, _, _ = load_model(output_dir / 'best.pth', device)
     test, _ = evaluate_captions(best, tokenizer, held_out['test'], device=device, **settings)

@@ -15,6 +15,7 @@ from models.build import at_resolution, build_student, build_teacher, loss_weigh
 from models.checkpoint import load_model
 from models.momentum import MomentumQueue
 from models.objective import Objective
+from models.rehearsal import rehearse
 from models.tokenizer import Tokenizer
 from models.training import Run
 from utils import (
@@ -60,10 +61,15 @@ def main(argv: list[str] | None = None) -> None:
     logger.info('%d captions, %d processes x batch %d, %d batches x %d epochs', len(dataset), world_size(),
                 train['batch_size'], steps, train['epochs'])
     settings = {'max_tokens': data['max_tokens'], 'workers': data['workers'], **config['eval']}
+
+    def batches():
+        return make_loader(dataset, train['batch_size'], seed=args.seed, epoch=run.epoch, start_step=run.batch,
+                           workers=data['workers'], rank=rank(), world_size=world_size())
+
+    if args.dry_run:
+        return rehearse(run, batches(), data['max_tokens'])
     while run.epoch < train['epochs']:
-        loader = make_loader(dataset, train['batch_size'], seed=args.seed, epoch=run.epoch, start_step=run.batch,
-                             workers=data['workers'], rank=rank(), world_size=world_size())
-        stats = run.train_one_epoch(loader, data['max_tokens'])
+        stats = run.train_one_epoch(batches(), data['max_tokens'])
         val = evaluate_retrieval(student.eval(), tokenizer, held_out['val'], device=device, **settings)
         stats |= {f'val_{name}': value for name, value in val.items()}
         logger.info('epoch %d val  txt R@1 %.2f  img R@1 %.2f  mean recall %.2f', run.epoch - 1, val['txt_r1'],

@@ -113,6 +113,8 @@ def script_arguments(description: str, config: str, output_dir: str, argv: list[
                         'a run found there is resumed')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
     parser.add_argument('--seed', default=42, type=int)
+    parser.add_argument('--dry_run', action='store_true', help='check everything, train a few steps, write nothing and '
+                        'print what the run will take')
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='override a setting, e.g. optim.lr=1e-4')
     args = parser.parse_args(argv)
     return args, load_config(args.config, config, args.overrides)
@@ -120,10 +122,10 @@ def script_arguments(description: str, config: str, output_dir: str, argv: list[
 
 @contextmanager
 def clean_exit():
-    """Turn an expected failure (bad input) into one line on stderr and exit code 2, without a traceback."""
+    """Turn an expected failure (bad input) into one line on stderr and exit code 1, without a traceback."""
     try:
         yield
-    except (FileNotFoundError, PermissionError, NotADirectoryError, FileExistsError, ValueError) as error:
+    except (OSError, ValueError) as error:
         if os.environ.get('DLIP_TRACEBACK'):
             raise
         sys.exit(f'error: {error}')

@@ -9,6 +9,7 @@ in every word. Any setting of the config can be overridden, e.g. `eval.num_beams
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ import torch
 from data.datasets import ImageTextEval
 from data.scene_captions import slots_match
 from data.scenes import Scene
-from data.transforms import eval_transform
+from data.transforms import eval_transform, open_image
 from eval.common import evaluation_arguments, image_batches, shard, write_json
 from eval.metrics import caption_metrics
 from eval.page import caption_card, grid, section, table, write_page
@@ -40,6 +41,20 @@ def caption_dataset(model: BLIP, tokenizer: Tokenizer, dataset, *, device: torch
         captions += generate(model, tokenizer, images.to(device), prompt, num_beams=num_beams, max_length=max_length,
                              min_length=min_length)
     return [caption for part in gather_objects(captions) for caption in part]
+
+
+@torch.inference_mode()
+def caption_pictures(model: BLIP, tokenizer: Tokenizer, paths: list, prompt: str = '') -> list[tuple[Path, str]]:
+    """Caption a few picture files greedily, to be looked at; those that cannot be read are left out."""
+    transform, pictures = eval_transform(model.config.image_size), []
+    for path in map(Path, paths):
+        with suppress(ValueError, FileNotFoundError):
+            pictures.append((path, transform(open_image(path))))
+    if not pictures:
+        return []
+    said = generate(model, tokenizer, torch.stack([pixels for _, pixels in pictures]).to(model.device), prompt,
+                    num_beams=1, min_length=1)
+    return [(path, caption) for (path, _), caption in zip(pictures, said, strict=True)]
 
 
 def scenes_of(dataset) -> dict[str, Scene] | None:

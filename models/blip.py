@@ -104,6 +104,11 @@ class BLIP(nn.Module):
         hidden = self.text_encoder(ids, mask, image_kv=select_images(image_kv, image_index), first_only=True).hidden
         return self.itm_head(hidden[:, 0])
 
+    def caption_logits(self, ids: torch.Tensor, mask: torch.Tensor, image_kv: ImageKV) -> torch.Tensor:
+        """ids, mask [R, T] of captions starting with [DEC] -> float32 logits [R, T - 1, V] of the tokens 1 to T - 1."""
+        hidden = self.text_decoder.bert(ids, mask, causal=True, image_kv=image_kv).hidden
+        return self.text_decoder.logits(hidden[:, :-1]).float()
+
     def next_logits(self, ids: torch.Tensor, image_kv: ImageKV, cache: KVCache) -> torch.Tensor:
         """Feed the decoder ids [R, T] after the cached positions -> float32 logits [R, V] of the token after them."""
         hidden = self.text_decoder.bert(ids, causal=True, image_kv=image_kv, cache=cache).hidden

@@ -1,12 +1,18 @@
-"""What a run writes down while it trains: running means, rate and ETA, JSON-lines logs, and their curves."""
+"""What a run writes down while it trains: running means, rate and ETA, JSON-lines logs, their curves, TensorBoard."""
 
+import hashlib
 import json
+import resource
+import sys
+import textwrap
 import time
 from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
 from utils import atomic_write, gather_objects
 
@@ -43,24 +49,110 @@ class Meters:
 
 
 class Clock:
-    """Step rate, share of time spent waiting for data, and ETA of a loop."""
+    """Rate, share of time spent waiting for data, and ETA of a loop."""
 
     def __init__(self, steps_left: int):
-        self.steps_left, self.steps, self.waited = steps_left, 0, 0.0
+        self.steps_left, self.steps, self.samples, self.waited = steps_left, 0, 0, 0.0
         self.started = self.mark = time.perf_counter()
 
     def data_ready(self) -> None:
         self.waited += time.perf_counter() - self.mark
 
-    def step_done(self) -> None:
+    def step_done(self, samples: int) -> None:
         self.steps += 1
+        self.samples += samples
         self.mark = time.perf_counter()
 
-    def line(self, samples_per_step: int) -> str:
-        elapsed = max(1e-9, time.perf_counter() - self.started)
-        eta = timedelta(seconds=round(elapsed / max(1, self.steps) * (self.steps_left - self.steps)))
-        return (f'{self.steps * samples_per_step / elapsed:.1f} images/s  data wait {self.waited / elapsed:.0%}  '
-                f'eta {eta}')
+    def elapsed(self) -> float:
+        return max(1e-9, time.perf_counter() - self.started)
+
+    def rate(self) -> float:
+        """Samples a second."""
+        return self.samples / self.elapsed()
+
+    def waiting(self) -> float:
+        """Share of the time in which the loop waited for data."""
+        return self.waited / self.elapsed()
+
+    def line(self) -> str:
+        eta = timedelta(seconds=round(self.elapsed() / max(1, self.steps) * (self.steps_left - self.steps)))
+        return f'{self.rate():.1f} images/s  data wait {self.waiting():.0%}  eta {eta}'
+
+
+def memory_used(device: torch.device) -> float:
+    """Most memory that this process held so far, in GiB: of the GPU, or resident on a CPU."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == 'darwin' else 2 ** 20)
+
+
+class Board:
+    """Where a run can be watched from elsewhere: TensorBoard, and Weights & Biases where `train.wandb` names a project.
+
+    Args:
+        first_step: what was written after it, by a process that was killed, is hidden.
+
+    Raises:
+        ImportError: `train.wandb` without the package.
+    """
+
+    def __init__(self, output_dir: Path, config: dict, first_step: int):
+        self.output_dir, self.wandb = output_dir, None
+        self.writer = SummaryWriter(output_dir / 'tensorboard', purge_step=first_step)
+        project = config['train']['wandb']
+        if project:
+            try:
+                import wandb
+            except ImportError:
+                raise ImportError('train.wandb needs the package: pip install wandb') from None
+            name = output_dir.resolve().name
+            self.wandb = wandb.init(project=project, name=name, id=f'{name}-{config_hash(config)}', resume='allow',
+                                    dir=output_dir, config=config)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def pictures(self, samples: list[tuple[Path, str]], step: int) -> None:
+        """(picture, caption) side by side, also as `samples.png`."""
+        figure = picture_grid(samples)
+        with atomic_write(self.output_dir / 'samples.png', 'wb') as file:
+            figure.savefig(file, dpi=110, format='png')
+        if self.wandb:
+            import wandb
+            self.wandb.log({'samples': wandb.Image(str(self.output_dir / 'samples.png'))}, step=step)
+        self.writer.add_figure('samples', figure, step)  # closes it
+        self.writer.flush()
+
+
+def config_hash(config: dict) -> str:
+    return hashlib.sha1(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def picture_grid(samples: list[tuple[Path, str]], columns: int = 4):
+    """A matplotlib figure of pictures with their captions."""
+    plt = pyplot()
+    rows = -(-len(samples) // columns)
+    figure, axes = plt.subplots(rows, columns, squeeze=False, figsize=(2.8 * columns, 2.9 * rows))
+    for axis in axes.flat:
+        axis.axis('off')
+    for axis, (path, caption) in zip(axes.flat, samples, strict=False):
+        with Image.open(path) as picture:
+            axis.imshow(picture.convert('RGB'))
+        axis.set_title(textwrap.fill(caption, 34), fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def pyplot():
+    """matplotlib without a screen."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    return plt
 
 
 def append_log(path: Path, record: dict) -> None:
@@ -70,8 +162,11 @@ def append_log(path: Path, record: dict) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a JSON-lines file; an absent file has none."""
-    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
+    """The records of a JSON-lines file, less a last line that was cut off; an absent file has none."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines(keepends=True)
+            if line.endswith('\n')]
 
 
 def plot_curves(logs: list[Path], png: Path) -> None:
@@ -80,9 +175,7 @@ def plot_curves(logs: list[Path], png: Path) -> None:
     A record's place is its `progress` (fractional epoch) or, at the end of an epoch, its `epoch` + 1; what is logged
     at both is drawn from the former; a single value is no curve.
     """
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     series: dict[str, list[tuple[float, float]]] = {}
     rows = [row for log in logs for row in read_log(log)]
     finer = {name for row in rows if 'progress' in row for name in row}  # of these the epochs' means would be spikes

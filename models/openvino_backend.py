@@ -1,6 +1,6 @@
 """A net run by OpenVINO: on CPUs faster than PyTorch, and in bfloat16 with float32 at the seams (optional package).
 
-Each of the five functions that inference calls is traced and compiled at its first use, which takes a second or two.
+Each of the functions that inference calls is traced and compiled at its first use, which takes a second or two.
 """
 
 import threading
@@ -14,7 +14,6 @@ from models.blip import BLIP
 from models.text import KVCache
 
 HINTS = {'fp32': 'f32', 'bf16': 'bf16', 'int8': 'bf16'}
-DECODING = 'step'  # the function whose time goes into reading weights: the one that int8 makes smaller
 
 
 class TracedCache:
@@ -33,8 +32,8 @@ class OpenVINOBLIP:
 
     Args:
         model: a float32 net on the CPU; its weights are shared, and no longer ask for gradients.
-        precision: 'fp32' or 'bf16' (of the arithmetic inside; inputs and outputs are float32), or 'int8': bf16 with the
-            weights of decoding in 8 bits.
+        precision: 'fp32' or 'bf16' (of the arithmetic inside; inputs and outputs are float32), or 'int8': bf16 with
+            all matrices in 8 bits.
 
     Raises:
         ImportError: openvino is not installed.
@@ -51,7 +50,8 @@ class OpenVINOBLIP:
         self.model, self.config, self.device = model.requires_grad_(False), model.config, model.device
         self.text_encoder, self.text_decoder = model.text_encoder, model.text_decoder
         self._core, self._openvino, self._compiled = openvino.Core(), openvino, {}
-        self._precision = precision
+        self._precision, self._bf16 = precision, openvino.Type.bf16
+        self._kv_type = torch.float32 if precision == 'fp32' else torch.bfloat16  # they are read again at every step
         self._lock, self._of_thread = threading.Lock(), threading.local()  # a request serves one thread at a time
         self._settings = {'INFERENCE_PRECISION_HINT': HINTS[precision], 'PERFORMANCE_HINT': 'LATENCY',
                           'INFERENCE_NUM_THREADS': torch.get_num_threads()}
@@ -61,20 +61,28 @@ class OpenVINOBLIP:
         """Run the compiled form of a function, which is traced once with `example` inputs (their sizes do not bind)."""
         with self._lock:
             if name not in self._compiled:
-                eight_bit = self._precision == 'int8' and name == DECODING
-                self._compiled[name] = self._compile(function, example, eight_bit)
+                self._compiled[name] = self._compile(function, example)
         requests = vars(self._of_thread)
         if name not in requests:
             requests[name] = self._compiled[name].create_infer_request()
-        tensors = [self._openvino.Tensor(x.detach().contiguous().numpy(), shared_memory=True) for x in inputs]
-        return [torch.from_numpy(output) for output in requests[name].infer(tensors, share_outputs=False).values()]
+        tensors = [self._shared(x.detach().contiguous()) for x in inputs]
+        request = requests[name]
+        outputs = request.infer(tensors, share_outputs=False).values()
+        return [torch.from_numpy(output.view(np.int16)).view(torch.bfloat16) if port.get_element_type() == self._bf16
+                else torch.from_numpy(output) for output, port in zip(outputs, request.model_outputs, strict=True)]
 
-    def _compile(self, function: Callable, example: tuple[torch.Tensor, ...], eight_bit: bool):
+    def _shared(self, x: torch.Tensor):
+        """The same memory as a tensor of OpenVINO; numpy, which lies between, has no bfloat16."""
+        if x.dtype == torch.bfloat16:
+            return self._openvino.Tensor(x.view(torch.int16).numpy(), list(x.shape), self._bf16)
+        return self._openvino.Tensor(x.numpy(), shared_memory=True)
+
+    def _compile(self, function: Callable, example: tuple[torch.Tensor, ...]):
         with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
             warnings.simplefilter('ignore')  # torch's tracer warns of every size that it follows
             graph = self._openvino.convert_model(torch.jit.trace(lambda *inputs: function(*inputs), example,
                                                                     check_trace=False))
-        if eight_bit:
+        if self._precision == 'int8':
             compress_weights(graph)
         return self._core.compile_model(graph, 'CPU', self._settings)
 
@@ -85,9 +93,9 @@ class OpenVINOBLIP:
         return self.model.image_feat(image_tokens)
 
     def project_image(self, image_tokens: torch.Tensor) -> torch.Tensor:
-        """All layers' keys and values in one tensor [layers, 2, images, heads, N, D]."""
+        """All layers' keys and values in one tensor [layers, 2, images, heads, N, D], float32 or bfloat16."""
         def project(tokens):
-            return torch.stack([torch.stack(pair) for pair in self.model.project_image(tokens)])
+            return torch.stack([torch.stack(pair) for pair in self.model.project_image(tokens)]).to(self._kv_type)
         example = torch.zeros(2, *image_tokens.shape[1:])
         return self._run('keys and values', project, image_tokens, example=(example,))[0]
 
@@ -96,23 +104,31 @@ class OpenVINOBLIP:
         return self._run('text', self.model.text_feat, ids, mask, example=(example, example))[0]
 
     def match_logits(self, ids: torch.Tensor, mask: torch.Tensor, image_kv: torch.Tensor) -> torch.Tensor:
-        example = torch.ones(6, 9, dtype=torch.int64)
-        return self._run('match', self.model.match_logits, ids, mask, image_kv,
-                         example=(example, example, torch.zeros(*image_kv.shape[:2], 2, *image_kv.shape[3:])))[0]
+        return self._run('match', lambda ids, mask, kv: self.model.match_logits(ids, mask, kv.float()),
+                         ids, mask, image_kv, example=self._pairs(image_kv))[0]
+
+    def caption_logits(self, ids: torch.Tensor, mask: torch.Tensor, image_kv: torch.Tensor) -> torch.Tensor:
+        return self._run('caption', lambda ids, mask, kv: self.model.caption_logits(ids, mask, kv.float()),
+                         ids, mask, image_kv, example=self._pairs(image_kv))[0]
+
+    def _pairs(self, image_kv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Six texts of nine tokens, and two images."""
+        ids = torch.ones(6, 9, dtype=torch.int64)
+        return ids, ids, torch.zeros(*image_kv.shape[:2], 2, *image_kv.shape[3:], dtype=self._kv_type)
 
     def next_logits(self, ids: torch.Tensor, image_kv: torch.Tensor, cache: KVCache) -> torch.Tensor:
         layers, _, _, heads, _, width = image_kv.shape
 
         def step(ids, kv, past):
             seen = TracedCache(past)
-            hidden = self.model.text_decoder.bert(ids, causal=True, image_kv=kv, cache=seen).hidden
+            hidden = self.model.text_decoder.bert(ids, causal=True, image_kv=kv.float(), cache=seen).hidden
             return self.model.text_decoder.logits(hidden[:, -1]), torch.stack(seen.fresh)
 
         if cache.store is None:
             cache.store = torch.empty(layers, 2, len(ids), heads, cache.capacity, width)
-        example = (torch.ones(6, 4, dtype=torch.int64), torch.zeros(layers, 2, 2, heads, 9, width),
+        example = (torch.ones(6, 4, dtype=torch.int64), torch.zeros(layers, 2, 2, heads, 9, width, dtype=self._kv_type),
                    torch.zeros(layers, 2, 6, heads, 5, width))
-        logits, fresh = self._run(DECODING, step, ids, image_kv, cache.store[..., :cache.length, :], example=example)
+        logits, fresh = self._run('step', step, ids, image_kv, cache.store[..., :cache.length, :], example=example)
         end = cache.length + ids.shape[1]
         cache.store[..., cache.length:end, :] = fresh
         cache.length = end

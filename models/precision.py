@@ -12,8 +12,7 @@ PRECISIONS, BACKENDS = ('fp32', 'bf16', 'int8'), ('torch', 'openvino')
 
 def for_inference(model: BLIP, precision: str = 'fp32', backend: str = 'torch') -> BLIP | OpenVINOBLIP:
     """A net at a precision, run by a backend. In bf16 all arithmetic is bfloat16 (fast on GPUs since Ampere and on CPUs
-    with AVX-512 or AMX); int8 is bf16 with the weights of decoding in 8 bits. Embeddings and logits come in float32
-    all the same.
+    with AVX-512 or AMX); int8 is bf16 with all matrices in 8 bits. Embeddings and logits come in float32 all the same.
 
     Raises:
         ValueError: no such precision or backend, not together, or not on the net's device.

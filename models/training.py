@@ -8,22 +8,23 @@ from pathlib import Path
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.tensorboard import SummaryWriter
 
 from data.loader import BadImages
-from models.checkpoint import load_weights, read_checkpoint, save_checkpoint
-from models.logs import Clock, Meters, append_log, plot_curves, read_log
+from models.checkpoint import load_weights, save_checkpoint
+from models.keeper import Keeper
+from models.logs import Board, Clock, Meters, append_log, memory_used, plot_curves, read_log
 from models.objective import Objective
 from models.optim import learning_rate, parameter_groups
 from models.tokenizer import Tokenizer
-from utils import StopSignal, any_process, atomic_write, is_main, logger, rank, seed_everything, world_size
+from utils import StopSignal, any_process, atomic_write, barrier, is_main, logger, rank, seed_everything, world_size
 
 
 class Run:
     """Everything a training run must keep, in `output_dir/last.pth`; a run found there is resumed.
 
     Every step's randomness is a function of (seed, step, rank) and every batch one of (seed, epoch), so the
-    position is all that a resumed run needs beside weights, optimizer, queues and meters.
+    position is all that a resumed run needs beside weights, optimizer, queues and meters. The `train.keep` checkpoints
+    before the last stay beside it, and take its place should it be damaged.
 
     Args:
         objective: student, losses, momentum twin and teacher.
@@ -40,6 +41,8 @@ class Run:
         self.device, self.seed, self.steps_per_epoch = device, seed, steps_per_epoch
         self.epoch = self.batch = 0  # the next batch to train on
         self.best = -math.inf
+        self.keeper = Keeper(output_dir, config['train']['keep'])
+        self.interval = Meters()  # since the last line of steps.txt
         self.meters, self.bad_images = Meters(), BadImages(config['data']['max_bad_share'], logger)
         self.optimizer = self._optimizer(config['optim'])
         self._resume()
@@ -48,8 +51,8 @@ class Run:
                 if net is not None:
                     net.visual_encoder.compile()
         self.parallel = self._parallel()
-        self.writer = SummaryWriter(output_dir / 'tensorboard') if is_main() else None
-        self.stop = StopSignal()
+        self.board: Board | None = None
+        self.stop: StopSignal | None = None
 
     @property
     def student(self):
@@ -76,17 +79,18 @@ class Run:
 
     # ------------------------------------------------------------ checkpoints
 
-    def save(self, name: str = 'last.pth', **extra) -> Path:
-        """Write the run's whole state; all processes call it, the main one writes."""
-        path = self.output_dir / name
+    def save(self) -> None:
+        """Write the run's whole state to `last.pth`; all processes call it, the main one writes."""
         if self.config['optim']['shard']:
             self.optimizer.consolidate_state_dict(0)
         if is_main():
             rest = {key: value for key, value in self.objective.state_dict().items() if not key.startswith('student.')}
-            save_checkpoint(path, self.student, self.tokenizer, self.config, objective=rest,
-                            optimizer=self.optimizer.state_dict(), epoch=self.epoch, batch=self.batch, seed=self.seed,
-                            best=self.best, meters=self.meters.state_dict(), world_size=world_size(), **extra)
-        return path
+            state = {'objective': rest, 'optimizer': self.optimizer.state_dict(), 'epoch': self.epoch,
+                     'batch': self.batch, 'seed': self.seed, 'best': self.best, 'meters': self.meters.state_dict(),
+                     'interval': self.interval.state_dict(), 'world_size': world_size(),
+                     'steps_per_epoch': self.steps_per_epoch}
+            self.keeper.replace(state, lambda path: save_checkpoint(path, self.student, self.tokenizer, self.config,
+                                                                    **state))
 
     def save_best(self, **extra) -> None:
         """Write the student alone to `best.pth`."""
@@ -95,10 +99,10 @@ class Run:
                             **extra)
 
     def _resume(self) -> None:
-        path = self.output_dir / 'last.pth'
-        if not path.exists():
+        found = self.keeper.newest()
+        if found is None:
             return
-        state = read_checkpoint(path, mmap=False)  # it becomes the optimizer's own
+        path, state = found
         load_weights(self.student, state['model'], str(path))
         missing, unexpected = self.objective.load_state_dict(state['objective'], strict=False)
         missing = [key for key in missing if not key.startswith('student.')]
@@ -109,11 +113,13 @@ class Run:
         self.optimizer.load_state_dict(state['optimizer'])
         self.epoch, self.batch, self.best = state['epoch'], state['batch'], state['best']
         self.meters.load_state_dict(state['meters'])
-        if is_main():  # forget the logged steps that will be redone
-            log, position = self.output_dir / 'steps.txt', self.epoch + self.batch / self.steps_per_epoch
-            rows = [row for row in read_log(log) if row['progress'] <= position + 1e-9]
-            with atomic_write(log) as file:
-                file.writelines(json.dumps(row) + '\n' for row in rows)
+        self.interval.load_state_dict(state['interval'])
+        if state['steps_per_epoch'] != self.steps_per_epoch:  # other global batches: an epoch's order stays the same
+            self.batch = self.batch * self.steps_per_epoch // state['steps_per_epoch']
+            self.interval = Meters()
+            logger.info('%d processes and %d batches an epoch, before %d and %d: goes on at the same place of the '
+                        "epoch's order, of which at most one batch is seen twice", world_size(), self.steps_per_epoch,
+                        state['world_size'], state['steps_per_epoch'])
         logger.info('resumed %s at epoch %d, batch %d of %d', path, self.epoch, self.batch, self.steps_per_epoch)
 
     # ------------------------------------------------------------ training
@@ -125,65 +131,98 @@ class Run:
             return 0.0
         return ita['alpha'] * min(1.0, step / max(1, ita['alpha_ramp_epochs'] * self.steps_per_epoch))
 
-    def train_one_epoch(self, loader, max_words_tokens: int, prompt: str = '') -> dict[str, float]:
+    def _open_logs(self) -> None:
+        """Forget the logged steps and epochs that will be redone, and what a killed process left; start to log."""
+        barrier()  # all have read the checkpoint
+        self.stop = StopSignal()
+        if not is_main():
+            return
+        self.keeper.sweep()
+        position = self.epoch + self.batch / self.steps_per_epoch
+        for name in ('steps.txt', 'log.txt'):
+            rows = [row for row in read_log(self.output_dir / name)
+                    if row.get('progress', row['epoch'] + 1) <= position + 1e-9]
+            with atomic_write(self.output_dir / name) as file:
+                file.writelines(json.dumps(row) + '\n' for row in rows)
+        self.board = Board(self.output_dir, self.config, round(position * self.steps_per_epoch))
+
+    def train_one_epoch(self, loader, max_tokens: int, prompt: str = '') -> dict[str, float]:
         """Train from batch `self.batch` of epoch `self.epoch` to its end; returns the epoch's mean losses.
 
         Raises:
             FloatingPointError: a loss is not finite; names the step, the component and the samples.
             SystemExit: SIGTERM or SIGINT arrived; the state is saved first (exit code 0).
         """
-        train, optim = self.config['train'], self.config['optim']
-        accumulate, log_every = optim['accumulate'], train['log_every']
+        if self.stop is None:
+            self._open_logs()
+        train, accumulate = self.config['train'], self.config['optim']['accumulate']
+        log_every, save_due = train['log_every'], False
         last_step = self.steps_per_epoch * train['epochs']
-        clock, interval, unchecked = Clock(last_step - self.epoch * self.steps_per_epoch - self.batch), Meters(), []
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=train['precision'] == 'bf16')
+        clock, unchecked = Clock(last_step - self.epoch * self.steps_per_epoch - self.batch), []
         self.parallel.train()
         for batch in loader:
             clock.data_ready()
             step = self.epoch * self.steps_per_epoch + self.batch
-            self.bad_images.update(batch)
-            lr = learning_rate(step, self.steps_per_epoch, train['epochs'], optim['lr'], optim['min_lr'],
-                               optim['warmup_steps'], optim['warmup_lr'], optim['schedule'], optim['decay'])
-            for group in self.optimizer.param_groups:
-                group['lr'] = lr
-            seed_everything(self.seed, step, rank())
-            ids, mask = self.tokenizer([prompt + caption for caption in batch['caption']], max_words_tokens)
-            inputs = [x.to(self.device, non_blocking=True) for x in (batch['image'], ids, mask, batch['id'])]
             boundary = (self.batch + 1) % accumulate == 0 or self.batch + 1 == self.steps_per_epoch
-            with nullcontext() if boundary or world_size() == 1 else self.parallel.no_sync():
-                with autocast:
-                    losses = self.parallel(*inputs, self.alpha(step), self.seed * 1_000_003 + step)
-                (losses['loss'] / accumulate).backward()
-            unchecked.append((step, batch['id'], {name: value.detach() for name, value in losses.items()}))
+            lr, losses = self.train_step(batch, step, boundary, max_tokens, prompt)
+            unchecked.append((step, batch['id'], losses))
             if self.device.type == 'cpu' or (self.batch + 1) % log_every == 0:
                 self._check_finite(unchecked)  # on a GPU only now: looking at a loss waits for the device
             if boundary:
-                torch.nn.utils.clip_grad_norm_(self.objective.parameters(), optim['clip_norm'] or math.inf)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
-                if self.objective.momentum is not None:
-                    self.objective.momentum.update(self.student)
-                if self.student.text_encoder is not None:
-                    self.student.temp.data.clamp_(0.001, 0.5)
+                self.update()
             values = {f'train_loss_{name}' if name != 'loss' else 'train_loss': value for name, value in losses.items()}
             self.meters.update(values)
-            interval.update(values)
+            self.interval.update(values)
             self.batch += 1
-            clock.step_done()
+            clock.step_done(len(batch['id']) * world_size())
             if self.batch % log_every == 0 or self.batch == self.steps_per_epoch:
                 self._check_finite(unchecked)
-                self._log_interval(step, lr, interval.means(), clock, len(ids) * world_size())
-                interval = Meters()
-            looks = world_size() == 1 or self.batch % log_every == 0
+                self._log_interval(step, lr, clock)
+            # Only whole updates are saved: gradients that were accumulated so far would be lost.
+            looks = boundary and (world_size() == 1 or self.batch % (log_every * accumulate) == 0)
             if looks and any_process(self.stop.received, self.device):
                 self.save()
                 logger.info('stopped by a signal; the same command resumes from %s', self.output_dir / 'last.pth')
                 raise SystemExit(0)
-            if train['save_every'] and self.batch % train['save_every'] == 0 and self.batch < self.steps_per_epoch:
+            save_due |= bool(train['save_every']) and self.batch % train['save_every'] == 0
+            if save_due and boundary and self.batch < self.steps_per_epoch:
                 self.save()
+                save_due = False
         means = {'train_lr': lr, **self.meters.means()} if self.batch else {}
         self.epoch, self.batch, self.meters = self.epoch + 1, 0, Meters()
         return means
+
+    def train_step(self, batch: dict, step: int, boundary: bool, max_tokens: int, prompt: str
+                   ) -> tuple[float, dict[str, torch.Tensor]]:
+        """Forward and backward of one batch -> (learning rate, detached losses).
+
+        Args:
+            boundary: the gradients go into an update now; before it the processes do not exchange any.
+        """
+        train, optim = self.config['train'], self.config['optim']
+        self.bad_images.update(batch)
+        lr = learning_rate(step, self.steps_per_epoch, train['epochs'], optim['lr'], optim['min_lr'],
+                           optim['warmup_steps'], optim['warmup_lr'], optim['schedule'], optim['decay'])
+        for group in self.optimizer.param_groups:
+            group['lr'] = lr
+        seed_everything(self.seed, step, rank())
+        ids, mask = self.tokenizer([prompt + caption for caption in batch['caption']], max_tokens)
+        inputs = [x.to(self.device, non_blocking=True) for x in (batch['image'], ids, mask, batch['id'])]
+        with nullcontext() if boundary or world_size() == 1 else self.parallel.no_sync():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=train['precision'] == 'bf16'):
+                losses = self.parallel(*inputs, self.alpha(step), self.seed * 1_000_003 + step)
+            (losses['loss'] / optim['accumulate']).backward()
+        return lr, {name: value.detach() for name, value in losses.items()}
+
+    def update(self) -> None:
+        """One step of the optimizer and of the momentum twin."""
+        torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.config['optim']['clip_norm'] or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.objective.momentum is not None:
+            self.objective.momentum.update(self.student)
+        if self.student.text_encoder is not None:
+            self.student.temp.data.clamp_(0.001, 0.5)
 
     def _check_finite(self, unchecked: list) -> None:
         for step, ids, losses in unchecked:
@@ -194,25 +233,31 @@ class Run:
                     f'good state is in {self.output_dir}. Lower optim.lr, set optim.clip_norm, or use precision fp32.')
         unchecked.clear()
 
-    def _log_interval(self, step: int, lr: float, means: dict, clock: Clock, samples: int) -> None:
+    def _log_interval(self, step: int, lr: float, clock: Clock) -> None:
+        means, self.interval = self.interval.means(), Meters()
         shown = '  '.join(f'{name.removeprefix("train_")} {value:.3f}' for name, value in means.items())
         logger.info('epoch %d [%d/%d]  lr %.2e  %s  %s', self.epoch, self.batch, self.steps_per_epoch, lr, shown,
-                    clock.line(samples))
+                    clock.line())
         if is_main():
             place = {'epoch': self.epoch, 'progress': (step + 1) / self.steps_per_epoch}
             append_log(self.output_dir / 'steps.txt', {**place, 'train_lr': lr, **means})
-            for name, value in means.items():
-                self.writer.add_scalar(name, value, step)
-            self.writer.add_scalar('train_lr', lr, step)
+            system = {'system_images_per_s': clock.rate(), 'system_data_wait': clock.waiting(),
+                      'system_memory_GiB': memory_used(self.device)}
+            self.board.scalars({'train_lr': lr, **means, **system}, step)
 
-    def end_epoch(self, stats: dict) -> None:
-        """Append the epoch to `log.txt` (the original's keys), redraw the curves and save `last.pth`."""
+    def end_epoch(self, stats: dict, samples: list[tuple[Path, str]] = ()) -> None:
+        """Append the epoch to `log.txt` (the original's keys), redraw the curves and save `last.pth`.
+
+        Args:
+            samples: (picture, the student's caption) of a few held-out pictures, to be looked at.
+        """
         if is_main():
             append_log(self.output_dir / 'log.txt', {**stats, 'epoch': self.epoch - 1})
-            for name, value in stats.items():
-                if isinstance(value, int | float) and not name.startswith('train_'):
-                    self.writer.add_scalar(name, value, self.epoch * self.steps_per_epoch)
-            self.writer.flush()
+            step = self.epoch * self.steps_per_epoch
+            self.board.scalars({name: value for name, value in stats.items()
+                                if isinstance(value, int | float) and not name.startswith('train_')}, step)
+            if samples:
+                self.board.pictures(samples, step)
             plot_curves([self.output_dir / 'steps.txt', self.output_dir / 'log.txt'], self.output_dir / 'curves.png')
         self.save()
 

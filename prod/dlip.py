@@ -42,7 +42,7 @@ class DLIPProd:
         device: 'cpu', 'cuda', 'cuda:1', 'mps', or 'auto' (the best one there is).
         tokenizer: vocabulary of an original file: a hub name, a folder or a vocab.txt.
         precision: 'fp32'; 'bf16' where the device is fast at it (features then differ by about 1%); 'int8' is bf16 with
-            the weights that captions are decoded with in 8 bits (backend openvino).
+            all matrices in 8 bits (backend openvino; by about 2%).
         backend: 'torch', or 'openvino': on a CPU about twice as fast; each function is compiled at its first use, which
             takes seconds.
         memory: GiB that the pictures of one batch may take at work; sets the batch size where a call does not.
@@ -141,14 +141,14 @@ class DLIPProd:
         tensor(0)
         """
         self._require('caption')
-        decoder, prompt, parts = self.model.text_decoder, len(self.prompt_ids), []
+        prompt, parts = len(self.prompt_ids), []
         with torch.inference_mode():
             for image_kv, count, tokens in self._pairs(images, texts, batch_size, bgr, DEC, self.prompt):
                 row = []
                 for ids, mask in tokens:
                     ids, mask = ids.repeat(count, 1), mask.repeat(count, 1)
-                    hidden = decoder.bert(ids, mask, causal=True, image_kv=image_kv).hidden[:, prompt - 1:-1]
-                    logp = decoder.logits(hidden).float().log_softmax(-1).gather(2, ids[:, prompt:, None])[..., 0]
+                    logits = self.model.caption_logits(ids, mask, image_kv)[:, prompt - 1:]
+                    logp = logits.log_softmax(-1).gather(2, ids[:, prompt:, None])[..., 0]
                     said = mask[:, prompt:]
                     row.append(((logp * said).sum(1) / said.sum(1)).unflatten(0, (count, -1)))
                 parts.append(torch.cat(row, 1).cpu())

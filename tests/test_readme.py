@@ -155,7 +155,8 @@ def test_train_evaluate_use(place, bert_tokenizer, monkeypatch, capsys):
 
 def test_every_command_is_run():
     """A command that is added to the README must be added here, or be part of `make demo`."""
-    tested = ('sed ', 'img2dataset ', 'json_dataset.py', 'pretrain_dlip.py', 'train_dlip_', 'eval.', 'prod.export')
+    tested = ('sed ', 'img2dataset ', 'json_dataset.py', 'pretrain_dlip.py', 'train_dlip_', 'eval.', 'prod.export',
+              'prod.app')
     demo = (ROOT / 'Makefile').read_text()
     for command in COMMANDS:
         assert any(name in command for name in tested) or re.search(r'prod\.\w+', command)[0] in demo, command

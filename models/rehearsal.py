@@ -1,0 +1,51 @@
+"""`--dry_run`: what a run will take, measured on a few of its steps."""
+
+import shutil
+import statistics
+import time
+
+from models.build import count_parameters
+from models.logs import memory_used
+from models.training import Run
+from utils import logger, world_size
+
+STEPS = 3
+
+
+def rehearse(run: Run, loader, max_tokens: int, prompt: str = '') -> None:
+    """Train a few steps, write nothing, and print parameters, batch arithmetic, hours, memory and disk.
+
+    Raises:
+        ValueError: the disk has no room for the run's checkpoints.
+    """
+    train, accumulate, nets = run.config['train'], run.config['optim']['accumulate'], run.objective
+    before, seconds = memory_used(run.device), []
+    run.parallel.train()
+    for number, batch in zip(range(STEPS + 1), loader, strict=False):
+        started = time.perf_counter()
+        _, losses = run.train_step(batch, number, True, max_tokens, prompt)
+        run.update()
+        losses['loss'].item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    rate = statistics.median(seconds[1:] or seconds)
+    samples, batches = train['batch_size'] * world_size(), run.steps_per_epoch * train['epochs']
+    moments = [value for state in run.optimizer.state.values() for value in state.values() if hasattr(value, 'nbytes')]
+    size = sum(value.nbytes for value in [*nets.state_dict().values(), *moments]) / 2 ** 30
+    copies = train['keep'] + 3  # the last, the best and one that is being written
+    free = shutil.disk_usage(run.output_dir).free / 2 ** 30
+    parts = {'student': nets.student, 'momentum twin': nets.momentum, 'teacher': nets.teacher}
+    rows = {'parameters': ', '.join(f'{name} {count_parameters(net) / 1e6:.1f}M' for name, net in parts.items() if net),
+            'a batch': f'{train["batch_size"]} x {world_size()} processes = {samples} pairs, with an update every '
+                       f'{samples * accumulate}',
+            'batches': f'{run.steps_per_epoch} x {train["epochs"]} epochs = {batches}',
+            'first batch': f'{seconds[0]:.2f} s',
+            'a batch after it': f'{rate:.2f} s ({samples / rate:.1f} pairs/s), loading not counted',
+            'the whole run': f'{rate * batches / 3600:.1f} hours without evaluation',
+            'loss of the last one': f'{losses["loss"]:.3f}',
+            'memory': f'{before:.2f} GiB before, {memory_used(run.device):.2f} GiB at most in a step',
+            'disk': f'{copies} x {size:.2f} GiB of checkpoints at most, {free:.1f} GiB free',
+            'broken pictures': f'{run.bad_images.count} of {run.bad_images.met} met'}
+    logger.info('dry run: nothing was written\n%s', '\n'.join(f'  {name:<22}{value}' for name, value in rows.items()))
+    if free < copies * size:
+        raise ValueError(f'{run.output_dir} has {free:.1f} GiB free, the run needs {copies * size:.1f}: make room, '
+                         f'lower train.keep or choose another --output_dir')
