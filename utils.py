@@ -2,12 +2,15 @@
 
 import argparse
 import difflib
+import json
 import logging
 import os
 import random
 import signal
 import sys
 import tempfile
+import time
+import uuid
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +23,7 @@ from ruamel.yaml.error import YAMLError
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent
+TIMEOUT = timedelta(minutes=60)  # of what one process waits for another: evaluation may keep one busy
 logger = logging.getLogger('dlip')
 
 
@@ -167,11 +171,38 @@ def setup_process(device: str = 'auto') -> torch.device:
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if 'RANK' in os.environ and not dist.is_initialized():
-        dist.init_process_group('nccl' if chosen.type == 'cuda' else 'gloo', timeout=timedelta(minutes=60))
+        store, number, count = next(dist.rendezvous('env://', timeout=TIMEOUT))
+        dist.init_process_group('nccl' if chosen.type == 'cuda' else 'gloo', timeout=TIMEOUT, rank=number,
+                                world_size=count, store=unwritten_store(store, number, count))
     logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', stream=sys.stdout, force=True,
                         level=logging.WARNING)
     logger.setLevel(logging.INFO if is_main() else logging.WARNING)
     return chosen
+
+
+def unwritten_store(store: dist.Store, number: int, count: int) -> dist.Store:
+    """A part of torchrun's store that no earlier attempt has written to, agreed on by all processes.
+
+    torchrun keeps its store when it restarts the processes, and with it the addresses of the dead ones, to which the
+    new ones would try to connect. So each process says a word that is new, the first one repeats what it heard beside
+    the name of the new part, and whoever finds its own word there answers with that name.
+    """
+    word = uuid.uuid4().hex
+    if number:
+        store.set(f'hello {number}', word)
+        said: dict = {'heard': {}}
+        while said['heard'].get(str(number)) != word:
+            time.sleep(0.01)
+            said = json.loads(store.get('round'))  # waits for the first one
+        store.set(f'answer {number}', said['name'])
+        return dist.PrefixStore(said['name'], store)
+    silent = set(range(1, count))
+    while silent:
+        heard = {i: store.get(f'hello {i}').decode() for i in range(1, count) if store.check([f'hello {i}'])}
+        store.set('round', json.dumps({'name': word, 'heard': heard}))
+        silent -= {i for i in silent if store.check([f'answer {i}']) and store.get(f'answer {i}').decode() == word}
+        time.sleep(0.01)
+    return dist.PrefixStore(word, store)
 
 
 def choose_device(name: str) -> torch.device:

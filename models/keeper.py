@@ -63,14 +63,14 @@ class Keeper:
                 os.link(self.last, older)
             except OSError:  # a file system without links
                 shutil.copy2(self.last, older)
-        for forgotten in self.older()[self.keep:]:
-            forgotten.unlink()
         try:
             write(self.last)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as either
             raise OSError(f'cannot write {self.last} ({error}); the checkpoint before it is whole: make room on the '
                           f'disk and launch the same command again') from error
         self.later_name = name_of(state)
+        for forgotten in self.older()[self.keep:]:  # only now: until here the second newest is last.pth itself
+            forgotten.unlink()
 
     def sweep(self) -> None:
         """Delete what processes that were killed left half written."""

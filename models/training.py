@@ -188,7 +188,7 @@ class Run:
             if save_due and boundary and self.batch < self.steps_per_epoch:
                 self.save()
                 save_due = False
-        means = {'train_lr': lr, **self.meters.means()} if self.batch else {}
+        means = {'train_lr': self.optimizer.param_groups[0]['lr'], **self.meters.means()}  # the last step's
         self.epoch, self.batch, self.meters = self.epoch + 1, 0, Meters()
         return means
 
