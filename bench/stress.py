@@ -116,14 +116,15 @@ def torchrun(arguments: list[str], out: Path, batch_size: int = 4) -> subprocess
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 
-def worker_of(parent: int, rank: int) -> int:
-    """The process of a rank that torchrun started."""
+def workers_of(agent: int) -> list[int]:
+    """The processes that a torchrun started."""
+    found = []
     for path in Path('/proc').glob('[0-9]*'):
-        with contextlib.suppress(OSError, IndexError):
-            if path.joinpath('stat').read_text().rpartition(')')[2].split()[1] == str(parent) \
-                    and f'\0RANK={rank}\0'.encode() in b'\0' + path.joinpath('environ').read_bytes():
-                return int(path.name)
-    raise ProcessLookupError(f'no rank {rank} under {parent}')
+        with contextlib.suppress(OSError):
+            parent = path.joinpath('stat').read_text().rpartition(')')[2].split()[1]
+            if int(parent) == agent and b'RANK=' in path.joinpath('environ').read_bytes():
+                found.append(int(path.name))
+    return sorted(found)
 
 
 def trial(injury: str, arguments: list[str], out: Path, dice: random.Random, steps: int) -> int:
@@ -133,8 +134,8 @@ def trial(injury: str, arguments: list[str], out: Path, dice: random.Random, ste
         process = torchrun(arguments, out)
         while process.poll() is None and steps_done(out) < at:
             time.sleep(0.01)
-        with contextlib.suppress(ProcessLookupError):  # it may have ended
-            os.kill(worker_of(process.pid, dice.randrange(2)), signal.SIGKILL)
+        for worker in workers_of(process.pid)[dice.randrange(2):][:1]:  # none, if it ended just now
+            os.kill(worker, signal.SIGKILL)
         done = steps_done(out)
         if process.wait():
             raise RuntimeError(f'torchrun gave up: {out.with_suffix(".log").read_text()[-3000:]}')

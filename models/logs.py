@@ -127,6 +127,11 @@ class Board:
         self.writer.add_figure('samples', figure, step)  # closes it
         self.writer.flush()
 
+    def close(self) -> None:
+        self.writer.close()
+        if self.wandb:
+            self.wandb.finish()
+
 
 def config_hash(config: dict) -> str:
     return hashlib.sha1(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]

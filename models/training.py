@@ -258,6 +258,8 @@ class Run:
                                 if isinstance(value, int | float) and not name.startswith('train_')}, step)
             if samples:
                 self.board.pictures(samples, step)
+            if self.epoch == self.config['train']['epochs']:
+                self.board.close()
             plot_curves([self.output_dir / 'steps.txt', self.output_dir / 'log.txt'], self.output_dir / 'curves.png')
         self.save()
 

@@ -4,19 +4,24 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from ruamel.yaml import YAML
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import json_dataset
 import pretrain_dlip
 import train_dlip_caption_flickr
 import train_dlip_retrieval_flickr
+from bench.stress import workers_of
 from data import scene_layouts
 from models.checkpoint import load_model, read_checkpoint
 from models.logs import read_log
@@ -305,3 +310,89 @@ def test_kill_during_training_loses_at_most_the_steps_since_the_last_save(pretra
     victim.wait()
     got = run(pretrain_dlip, config, tmp_path, 'train.save_every=1')
     assert same(got['model'], read_checkpoint(reference / 'last.pth')['model'])
+
+
+def test_a_dry_run_measures_and_writes_nothing(pretrained, scenes, tmp_path, capsys, monkeypatch):
+    config, _ = pretrained
+    out = tmp_path / 'out'
+    pretrain_dlip.main(['--config', str(config), '--output_dir', str(out), '--device', 'cpu', '--dry_run'])
+    printed = capsys.readouterr().out
+    for line in ('student 0.1M, momentum twin', '8 x 1 processes = 8 pairs', '7 x 2 epochs = 14', 'GiB free'):
+        assert line in printed
+    assert re.search(r'the whole run +[\d.]+ hours', printed) and not list(out.iterdir())
+    for script, name in ((train_dlip_retrieval_flickr, 'retrieval_flickr'),
+                         (train_dlip_caption_flickr, 'caption_flickr')):
+        path = write_config(tmp_path, name, scenes)
+        script.main(['--config', str(path), '--output_dir', str(out), '--device', 'cpu', '--dry_run'])
+        assert 'nothing was written' in capsys.readouterr().out and not list(out.iterdir())
+    monkeypatch.setattr('models.rehearsal.shutil.disk_usage', lambda path: SimpleNamespace(free=2 ** 10))
+    with pytest.raises(ValueError, match='has 0.0 GiB free, the run needs .* lower train.keep'):
+        pretrain_dlip.main(['--config', str(config), '--output_dir', str(out), '--device', 'cpu', '--dry_run'])
+
+
+def test_a_run_can_be_watched(pretrained, tmp_path, monkeypatch):
+    """TensorBoard has losses, system figures and captioned pictures; Weights & Biases has them, offline."""
+    config, out = pretrained
+    events = EventAccumulator(str(out / 'tensorboard'))
+    events.Reload()
+    assert {'train_loss_ita', 'train_lr', 'system_images_per_s', 'system_memory_GiB'} <= set(events.Tags()['scalars'])
+    assert [event.step for event in events.Images('samples')] == [7, 14]
+    assert Image.open(out / 'samples.png').width > 800
+    pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setenv('WANDB_SILENT', 'true')
+    run(pretrain_dlip, config, tmp_path / 'out', 'train.epochs=1', 'train.wandb=dlip')
+    written = list(tmp_path.glob('out/wandb/offline-run-*/*.wandb'))
+    assert len(written) == 1 and written[0].stat().st_size > 10_000
+
+
+def node(config: Path, out: Path, port: int, *overrides: str) -> subprocess.Popen:
+    """One node's launch of two, as the README has it, with one process."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--max-restarts=3',
+               '--rdzv_backend=c10d', f'--rdzv_endpoint=localhost:{port}', '--rdzv_id=dlip',
+               '--rdzv_conf=keep_alive_interval=1', 'pretrain_dlip.py', '--config', str(config), '--output_dir',
+               str(out), '--device', 'cpu', '--seed', '1', *overrides]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'})
+
+
+def test_two_nodes_one_of_which_dies_and_comes_back(pretrained, tmp_path):
+    config, _ = pretrained
+    small = ('train.batch_size=4', 'train.epochs=6', 'train.save_every=1')
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    out = tmp_path / 'out'
+    first, deadline = node(config, out, port, *small), time.monotonic() + 120
+    while socket.socket().connect_ex(('localhost', port)) and time.monotonic() < deadline:
+        time.sleep(0.1)  # the first node holds the rendezvous, so it must be the one that stays
+    second = node(config, out, port, *small)
+    while len(read_log(out / 'steps.txt')) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for process in (second.pid, *workers_of(second.pid)):
+        os.kill(process, signal.SIGKILL)
+    second.wait()
+    second = node(config, out, port, *small)
+    printed = first.communicate(timeout=200)[0]
+    assert first.returncode == 0, printed[-3000:]
+    assert second.wait(timeout=60) == 0
+    done = torchrun(config, tmp_path / 'unhurt', 2, *small)
+    assert done.returncode == 0
+    got, want = (read_checkpoint(folder / 'last.pth') for folder in (out, tmp_path / 'unhurt'))
+    for part in ('model', 'objective', 'optimizer'):
+        assert same(got[part], want[part]), part
+
+
+def test_a_failure_on_any_rank_ends_the_job_with_its_traceback(pretrained, tmp_path):
+    config, _ = pretrained
+    code = (tmp_path / 'broken.py')
+    code.write_text(f'import sys\nsys.path.insert(0, {str(ROOT)!r})\n'
+                    'import os\nimport models.losses, pretrain_dlip\n'
+                    'if os.environ["RANK"] == "1":\n    models.losses.itm_loss = None\n'
+                    'pretrain_dlip.main()\n')
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(code),
+               '--config', str(config), '--output_dir', str(tmp_path / 'out'), '--device', 'cpu']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode and "TypeError: 'NoneType' object is not callable" in done.stderr
+    assert '[rank1]' in done.stderr
