@@ -2,8 +2,9 @@
 
     python pretrain_dlip.py --config configs/demo/pretrain.yaml                         # one process, CPU or GPU
     python -m torch.distributed.run --nproc_per_node=4 pretrain_dlip.py                 # one node, 4 GPUs
-    python -m torch.distributed.run --nnodes=2 --nproc_per_node=4 --rdzv_backend=c10d \\
-        --rdzv_endpoint=HOST:29500 pretrain_dlip.py                                      # on each of two nodes
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 python -m torch.distributed.run --nnodes=2 --nproc_per_node=4 \\
+        --max-restarts=3 --rdzv_id=dlip --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain_dlip.py
+                                                                                         # on each of two nodes
 
 Any setting of the config can be overridden: `optim.lr=1e-4 train.epochs=2`. Relaunching the same command
 resumes from OUTPUT_DIR/last.pth; `--dry_run` says beforehand what the run will take.
