@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--weight', required=True, help='a captioner: anything that DLIPProd takes')
     parser.add_argument('--out', type=Path, required=True, help='file of JSON lines; goes on where it ends')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
-    parser.add_argument('--precision', default='fp32', help='fp32 or bf16 (default: %(default)s)')
+    parser.add_argument('--precision', default='fp32', help='fp32, bf16 or int8 (default: %(default)s)')
     parser.add_argument('--backend', default='torch', help='torch or openvino (default: %(default)s)')
     parser.add_argument('--batch_size', type=int, default=32, help='default: %(default)s')
     parser.add_argument('--num_beams', type=int, help="default: the checkpoint's own, or 3")

@@ -44,7 +44,7 @@ class DLIPProd:
         precision: 'fp32'; 'bf16' where the device is fast at it (features then differ by about 1%); 'int8' is bf16 with
             all matrices in 8 bits (backend openvino; by about 2%).
         backend: 'torch', or 'openvino': on a CPU about twice as fast; each function is compiled at its first use, which
-            takes seconds.
+            takes a second or two.
         memory: GiB that the pictures of one batch may take at work; sets the batch size where a call does not.
 
     Raises:

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--rerank', type=int, default=0, help='nearest ones to compare again (default: none)')
     parser.add_argument('--sheet', type=Path, metavar='PNG', help='draw the hits')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
-    parser.add_argument('--precision', default='fp32', help='fp32 or bf16 (default: %(default)s)')
+    parser.add_argument('--precision', default='fp32', help='fp32, bf16 or int8 (default: %(default)s)')
     parser.add_argument('--backend', default='torch', help='torch or openvino (default: %(default)s)')
     args = parser.parse_args(argv)
     device = setup_process(args.device)
