@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from utils import atomic_write, gather_objects
+from utils import atomic_write, gather_objects, is_main, rank, world_size
 
 
 class Meters:
@@ -31,21 +31,28 @@ class Meters:
 
     def means(self) -> dict[str, float]:
         """Mean over the updates and the processes."""
-        local = {name: (float(self.sums[name]), self.counts[name]) for name in self.sums}
         total: dict[str, list[float]] = {}
-        for part in gather_objects(local):
+        for part in self.state_dict():
             for name, (value, count) in part.items():
                 pair = total.setdefault(name, [0.0, 0])
                 pair[0] += value
                 pair[1] += count
         return {name: value / count for name, (value, count) in total.items()}
 
-    def state_dict(self) -> dict:
-        return {name: [float(self.sums[name]), self.counts[name]] for name in self.sums}
+    def state_dict(self) -> list[dict]:
+        """The sums and counts of every process, in the order of their ranks; all of them must ask."""
+        return gather_objects({name: (float(self.sums[name]), self.counts[name]) for name in self.sums})
 
-    def load_state_dict(self, state: dict) -> None:
-        for name, (value, count) in state.items():
-            self.sums[name], self.counts[name] = value, count
+    def load_state_dict(self, parts: list[dict]) -> None:
+        """Each process takes its own part again; of another number of processes the first one takes all."""
+        if len(parts) == world_size():
+            parts = parts[rank():rank() + 1]
+        elif not is_main():
+            parts = []
+        for part in parts:
+            for name, (value, count) in part.items():
+                self.sums[name] += value
+                self.counts[name] += count
 
 
 class Clock:

@@ -83,12 +83,12 @@ class Run:
         """Write the run's whole state to `last.pth`; all processes call it, the main one writes."""
         if self.config['optim']['shard']:
             self.optimizer.consolidate_state_dict(0)
+        meters, interval = self.meters.state_dict(), self.interval.state_dict()
         if is_main():
             rest = {key: value for key, value in self.objective.state_dict().items() if not key.startswith('student.')}
             state = {'objective': rest, 'optimizer': self.optimizer.state_dict(), 'epoch': self.epoch,
-                     'batch': self.batch, 'seed': self.seed, 'best': self.best, 'meters': self.meters.state_dict(),
-                     'interval': self.interval.state_dict(), 'world_size': world_size(),
-                     'steps_per_epoch': self.steps_per_epoch}
+                     'batch': self.batch, 'seed': self.seed, 'best': self.best, 'meters': meters, 'interval': interval,
+                     'world_size': world_size(), 'steps_per_epoch': self.steps_per_epoch}
             self.keeper.replace(state, lambda path: save_checkpoint(path, self.student, self.tokenizer, self.config,
                                                                     **state))
 
