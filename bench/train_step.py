@@ -27,7 +27,7 @@ from models.blip import BLIP, BLIPConfig
 from models.checkpoint import architecture
 from models.logs import memory_used
 from models.momentum import MomentumQueue
-from models.objective import Objective
+from models.objective import Objective, with_start
 from models.optim import parameter_groups
 from utils import clean_exit, progress, read_yaml
 
@@ -97,8 +97,7 @@ class ReferenceStep:
 
     def __call__(self, images, ids, mask, sample_ids) -> None:
         student, teacher, out, batch = self.student, self.teacher, {}, len(ids)
-        ids = ids.clone()
-        ids[:, 0] = CLS
+        ids = with_start(ids, CLS)
         tokens = student.vision(images).last_hidden_state
         image, text = student.features(tokens, ids, mask)
         with torch.no_grad():
@@ -124,7 +123,7 @@ class ReferenceStep:
         self.ids[rows] = sample_ids
         self.pointer += batch
 
-        ids[:, 0] = ENC  # matching: the pairs, and the teacher's pass over them
+        ids = with_start(ids, ENC)  # matching: the pairs, and the teacher's pass over them
         fused = student.encoder(ids, mask, encoder_hidden_states=tokens, output_attentions=True)
         with torch.no_grad():
             target = teacher.encoder(ids, mask, encoder_hidden_states=teacher_tokens, output_attentions=True)
@@ -147,7 +146,7 @@ class ReferenceStep:
             ours, theirs = (getattr(result, maps)[-1].clamp_min(1e-9).log() for result in (fused, target))
             out[name] = losses.attention_kl_loss(ours, theirs, mask)
 
-        ids[:, 0] = DEC  # captions
+        ids = with_start(ids, DEC)  # captions
         labels = ids.masked_fill(mask == 0, losses.IGNORE)
         passes = {'encoder_hidden_states': tokens, 'output_attentions': True, 'output_hidden_states': True,
                   'is_decoder': True, 'use_cache': False}
