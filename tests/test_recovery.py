@@ -1,69 +1,56 @@
 """Runs that are hurt end as if nothing had happened (bench/stress.py does this at many random places)."""
 
-import random
+import subprocess
+import sys
 
 import pytest
-import torch
 
-from bench.stress import INJURIES, SAVE_EVERY, differences, launch, prepare, steps_done, torchrun, trial
+from bench.stress import INJURIES, prepare, torchrun
 from models.checkpoint import read_checkpoint
 from models.logs import read_log
+from utils import ROOT
 
 
 @pytest.fixture(scope='module')
-def short_run(tmp_path_factory):
-    """(arguments of a short run, its folder when nothing hurts it)"""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a process with threads of its own cannot be forked
-    folder = tmp_path_factory.mktemp('stress')
-    arguments = prepare(folder, 'nano', 32)
-    launch(arguments, folder / 'unhurt').join()
-    yield arguments, folder / 'unhurt'
-    torch.set_num_threads(threads)
+def arguments(tmp_path_factory):
+    """Of a short run of `pretrain_dlip.py`."""
+    return prepare(tmp_path_factory.mktemp('stress'), 'nano', 32)
 
 
-@pytest.mark.parametrize('injury', [name for name in INJURIES if name != 'worker killed'])
-def test_a_hurt_run_ends_as_the_unhurt_one(short_run, tmp_path, injury):
-    arguments, unhurt = short_run
-    again = trial(injury, arguments, tmp_path / 'out', random.Random(2), steps_done(unhurt))
-    assert again <= SAVE_EVERY * (2 if injury == 'torn last.pth' else 1)
-    assert differences(tmp_path / 'out', unhurt) == []
-    assert not list((tmp_path / 'out').glob('*.tmp*'))
+def pretrain(arguments, out, *overrides) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, 'pretrain_dlip.py', '--output_dir', str(out), *arguments, *overrides],
+                          cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
-def test_torchrun_restarts_after_a_killed_worker(short_run, tmp_path):
-    arguments, unhurt = short_run
-    done = torchrun(arguments, tmp_path / 'two')
-    trial('worker killed', arguments, tmp_path / 'out', random.Random(1), steps_done(unhurt))
-    assert done.wait() == 0 and differences(tmp_path / 'out', tmp_path / 'two') == []
+def test_a_hurt_run_ends_bit_for_bit_as_the_unhurt_one():
+    """One of each injury."""
+    done = subprocess.run([sys.executable, '-m', 'bench.stress', '--trials', str(len(INJURIES)), '--size', 'nano',
+                           '--image_size', '32'], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f'{len(INJURIES)} of {len(INJURIES)} ended bit for bit' in done.stdout
+    assert all(f'| {injury} | 1 |' in done.stdout for injury in INJURIES)
 
 
-def test_older_checkpoints_are_pruned(short_run, tmp_path):
-    arguments, _ = short_run
-    launch([*arguments, 'train.save_every=1', 'train.keep=3'], tmp_path / 'out').join()
+def test_older_checkpoints_are_pruned(arguments, tmp_path):
+    assert pretrain(arguments, tmp_path / 'out', 'train.save_every=1', 'train.keep=3').returncode == 0
     older = sorted(tmp_path.glob('out/epoch*.pth'))
     assert [path.name for path in older] == ['epoch1_batch4.pth', 'epoch1_batch5.pth', 'epoch1_batch6.pth']
     states = [read_checkpoint(path) for path in (*older, tmp_path / 'out/last.pth')]
     assert [(state['epoch'], state['batch']) for state in states] == [(1, 4), (1, 5), (1, 6), (2, 0)]
 
 
-def test_a_run_with_only_damaged_checkpoints_says_so(short_run, tmp_path):
-    arguments, _ = short_run
+def test_a_run_with_only_damaged_checkpoints_says_so(arguments, tmp_path):
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out/last.pth').write_bytes(b'torn')
-    process = launch(arguments, tmp_path / 'out')
-    process.join()
-    assert process.exitcode == 1
-    assert 'can be read' in (tmp_path / 'out.log').read_text() and 'delete them to start again' in (
-        tmp_path / 'out.log').read_text()
+    done = pretrain(arguments, tmp_path / 'out')
+    assert done.returncode == 1
+    assert 'can be read' in done.stderr and 'delete them to start again' in done.stderr
 
 
-def test_another_number_of_processes_goes_on_at_the_same_place(short_run, tmp_path):
+def test_another_number_of_processes_goes_on_at_the_same_place(arguments, tmp_path):
     """One process for an epoch, then two of the same batch: half as many batches, from the same place."""
-    arguments, _ = short_run
     out = tmp_path / 'out'
-    launch([*arguments, 'train.epochs=1'], out).join()
+    assert pretrain(arguments, out, 'train.epochs=1').returncode == 0
     assert torchrun(arguments, out, batch_size=8).wait() == 0
-    rows = read_log(out / 'steps.txt')
-    assert [row['epoch'] for row in rows] == [0] * 7 + [1] * 3
+    assert [row['epoch'] for row in read_log(out / 'steps.txt')] == [0] * 7 + [1] * 3
     assert 'goes on at the same place' in out.with_suffix('.log').read_text()
