@@ -50,6 +50,7 @@ class OpenVINOBLIP:
         self.model, self.config, self.device = model.requires_grad_(False), model.config, model.device
         self.text_encoder, self.text_decoder = model.text_encoder, model.text_decoder
         self._core, self._openvino, self._compiled = openvino.Core(), openvino, {}
+        self._traces: list = []
         self._precision, self._bf16 = precision, openvino.Type.bf16
         self._kv_type = torch.float32 if precision == 'fp32' else torch.bfloat16  # they are read again at every step
         self._lock, self._of_thread = threading.Lock(), threading.local()  # a request serves one thread at a time
@@ -80,8 +81,9 @@ class OpenVINOBLIP:
     def _compile(self, function: Callable, example: tuple[torch.Tensor, ...]):
         with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
             warnings.simplefilter('ignore')  # torch's tracer warns of every size that it follows
-            graph = self._openvino.convert_model(torch.jit.trace(lambda *inputs: function(*inputs), example,
-                                                                    check_trace=False))
+            trace = torch.jit.trace(lambda *inputs: function(*inputs), example, check_trace=False)
+            graph = self._openvino.convert_model(trace)
+        self._traces.append(trace)  # the compiled graph may share its constants
         if self._precision == 'int8':
             compress_weights(graph)
         return self._core.compile_model(graph, 'CPU', self._settings)
