@@ -70,10 +70,8 @@ demo-teacher: setup
 	  model.init=$(DEMO)/teacher/captions/last.pth optim.schedule=cosine train.epochs=3
 	$(PY) -m prod.export $(DEMO)/teacher/all/last.pth $(TEACHER) --half
 
-# In two processes: in one, with all its libraries loaded, python crashed in late tests.
 test: setup
-	$(PY) -m pytest tests/test_[a-q]*.py
-	$(PY) -m pytest tests/test_[r-z]*.py
+	$(PY) -m pytest
 
 lint: setup
 	$(PY) -m ruff check .

@@ -6,6 +6,7 @@ Each of the functions that inference calls is traced and compiled at its first u
 import threading
 import warnings
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -14,6 +15,24 @@ from models.blip import BLIP
 from models.text import KVCache
 
 HINTS = {'fp32': 'f32', 'bf16': 'bf16', 'int8': 'bf16'}
+
+
+@cache
+def core():
+    """OpenVINO's one Core of this process, which is never freed.
+
+    Its CPU plugin moves the thread's alternate signal stack into memory of its own. When two are freed in the order in
+    which they were made, that stack is left in memory that is gone, and the next signal (an interrupted notebook, a
+    child that ends) kills python.
+
+    Raises:
+        ImportError: openvino is not installed.
+    """
+    try:
+        import openvino
+    except ImportError:
+        raise ImportError('backend openvino needs the package: pip install openvino') from None
+    return openvino.Core()
 
 
 class TracedCache:
@@ -43,14 +62,11 @@ class OpenVINOBLIP:
     def __init__(self, model: BLIP, precision: str = 'fp32'):
         if model.device.type != 'cpu':
             raise ValueError(f'the openvino backend runs on a CPU, the net is on {model.device}')
-        try:
-            import openvino
-        except ImportError:
-            raise ImportError('backend openvino needs the package: pip install openvino') from None
+        self._core, self._compiled = core(), {}
+        import openvino
         self.model, self.config, self.device = model.requires_grad_(False), model.config, model.device
         self.text_encoder, self.text_decoder = model.text_encoder, model.text_decoder
-        self._core, self._openvino, self._compiled = openvino.Core(), openvino, {}
-        self._traces: list = []
+        self._openvino = openvino
         self._precision, self._bf16 = precision, openvino.Type.bf16
         self._kv_type = torch.float32 if precision == 'fp32' else torch.bfloat16  # they are read again at every step
         self._lock, self._of_thread = threading.Lock(), threading.local()  # a request serves one thread at a time
@@ -81,9 +97,8 @@ class OpenVINOBLIP:
     def _compile(self, function: Callable, example: tuple[torch.Tensor, ...]):
         with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
             warnings.simplefilter('ignore')  # torch's tracer warns of every size that it follows
-            trace = torch.jit.trace(lambda *inputs: function(*inputs), example, check_trace=False)
-            graph = self._openvino.convert_model(trace)
-        self._traces.append(trace)  # the compiled graph may share its constants
+            graph = self._openvino.convert_model(torch.jit.trace(lambda *inputs: function(*inputs), example,
+                                                                 check_trace=False))
         if self._precision == 'int8':
             compress_weights(graph)
         return self._core.compile_model(graph, 'CPU', self._settings)
