@@ -28,7 +28,8 @@ from models import generation
 from models.blip import BLIP
 from models.checkpoint import architecture
 from models.generation import PROMPT, generate_ids
-from models.openvino_backend import HINTS
+from models.linear import FLOPS
+from models.openvino_backend import HINTS, core
 from models.precision import BACKENDS, for_inference
 from models.tokenizer import DEC, ENC, Tokenizer
 from utils import ROOT, clean_exit, progress
@@ -170,7 +171,7 @@ def product(precision: str, backend: str) -> Callable:
     import openvino
     graph = openvino.convert_model(torch.jit.trace(lambda x: x @ b, (a,), check_trace=False))
     settings = {'INFERENCE_PRECISION_HINT': HINTS[precision], 'INFERENCE_NUM_THREADS': torch.get_num_threads()}
-    request = openvino.Core().compile_model(graph, 'CPU', settings).create_infer_request()
+    request = core().compile_model(graph, 'CPU', settings).create_infer_request()
     return lambda: request.infer([a.numpy()])
 
 
@@ -178,7 +179,7 @@ def report_peak(nets: dict[str, object], image_size: int, batch: int, rounds: in
     """Print the image encoders' operations a second beside those of a large matrix product."""
     images = torch.randn(batch, 3, image_size, image_size)
     reference = nets['DLIP fp32 torch']
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter, torch.no_grad():
         reference.encode_image(images)
     work = {f'{precision} {backend}': product(precision, backend) for precision, backend in SERVED[:-1]}
     work |= {side: partial(net.encode_image, images) for side, net in nets.items() if 'int8' not in side}

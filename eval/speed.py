@@ -22,6 +22,7 @@ from models.blip import BLIP
 from models.build import count_parameters
 from models.checkpoint import load_model
 from models.generation import PROMPT, generate_ids
+from models.linear import FLOPS
 from models.tokenizer import DEC, Tokenizer
 from utils import clean_exit, logger, make_output_dir, progress, setup_process
 
@@ -73,7 +74,7 @@ def median_ms(work: dict[str, Callable], device: torch.device | str = 'cpu', rou
 def gflops(function: Callable) -> float:
     """Floating-point operations of a call in 1e9 (2 per multiply-add; matrix products, convolutions, attention)."""
     # attention as plain products: torch < 2.13 does not count its fused CPU kernel
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
     return counter.get_total_flops() / 1e9
 

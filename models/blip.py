@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.linear import Linear
 from models.text import ImageKV, KVCache, TextDecoder, TextTower, tie_decoder
 from models.vit import VisionTower
 
@@ -63,9 +64,9 @@ class BLIP(nn.Module):
         self.text_encoder = self.text_decoder = None
         if config.task != 'caption':
             self.text_encoder = build_text_tower(config)
-            self.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
-            self.text_proj = nn.Linear(config.text_width, config.embed_dim)
-            self.itm_head = nn.Linear(config.text_width, 2)
+            self.vision_proj = Linear(config.vision_width, config.embed_dim)
+            self.text_proj = Linear(config.text_width, config.embed_dim)
+            self.itm_head = Linear(config.text_width, 2)
             self.temp = nn.Parameter(torch.tensor(TEMPERATURE))
         if config.task != 'retrieval':
             self.text_decoder = TextDecoder(build_text_tower(config))

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.blip import BLIP, build_text_tower
+from models.linear import Linear
 from models.losses import IGNORE
 from models.vit import VisionTower
 
@@ -28,8 +29,8 @@ class MomentumQueue(nn.Module):
         self.visual_encoder = VisionTower(config.image_size, config.patch_size, config.vision_width,
                                           config.vision_depth, config.vision_heads, config.vision_eps)
         self.text_encoder = build_text_tower(config, cross_attention=False)
-        self.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
-        self.text_proj = nn.Linear(config.text_width, config.embed_dim)
+        self.vision_proj = Linear(config.vision_width, config.embed_dim)
+        self.text_proj = Linear(config.text_width, config.embed_dim)
         self.momentum = momentum
         self.requires_grad_(False)
         self.copy_from(student)

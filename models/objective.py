@@ -9,6 +9,7 @@ from torch import nn
 
 from models import losses
 from models.blip import BLIP, select_images
+from models.linear import Linear
 from models.momentum import MomentumQueue
 from models.originals import HOLDERS
 from utils import all_gather, all_gather_grad, rank, world_size
@@ -61,11 +62,11 @@ class Objective(nn.Module):
         config = student.config
         if self.uses('image_tokens'):
             same = config.vision_width == teacher.config.vision_width  # then the student speaks the teacher's own space
-            self.token_map = nn.Identity() if same else nn.Linear(config.vision_width, teacher.config.vision_width)
+            self.token_map = nn.Identity() if same else Linear(config.vision_width, teacher.config.vision_width)
         if self.uses('fused_feat'):
-            self.fused_map = nn.Linear(config.text_width, teacher.config.text_width)
+            self.fused_map = Linear(config.text_width, teacher.config.text_width)
         if self.uses('decoder_feat'):
-            self.decoder_map = nn.Linear(config.text_width, teacher.config.text_width)
+            self.decoder_map = Linear(config.text_width, teacher.config.text_width)
 
         self._freeze_unreached()
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.linear import Linear
 from models.vit import prefers_plain_attention
 
 LAYER_NORM_EPS = 1e-12  # BERT's
@@ -57,9 +58,9 @@ class KVCache:
 class Projections(nn.Module):
     def __init__(self, width: int, memory_width: int):
         super().__init__()
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(memory_width, width)
-        self.value = nn.Linear(memory_width, width)
+        self.query = Linear(width, width)
+        self.key = Linear(memory_width, width)
+        self.value = Linear(memory_width, width)
 
 
 class ResidualNorm(nn.Module):
@@ -67,7 +68,7 @@ class ResidualNorm(nn.Module):
 
     def __init__(self, width_in: int, width: int, dropout: float):
         super().__init__()
-        self.dense = nn.Linear(width_in, width)
+        self.dense = Linear(width_in, width)
         self.LayerNorm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.dropout = dropout
 
@@ -129,7 +130,7 @@ class Attention(nn.Module):
 class Intermediate(nn.Module):
     def __init__(self, width: int, ffn: int):
         super().__init__()
-        self.dense = nn.Linear(width, ffn)
+        self.dense = Linear(width, ffn)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.gelu(self.dense(x))
@@ -228,9 +229,9 @@ class LMHead(nn.Module):
         super().__init__()
         vocab_size, width = word_embeddings.weight.shape
         self.transform = nn.Module()
-        self.transform.dense = nn.Linear(width, width)
+        self.transform.dense = Linear(width, width)
         self.transform.LayerNorm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.decoder = nn.Linear(width, vocab_size)
+        self.decoder = Linear(width, vocab_size)
         self.apply(init_bert)
         self.tie(word_embeddings)
 

@@ -8,6 +8,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from models.linear import Linear
+
 
 class CheckpointedBlock(Block):
     """A transformer block that can trade its activations for a second forward (`recompute = True`).
@@ -37,6 +39,7 @@ class VisionTower(VisionTransformer):
         super().__init__(img_size=image_size, patch_size=patch_size, embed_dim=width, depth=depth,
                          num_heads=heads, num_classes=0, block_fn=CheckpointedBlock, weight_init='skip',
                          norm_layer=partial(nn.LayerNorm, eps=eps))
+        Linear.take_over(self)
         if not self.cls_token.is_meta:
             self.scratch_init(image_size // patch_size)
         for block in self.blocks[max(0, depth - checkpoint_layers):]:
