@@ -7,7 +7,7 @@ sides:
 
 - transformers: `BlipForConditionalGeneration` / `BlipForImageTextRetrieval` base, float32, as loaded;
 - original: DLIP's student decoded as dlip-v2 does, the image's keys and values projected again at every step and for
-  every beam, with autograd on;
+  every beam, with autograd on and torch's own linear maps;
 - DLIP: this repository's student, at each precision and backend of DLIPProd, with its output error beside it.
 
 At the end the image encoder's share of the fastest matrix product that this machine was seen to do, in either library:
@@ -15,6 +15,7 @@ how much of it is left to gain.
 """
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from models import generation
 from models.blip import BLIP
 from models.checkpoint import architecture
 from models.generation import PROMPT, generate_ids
-from models.linear import FLOPS
+from models.linear import FLOPS, Linear
 from models.openvino_backend import HINTS, core
 from models.precision import BACKENDS, for_inference
 from models.tokenizer import DEC, ENC, Tokenizer
@@ -69,6 +70,14 @@ class OriginalDecoder(generation.Decoder):
 
     def keep_images(self, keep: torch.Tensor) -> None:
         self.image_tokens = self.image_tokens[keep]
+
+
+def with_plain_linear_maps(model: BLIP) -> BLIP:
+    model = copy.deepcopy(model)
+    for part in model.modules():
+        if type(part) is Linear:
+            part.__class__ = torch.nn.Linear
+    return model
 
 
 def our_work(model: BLIP, tokenizer: Tokenizer, images: torch.Tensor) -> dict[str, Callable]:
@@ -209,12 +218,13 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(0)
         theirs = transformers_base(image_size)
         student = BLIP(architecture('small', image_size, len(tokenizer))).eval()
+        plain = with_plain_linear_maps(student)
         nets = {f'DLIP {precision} {backend}': for_inference(student, precision, backend)
                 for precision, backend in SERVED}
         for batch in args.batch:
             images = torch.randn(batch, 3, image_size, image_size)
             sides = {'transformers base': transformers_work(*theirs, tokenizer, images),
-                     'student, original': original_work(student, tokenizer, images),
+                     'student, original': original_work(plain, tokenizer, images),
                      **{side: our_work(net, tokenizer, images) for side, net in nets.items()}}
             print(f'\n{image_size} px, batch {batch}, {args.threads} threads\n')
             print('| workload | side | ms | times transformers | times the original | error |')

@@ -18,7 +18,6 @@ from models.linear import Linear
 from models.vit import prefers_plain_attention
 
 LAYER_NORM_EPS = 1e-12  # BERT's
-FEW_ROWS = 16
 # Per layer keys and values, each [images, heads, N, D]; or all of them in one tensor [layers, 2, images, heads, N, D].
 ImageKV = list[tuple[torch.Tensor, torch.Tensor]] | torch.Tensor
 
@@ -241,17 +240,7 @@ class LMHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = self.transform.LayerNorm(F.gelu(self.transform.dense(hidden)))
-        few = hidden.ndim == 2 and len(hidden) <= FEW_ROWS
-        if few and hidden.device.type == 'cpu' and hidden.dtype == torch.float32 \
-                and not torch.is_grad_enabled() and not torch.jit.is_tracing():
-            return self.score_few(hidden)
         return self.decoder(hidden)
-
-    def score_few(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`decoder` on a few rows, as in a decode step: with the weight on the left, and of four columns at least, the
-        product on a CPU is three (one row) to seven times (three rows) as fast, since it reads the weight in order."""
-        padded = F.pad(hidden, (0, 0, 0, max(0, 4 - len(hidden))))
-        return (self.decoder.weight @ padded.T).T[:len(hidden)] + self.decoder.bias
 
 
 class TextDecoder(nn.Module):
