@@ -15,6 +15,7 @@ from models.keeper import Keeper
 from models.logs import Board, Clock, Meters, append_log, memory_used, plot_curves, read_log
 from models.objective import Objective
 from models.optim import learning_rate, parameter_groups
+from models.precision import arithmetic
 from models.tokenizer import Tokenizer
 from utils import StopSignal, any_process, atomic_write, barrier, is_main, logger, rank, seed_everything, world_size
 
@@ -39,6 +40,7 @@ class Run:
             objective.teacher.to(device)
         self.tokenizer, self.config, self.output_dir = tokenizer, config, output_dir
         self.device, self.seed, self.steps_per_epoch = device, seed, steps_per_epoch
+        self.dtype = arithmetic(config['train']['precision'], device)  # of the autocast regions
         self.epoch = self.batch = 0  # the next batch to train on
         self.best = -math.inf
         self.keeper = Keeper(output_dir, config['train']['keep'])
@@ -209,7 +211,7 @@ class Run:
         ids, mask = self.tokenizer([prompt + caption for caption in batch['caption']], max_tokens)
         inputs = [x.to(self.device, non_blocking=True) for x in (batch['image'], ids, mask, batch['id'])]
         with nullcontext() if boundary or world_size() == 1 else self.parallel.no_sync():
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=train['precision'] == 'bf16'):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 losses = self.parallel(*inputs, self.alpha(step), self.seed * 1_000_003 + step)
             (losses['loss'] / optim['accumulate']).backward()
         return lr, {name: value.detach() for name, value in losses.items()}
