@@ -6,6 +6,7 @@ run sees what the uninterrupted run saw.
 
 import os
 import random
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,10 @@ import torch
 from data.captions import clean_caption, is_empty
 from data.flickr import Picture, load_flickr
 from data.index import COLUMNS, build_index, read_index
-from data.transforms import eval_transform, open_image, train_transform
+from data.transforms import BrokenPicture, eval_transform, file_name, open_image, open_part, train_transform
 from utils import barrier, logger
 
-MAX_TRIES = 20  # items tried in place of a broken picture
+MAX_TRIES = 20  # broken pictures in a row that end the run
 
 
 @contextmanager
@@ -37,11 +38,43 @@ def seeded(*parts: int):
         torch.set_rng_state(states[1])
 
 
+def first_readable(pairs: Iterable[tuple], transform: train_transform, max_words: int, *seeds: int) -> dict:
+    """The first of some pairs whose picture can be read, for training.
+
+    An item is a dict of image (uint8 [3, S, S]), caption, id and bad: a (path, kind, message) of each broken picture
+    that was met before it.
+
+    Args:
+        pairs: (path or open file, raw caption, id) in the order in which they stand in for each other.
+        seeds: what the item's randomness is a function of.
+
+    Raises:
+        ValueError: too many pictures in a row are broken; names the first.
+    """
+    bad: dict[str, tuple[str, str, str]] = {}
+    for file, caption, number in pairs:
+        path = file_name(file)
+        if path in bad:  # another caption of a broken picture
+            continue
+        try:
+            with seeded(*seeds):
+                image, caption = transform(open_part(file, transform.crop, transform.image_size),
+                                           clean_caption(caption, max_words))
+            return {'image': image, 'caption': caption, 'id': number, 'bad': list(bad.values())}
+        except FileNotFoundError as error:
+            bad[path] = path, 'missing', str(error)
+        except BrokenPicture as error:
+            bad[path] = path, error.kind, str(error)
+        if len(bad) == MAX_TRIES:
+            break
+    first = next((message for _, _, message in bad.values()), 'no pair has a caption')
+    raise ValueError(f'{len(bad)} pictures in a row cannot be read; the first: {first}')
+
+
 class Captioned(torch.utils.data.Dataset):
     """Pictures with one caption each, for training.
 
-    An item is a dict of image (float32 [3, S, S]), caption, id and bad: the (path, reason) of broken pictures that
-    were met; the next readable pair stands in for them.
+    An item is that of `first_readable`: the next pair with a readable picture stands in for a broken one.
 
     Args:
         table: columns image_root (path), caption and id. Arrow keeps them outside python's reference counting, so
@@ -56,7 +89,7 @@ class Captioned(torch.utils.data.Dataset):
         self.table, self.folder = table, folder
         self.transform, self.max_words, self.seed = transform, max_words, seed
         self.epoch = 0
-        sample = [self.pair(index)[0] for index in range(0, len(self), max(1, len(self) // 16))]
+        sample = self.examples(16)
         if not any(os.path.exists(path) for path in sample):
             raise FileNotFoundError(f'none of {len(sample)} pictures looked for is there, for example {sample[0]}: '
                                     f'were they moved since the annotation was written?')
@@ -70,21 +103,13 @@ class Captioned(torch.utils.data.Dataset):
         return os.path.join(self.folder, path), caption, number
 
     def __getitem__(self, index: int) -> dict:
-        bad: dict[str, str] = {}
-        for offset in range(min(MAX_TRIES, len(self))):
-            path, caption, number = self.pair((index + offset) % len(self))
-            if path in bad:  # another caption of a broken picture
-                continue
-            try:
-                picture = open_image(path, self.transform.min_size)
-                break
-            except (ValueError, FileNotFoundError) as error:
-                bad[path] = str(error)
-        else:
-            raise ValueError(f'{len(bad)} pictures in a row cannot be read; the first: {next(iter(bad.values()))}')
-        with seeded(self.seed, self.epoch, index):
-            image, caption = self.transform(picture, clean_caption(caption, self.max_words))
-        return {'image': image, 'caption': caption, 'id': number, 'bad': list(bad.items())}
+        following = (self.pair((index + offset) % len(self)) for offset in range(len(self)))
+        return first_readable(following, self.transform, self.max_words, self.seed, self.epoch, index)
+
+    def examples(self, count: int) -> list[str]:
+        """Picture files to be looked at, spread over the set."""
+        count = min(count, len(self))
+        return [self.pair(i * len(self) // count)[0] for i in range(count)]
 
 
 class PairDataset(Captioned):

@@ -105,7 +105,7 @@ def test_pairs_are_those_of_all_json(all_json):
         path, caption, number = dataset.pair(i)
         assert (Path(path), caption, number) == (all_json.parent / f'pictures/{i}.png', f'Picture {i}, left!', i)
     item = dataset[3]
-    assert item['image'].shape == (3, 16, 16) and item['image'].dtype == torch.float32
+    assert item['image'].shape == (3, 16, 16) and item['image'].dtype == torch.uint8
     assert item['caption'] in ('picture 3, left', 'picture 3, right') and item['id'] == 3 and item['bad'] == []
 
 
@@ -210,7 +210,7 @@ def test_all_json_or_its_pictures_are_missing(all_json):
     with pytest.raises(FileNotFoundError, match='no .*absent.json: write it with json_dataset.py'):
         pairs(all_json.with_name('absent.json'))
     (all_json.parent / 'pictures').rename(all_json.parent / 'moved')
-    with pytest.raises(FileNotFoundError, match='none of 20 pictures looked for is there, for example .*0.png'):
+    with pytest.raises(FileNotFoundError, match='none of 16 pictures looked for is there, for example .*0.png'):
         pairs(all_json)
 
 
@@ -295,8 +295,9 @@ def test_broken_picture_is_replaced_by_the_next(all_json):
     (all_json.parent / 'pictures/5.png').unlink()
     item = pairs(all_json)[4]
     assert item['id'] == 6 and item['caption'].startswith('picture 6')
-    assert [Path(path).name for path, _ in item['bad']] == ['4.png', '5.png']
-    assert 'not a readable picture' in item['bad'][0][1] and 'no picture' in item['bad'][1][1]
+    assert [(Path(path).name, kind) for path, kind, _ in item['bad']] == [('4.png', 'not a picture'),
+                                                                          ('5.png', 'missing')]
+    assert all(path in message for path, _, message in item['bad'])
     bad = [pair for batch in loader(pairs(all_json), workers=1) for pair in batch['bad']]
     assert len(bad) == 3  # item 4 met both, item 5 the second
 
@@ -308,20 +309,23 @@ def test_no_readable_picture_at_all(all_json):
         pairs(all_json)[3]
 
 
-def batch(good: int, bad: list[str]) -> dict:
-    return {'caption': ['a'] * good, 'bad': [(path, f'{path} is broken') for path in bad]}
+def batch(good: int, bad: list[str], kind: str = 'damaged') -> dict:
+    return {'caption': ['a'] * good, 'bad': [(path, kind, f'{path} is broken') for path in bad]}
 
 
 def test_too_many_broken_pictures_stop_the_run(caplog):
     count = BadImages(0.05, logging.getLogger('dlip'))
-    count.update(batch(4, ['a.jpg', 'b.jpg', 'a.jpg']))  # too few to judge
-    assert caplog.text.count('a.jpg') == 1
-    with pytest.raises(ValueError, match=r'11 of 204 pictures \(5.4%\).*max_bad_share 0.05; the first: a.jpg is'):
-        count.update(batch(189, ['a.jpg', 'b.jpg'] * 4))  # met again: as broken as the first time
+    count.update(batch(4, ['a.jpg', 'b.jpg', 'a.jpg']))
+    assert count.check() == '3 of 7 pictures (3 damaged)'  # too few to judge
+    assert caplog.text.count('broken picture skipped (damaged): a.jpg is broken') == 1
+    count.update(batch(189, ['a.jpg', 'b.jpg'] * 4, 'missing'))  # met again: as broken as the first time
+    with pytest.raises(ValueError, match=r'11 of 204 pictures \(8 missing, 3 damaged\) cannot be read: 5.4%, more than '
+                                         r'data.max_bad_share 0.05; the first: a.jpg is'):
+        count.check()
 
 
 def test_some_broken_pictures_are_tolerated_in_every_epoch():
     count = BadImages(0.05, logging.getLogger('dlip'))
     for _ in range(50):
         count.update(batch(96, ['a.jpg', 'b.jpg', 'c.jpg', 'd.jpg']))
-    assert (count.count, count.met) == (200, 5000)
+    assert count.check() == '200 of 5000 pictures (200 damaged)'
