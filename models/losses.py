@@ -98,6 +98,24 @@ def logit_kl_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperatur
     return kl * temperature ** 2 / max(1, len(logits))
 
 
+def top_k_kl_loss(logits: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """`logit_kl_loss` where of the teacher only its k most probable classes are known, and the others as one more.
+
+    It is at most the full KL, and equals it where the others' distribution is the student's own.
+
+    Args:
+        logits: [M, V]
+        ids: the k classes of each row [M, k].
+        log_probs: of those classes, and of all others together [M, k + 1]; brought to a sum of one here.
+    """
+    logits, ids = logits.float(), ids.long()
+    total = logits.logsumexp(1, keepdim=True)
+    top = logits.gather(1, ids) - total
+    rest = logits.scatter(1, ids, -torch.inf).logsumexp(1, keepdim=True) - total
+    kl = F.kl_div(torch.cat([top, rest], 1), log_probs.float().log_softmax(-1), log_target=True, reduction='sum')
+    return kl / max(1, len(logits))
+
+
 def cosine_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """1 - cosine similarity of vectors [..., E], mean over the positions where mask [...] is 1."""
     distance = 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
