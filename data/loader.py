@@ -5,6 +5,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.datasets import Captioned
+from data.target_store import WithTargets, pad_targets
 
 
 class Batches:
@@ -30,15 +31,16 @@ class Batches:
 
 
 def collate(items: list[dict]) -> dict:
-    """-> image [B, 3, S, S], caption (list), id int64 [B], bad (list of (path, reason))"""
+    """-> image [B, 3, S, S], caption (list), id int64 [B], bad (list of (path, reason)), stored targets if there are"""
+    stored = {'targets': pad_targets([item['targets'] for item in items])} if 'targets' in items[0] else {}
     return {'image': torch.stack([item['image'] for item in items]),
             'caption': [item['caption'] for item in items],
             'id': torch.tensor([item['id'] for item in items]),
-            'bad': [pair for item in items for pair in item['bad']]}
+            'bad': [pair for item in items for pair in item['bad']], **stored}
 
 
-def make_loader(dataset: Captioned, batch_size: int, *, seed: int, epoch: int, start_step: int, workers: int,
-                rank: int, world_size: int) -> DataLoader:
+def make_loader(dataset: Captioned | WithTargets, batch_size: int, *, seed: int, epoch: int, start_step: int,
+                workers: int, rank: int, world_size: int) -> DataLoader:
     """The training batches of an epoch from `start_step` on: what was seen before is not read again.
 
     The worker processes start with the iteration and take the dataset's epoch from here, so iterate a loader before

@@ -103,7 +103,7 @@ class LiveTargets:
 class StoredTeacher:
     """Stands for a net whose answers are stored (models/teacher_cache.py): its architecture and temperature."""
 
-    def __init__(self, config: BLIPConfig, temp: float):
+    def __init__(self, config: BLIPConfig, temp: float | None):
         self.config, self.temp = config, temp
 
     def targets(self, images: torch.Tensor, stored: dict[str, torch.Tensor]) -> 'StoredTargets':
@@ -131,5 +131,6 @@ class StoredTargets:
         return Decoded(*(self.stored.get(name) for name in ('decoder_hidden', 'decoder_self_map', 'decoder_cross_map')))
 
     def logit_loss(self, logits: torch.Tensor, decoded: Decoded, valid: torch.Tensor) -> torch.Tensor:
-        """KL over the teacher's k most probable tokens and all others as one more class."""
-        return losses.top_k_kl_loss(logits, self.stored['lm_ids'][valid], self.stored['lm_log_probs'][valid])
+        """The same, of the teacher's k most probable tokens and the sum of all others."""
+        ids, log_probs, rest = (self.stored[name][valid] for name in ('lm_ids', 'lm_log_probs', 'lm_rest'))
+        return losses.top_k_kl_loss(logits, ids, log_probs, rest)

@@ -238,6 +238,8 @@ class Run:
         ids, mask = self.tokenizer([prompt + caption for caption in batch['caption']], max_tokens)
         inputs = [x.to(self.device, non_blocking=True) for x in (batch['image'], ids, mask, batch['id'])]
         if 'targets' in batch:
+            if not torch.equal(batch['targets']['tokens'], mask.sum(1)):
+                raise ValueError('the stored targets are of captions of other lengths: store them again')
             inputs.append({name: x.to(self.device, non_blocking=True) for name, x in batch['targets'].items()})
         return tuple(inputs)
 
