@@ -84,8 +84,8 @@ def test_each_term_from_stored_answers(small_tokenizer, term):
     ids, mask = small_tokenizer(['a red dog', 'blue star', 'a picture of a dog', 'red'], 12)
     images, sample_ids = torch.randn(4, 3, 32, 32), torch.arange(4)
     starts = small_tokenizer.cls_id, small_tokenizer.enc_id, small_tokenizer.bos_id
-    student, teacher = (BLIP(BLIPConfig(**{**NANO, 'vision_width': width, 'embed_dim': 256}, vocab_size=len(small_tokenizer)))
-                        for width in (32, 48))
+    sizes = NANO | {'embed_dim': 256, 'vocab_size': len(small_tokenizer)}
+    student, teacher = (BLIP(BLIPConfig(**sizes | {'vision_width': width})) for width in (32, 48))
     teacher.text_decoder.cls.predictions.bias[7:17] = torch.linspace(4, 8, 10)  # as sure as a trained one, others equal
     momentum = MomentumQueue(student, 10, 0.9, teacher.config.embed_dim)
     live = Objective(student, {term: 1.0}, starts, momentum, teacher).eval()
