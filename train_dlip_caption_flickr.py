@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     prompt_length = tokenizer([data['prompt']], data['max_tokens'], DEC)[0].shape[1] - 1  # without [SEP]
     objective = Objective(student, loss_weights(config['loss'], teacher),
                           (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), teacher=teacher,
-                          prompt_length=prompt_length)
+                          prompt_length=prompt_length, hidden_layers=config['hidden_layers'])
 
     # run
     steps = len(dataset) // (train['batch_size'] * world_size())

@@ -107,6 +107,21 @@ def cosine_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor
     return (distance * mask).sum() / mask.sum().clamp(min=1)
 
 
+def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Squared error of layer-normalised states [..., E], mean over E and over the positions where mask [...] is 1.
+
+    TinyBERT's hidden-state loss (arXiv 1909.10351) on states that a layer norm without weights has whitened, as in
+    feature distillation (Wei et al. 2022, arXiv 2205.14141): the residual stream's size, which grows with the layers
+    and differs from token to token, teaches nothing. 0 (equal up to scale and shift) to 4, 2 for unrelated states.
+    """
+    student, teacher = (F.layer_norm(x.float(), x.shape[-1:]) for x in (student, teacher))
+    error = (student - teacher).square().mean(-1)
+    if mask is None:
+        return error.mean()
+    mask = mask.to(error.dtype)
+    return (error * mask).sum() / mask.sum().clamp(min=1)
+
+
 def attention_kl_loss(log_map: torch.Tensor, teacher_log_map: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """KL(teacher || student) of attention, given as log-probabilities [B, heads, T, keys].
 

@@ -9,17 +9,19 @@ from torch import nn
 
 from models import losses
 from models.blip import BLIP, select_images
+from models.hidden import STREAMS, HiddenStates, layer_pairs
 from models.linear import Linear
 from models.momentum import MomentumQueue
 from models.originals import HOLDERS
 from utils import all_gather, all_gather_grad, rank, world_size
 
 TEACHER_TERMS = ('image_tokens', 'image_feat', 'text_feat', 'fused_feat', 'decoder_feat', 'ita_soft', 'itm_soft',
-                 'lm_logits', 'self_attn', 'cross_attn', 'decoder_self_attn', 'decoder_cross_attn')
+                 'lm_logits', 'self_attn', 'cross_attn', 'decoder_self_attn', 'decoder_cross_attn', *STREAMS)
 TERMS = ('ita', 'itm', 'lm', *TEACHER_TERMS)
-CONTRASTIVE = ('ita', 'itm', 'ita_soft', 'itm_soft', 'image_feat', 'text_feat')  # terms that need both features
-FUSED = ('itm', 'itm_soft', 'fused_feat', 'self_attn', 'cross_attn')  # terms of the matching pass
-DECODER = ('lm', 'lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn')  # of the decoder pass
+VISION = ('image_tokens', 'vision_hidden')  # terms of the vision tower alone
+CONTRASTIVE = ('ita', 'itm', 'ita_soft', 'itm_soft', 'image_feat', 'text_feat', 'text_hidden')  # of both features
+FUSED = ('itm', 'itm_soft', 'fused_feat', 'self_attn', 'cross_attn', 'fused_hidden')  # terms of the matching pass
+DECODER = ('lm', 'lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn', 'decoder_hidden')
 
 GROUNDED_TEACHER_TERMS = tuple(term for term in TEACHER_TERMS if term in FUSED + DECODER)
 
@@ -43,6 +45,7 @@ class Objective(nn.Module):
         start_ids: the tokenizer's (cls_id, enc_id, bos_id).
         prompt_length: leading decoder tokens that carry no LM loss (4 for '[DEC] a picture of', 0 in pre-training).
         negative_all_rank: draw ITM negatives over all processes (BLIP's retrieval finetune) or the own batch.
+        hidden_layers: by tower ('vision', 'text') what the hidden-state terms compare (see `layer_pairs`).
 
     Raises:
         ValueError: a term has a weight but the net, teacher or momentum twin it needs is missing.
@@ -50,7 +53,7 @@ class Objective(nn.Module):
 
     def __init__(self, student: BLIP, weights: dict[str, float], start_ids: tuple[int, int, int],
                  momentum: MomentumQueue | None = None, teacher: BLIP | None = None, prompt_length: int = 0,
-                 negative_all_rank: bool = False):
+                 negative_all_rank: bool = False, hidden_layers: dict[str, list | None] | None = None):
         super().__init__()
         self.student, self.momentum = student, momentum
         self.frozen = FrozenTeacher(teacher) if teacher is not None else None
@@ -67,29 +70,48 @@ class Objective(nn.Module):
             self.fused_map = Linear(config.text_width, teacher.config.text_width)
         if self.uses('decoder_feat'):
             self.decoder_map = Linear(config.text_width, teacher.config.text_width)
-
+        self.hidden = nn.ModuleDict()  # the hidden-state terms in use
+        for term, tower in STREAMS.items():
+            if self.uses(term):
+                depths, widths = ([getattr(net.config, f'{tower}_{size}') for net in (student, teacher)]
+                                  for size in ('depth', 'width'))
+                pairs = layer_pairs((hidden_layers or {}).get(tower), *depths, tower)
+                self.hidden[term] = HiddenStates(pairs, *widths)
         self._freeze_unreached()
 
     def _freeze_unreached(self) -> None:
         """Parts that no weighted term reaches do not train: DDP expects a gradient of everything that does."""
         student, aligned = self.student, ('ita', 'ita_soft')
         encoder, decoder = student.text_encoder, student.text_decoder
-        parts = []
+        texts = ('text_feat', 'text_hidden', *aligned, *FUSED, *DECODER)
+        parts = []  # (part, terms that reach it, number of its layer)
         if encoder is not None:
-            parts += [(student.vision_proj, (*aligned, 'image_feat')), (student.text_proj, (*aligned, 'text_feat')),
-                      (student.itm_head, ('itm', 'itm_soft')), (nn.ParameterList([student.temp]), aligned)]
-            parts += [(layer.attention, (*aligned, 'text_feat', *FUSED)) for layer in encoder.layers]
+            parts += [(student.vision_proj, (*aligned, 'image_feat'), 0),
+                      (student.text_proj, (*aligned, 'text_feat'), 0),
+                      (student.itm_head, ('itm', 'itm_soft'), 0), (nn.ParameterList([student.temp]), aligned, 0)]
+            parts += [(layer.attention, (*aligned, 'text_feat', 'text_hidden', *FUSED), i)
+                      for i, layer in enumerate(encoder.layers)]
         if decoder is not None:
             head = decoder.cls.predictions
-            parts += [(head.transform, ('lm', 'lm_logits')), (nn.ParameterList([head.bias]), ('lm', 'lm_logits'))]
-            parts += [(layer.attention, DECODER) for layer in decoder.bert.layers]
-        parts += [(layer.crossattention, FUSED + DECODER) for layer in (encoder or decoder.bert).layers]
-        for part, terms in parts:
-            if not self.uses(*terms):
+            parts += [(head.transform, ('lm', 'lm_logits'), 0), (nn.ParameterList([head.bias]), ('lm', 'lm_logits'), 0)]
+            parts += [(layer.attention, DECODER, i) for i, layer in enumerate(decoder.bert.layers)]
+        for i, layer in enumerate((encoder or decoder.bert).layers):
+            parts += [(layer.crossattention, FUSED + DECODER, i), (layer.intermediate, texts, i),
+                      (layer.output, texts, i)]
+        for part, terms, layer in parts:
+            if not self.reaches(layer, *terms):
                 part.requires_grad_(False)
 
     def uses(self, *terms: str) -> bool:
         return any(self.weights[term] for term in terms)
+
+    def reaches(self, layer: int, *terms: str) -> bool:
+        """Whether a weighted term is computed from this layer: a hidden-state term ends at its deepest one."""
+        return any(term not in STREAMS or layer <= max(self.hidden[term].ours) for term in terms if self.uses(term))
+
+    def hidden_layers(self, term: str) -> tuple[list[int], list[int]]:
+        """The student's and the teacher's layers whose states a hidden-state term compares; none without a weight."""
+        return (self.hidden[term].ours, self.hidden[term].theirs) if self.uses(term) else ([], [])
 
     @property
     def teacher(self) -> BLIP | None:
@@ -102,7 +124,7 @@ class Objective(nn.Module):
                 net, part = nets[who], 'text_decoder' if term in DECODER else 'text_encoder'
                 if net is None:
                     raise ValueError(f'loss.{term} needs a teacher: set teacher.weights, or loss.{term}: 0')
-                if term != 'image_tokens' and getattr(net, part) is None:
+                if term not in VISION and getattr(net, part) is None:
                     raise ValueError(f'loss.{term} needs a {part}, which the {who} of task {net.config.task!r} does '
                                      f'not have: set loss.{term}: 0, or give one that has it (BLIP: {HOLDERS[part]})')
         if self.uses(*CONTRASTIVE) and self.momentum is None:
@@ -117,9 +139,9 @@ class Objective(nn.Module):
                 raise ValueError(f'attention terms need equal text heads: student {ours.text_heads}, teacher '
                                  f'{theirs.text_heads}')
             patches = [net.image_size // net.patch_size for net in (ours, theirs)]
-            if self.uses('image_tokens', 'cross_attn', 'decoder_cross_attn') and patches[0] != patches[1]:
-                raise ValueError(f'image_tokens and cross-attention terms need equal patch grids: student '
-                                 f'{patches[0]}, teacher {patches[1]} patches a side')
+            if self.uses(*VISION, 'cross_attn', 'decoder_cross_attn') and patches[0] != patches[1]:
+                raise ValueError(f'image_tokens, vision_hidden and cross-attention terms need equal patch grids: '
+                                 f'student {patches[0]}, teacher {patches[1]} patches a side')
             if self.uses('image_feat', 'text_feat') and ours.embed_dim != theirs.embed_dim:
                 raise ValueError(f'image_feat and text_feat need equal embed_dim: student {ours.embed_dim}, '
                                  f'teacher {theirs.embed_dim}')
@@ -133,11 +155,14 @@ class Objective(nn.Module):
         """
         out: dict[str, torch.Tensor] = {}
         teacher = self.teacher
-        tokens = self.student.encode_image(images)
+        ours, theirs = self.hidden_layers('vision_hidden')
+        tokens, states = self.student.encode_image(images, ours)
         with torch.no_grad():
-            teacher_tokens = teacher.encode_image(images) if teacher is not None else None
+            teacher_tokens, teacher_states = teacher.encode_image(images, theirs) if teacher is not None else (None, {})
         if self.uses('image_tokens'):
             out['image_tokens'] = losses.cosine_loss(self.token_map(tokens), teacher_tokens)
+        if self.uses('vision_hidden'):
+            out['vision_hidden'] = self.hidden['vision_hidden'](states, teacher_states)
         negatives = None
         if self.uses(*CONTRASTIVE):
             negatives = self.contrastive(out, images, tokens, teacher_tokens, ids, mask, sample_ids, alpha, step_seed)
@@ -156,7 +181,8 @@ class Objective(nn.Module):
         student, teacher, momentum = self.student, self.teacher, self.momentum
         ids = with_start(ids, self.cls_id)
         image_feat = student.image_feat(tokens)
-        text_feat = student.text_feat(ids, mask)
+        ours, theirs = self.hidden_layers('text_hidden')
+        text_feat, states = student.text_feat(ids, mask, ours)
         image_feat_m, text_feat_m = momentum.encode(images, ids, mask)
         batch_ids, batch = all_gather(sample_ids), {'image': all_gather(image_feat_m), 'text': all_gather(text_feat_m)}
         image_all = torch.cat([batch['image'], momentum.image_queue])
@@ -165,10 +191,12 @@ class Objective(nn.Module):
             targets = losses.positives(sample_ids, torch.cat([batch_ids, momentum.id_queue]))
             out['ita'] = losses.ita_loss(image_feat, text_feat, image_feat_m, text_feat_m, image_all, text_all,
                                          student.temp, targets, alpha)
-        if self.uses('ita_soft', 'image_feat', 'text_feat'):
+        if self.uses('ita_soft', 'image_feat', 'text_feat', 'text_hidden'):
             with torch.no_grad():
                 teacher_image = teacher.image_feat(teacher_tokens)
-                teacher_text = teacher.text_feat(ids, mask)
+                teacher_text, teacher_states = teacher.text_feat(ids, mask, theirs)
+            if self.uses('text_hidden'):
+                out['text_hidden'] = token_share(mask) * self.hidden['text_hidden'](states, teacher_states, mask)
             if self.uses('image_feat'):
                 out['image_feat'] = losses.cosine_loss(image_feat, teacher_image)
             if self.uses('text_feat'):
@@ -220,13 +248,14 @@ class Objective(nn.Module):
             mask = torch.cat([pad_to(mask, width), pad_to(mask, width), all_mask[text_negative]])
             image_index = torch.cat([own, image_negative, own])
         want_maps = self.uses('self_attn', 'cross_attn')
+        ours, theirs = self.hidden_layers('fused_hidden')
         fused = self.student.text_encoder(ids, mask, image_kv=select_images(kv, image_index), want_maps=want_maps,
-                                          first_only=not want_maps)
+                                          first_only=not want_maps, layers=ours)
         if negatives is not None:
             logits = self.student.itm_head(fused.hidden[:, 0])
             if self.uses('itm'):
                 out['itm'] = losses.itm_loss(logits)
-        if not self.uses('itm_soft', 'fused_feat', 'self_attn', 'cross_attn'):
+        if not self.uses('itm_soft', 'fused_feat', 'self_attn', 'cross_attn', 'fused_hidden'):
             return
         with torch.no_grad():
             if not self.uses('itm_soft'):
@@ -235,12 +264,15 @@ class Objective(nn.Module):
                 remote = all_gather(teacher_tokens)[negatives[0]]
                 teacher_kv = concat_images(teacher_kv, self.teacher.project_image(remote))
             target = self.teacher.text_encoder(ids, mask, image_kv=select_images(teacher_kv, image_index),
-                                               want_maps=want_maps, first_only=not want_maps)
+                                               want_maps=want_maps, first_only=not want_maps, layers=theirs)
         if self.uses('itm_soft'):
             out['itm_soft'] = losses.logit_kl_loss(logits, self.teacher.itm_head(target.hidden[:, 0]))
         pair_mask = mask[:batch]
         if self.uses('fused_feat'):
             out['fused_feat'] = losses.cosine_loss(self.fused_map(fused.hidden[:batch, 0]), target.hidden[:batch, 0])
+        if self.uses('fused_hidden'):
+            pairs = ({layer: state[:batch] for layer, state in output.states.items()} for output in (fused, target))
+            out['fused_hidden'] = token_share(pair_mask) * self.hidden['fused_hidden'](*pairs, pair_mask)
         for term in ('self_attn', 'cross_attn'):
             if self.uses(term):
                 name = term.replace('attn', 'map')
@@ -254,17 +286,19 @@ class Objective(nn.Module):
         labels[:, :self.prompt_length] = losses.IGNORE
         valid = labels[:, 1:] != losses.IGNORE  # positions whose next token carries a loss
         want_maps = self.uses('decoder_self_attn', 'decoder_cross_attn')
-        decoded = self.student.text_decoder.bert(ids, mask, causal=True, image_kv=kv, want_maps=want_maps)
+        ours, theirs = self.hidden_layers('decoder_hidden')
+        decoded = self.student.text_decoder.bert(ids, mask, causal=True, image_kv=kv, want_maps=want_maps, layers=ours)
         hidden = decoded.hidden[:, :-1]
         if self.uses('lm', 'lm_logits'):
             logits = self.student.text_decoder.logits(hidden[valid])  # the head runs on labelled positions only
         share = token_share(valid)
         if self.uses('lm'):
             out['lm'] = share * losses.lm_loss(logits, labels[:, 1:][valid])
-        if not self.uses('lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn'):
+        if not self.uses('lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn', 'decoder_hidden'):
             return
         with torch.no_grad():
-            target = self.teacher.text_decoder.bert(ids, mask, causal=True, image_kv=teacher_kv, want_maps=want_maps)
+            target = self.teacher.text_decoder.bert(ids, mask, causal=True, image_kv=teacher_kv, want_maps=want_maps,
+                                                    layers=theirs)
             target_hidden = target.hidden[:, :-1]
         if self.uses('lm_logits'):
             with torch.no_grad():
@@ -272,6 +306,9 @@ class Objective(nn.Module):
             out['lm_logits'] = share * losses.logit_kl_loss(logits, target_logits)
         if self.uses('decoder_feat'):
             out['decoder_feat'] = share * losses.cosine_loss(self.decoder_map(hidden), target_hidden, valid)
+        if self.uses('decoder_hidden'):
+            out['decoder_hidden'] = token_share(mask) * self.hidden['decoder_hidden'](decoded.states, target.states,
+                                                                                      mask)
         for term in ('decoder_self_attn', 'decoder_cross_attn'):
             if self.uses(term):
                 name = term.removeprefix('decoder_').replace('attn', 'map')
