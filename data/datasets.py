@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 
 from data.flickr import Picture, load_flickr
-from data.transforms import eval_transform, open_image, train_transform
+from data.transforms import eval_transform, open_image, plain_transform, train_transform
 from utils import atomic_write, logger
 
 MAX_TRIES = 20  # items tried in place of a broken picture
@@ -77,6 +77,10 @@ class Captioned(torch.utils.data.Dataset):
         path, caption, number = (self.table[name][index].as_py() for name in COLUMNS)
         return os.path.join(self.folder, path), caption, number
 
+    def draw_caption(self, path: str, caption: str) -> str:
+        """The caption that an item trains on; may draw from python's generator, which is the item's own."""
+        return caption
+
     def __getitem__(self, index: int) -> dict:
         bad: dict[str, str] = {}
         for offset in range(min(MAX_TRIES, len(self))):
@@ -91,7 +95,8 @@ class Captioned(torch.utils.data.Dataset):
         else:
             raise ValueError(f'{len(bad)} pictures in a row cannot be read; the first: {next(iter(bad.values()))}')
         with seeded(self.seed, self.epoch, index):
-            image, caption = self.transform(picture, clean_caption(caption, self.max_words))
+            caption = clean_caption(self.draw_caption(path, caption), self.max_words)
+            image, caption = self.transform(picture, caption)
         return {'image': image, 'caption': caption, 'id': number, 'bad': list(bad.items())}
 
 
@@ -180,14 +185,47 @@ def with_captions(pictures: list[Picture], source: str) -> list[Picture]:
 
 
 class FlickrTrain(Captioned):
-    """Flickr30K's training pictures, one item per caption; the captions of a picture share its id."""
+    """Flickr30K's training pictures, one item per caption; the captions of a picture share its id.
 
-    def __init__(self, root: str | os.PathLike, transform: train_transform, max_words: int, seed: int = 0):
+    Args:
+        teacher_share: the probability that an item has its picture's caption of `teacher_captions` instead.
+
+    Attributes:
+        teacher_captions: by file name; a picture without one keeps its own captions.
+    """
+
+    def __init__(self, root: str | os.PathLike, transform: train_transform, max_words: int, seed: int = 0,
+                 teacher_share: float = 0.0):
+        if not 0 <= teacher_share <= 1:
+            raise ValueError(f'data.teacher_captions is a probability between 0 and 1, got {teacher_share}')
+        self.teacher_share, self.teacher_captions = teacher_share, {}
         pictures = with_captions(load_flickr(root, 'train'), f'{root}, split train')
         rows = [(str(picture.path), text, number) for number, picture in enumerate(pictures)
                 for text in picture.captions]
-        table = pa.table(dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True)))
-        super().__init__(table, '', transform, max_words, seed)
+        super().__init__(as_table(rows), '', transform, max_words, seed)
+
+    def draw_caption(self, path: str, caption: str) -> str:
+        if self.teacher_captions and random.random() < self.teacher_share:
+            return self.teacher_captions.get(Path(path).name, caption)
+        return caption
+
+
+class FlickrPictures(Captioned):
+    """Flickr30K's training pictures, one item each, whole as evaluation sees them; the id is the picture's number.
+
+    Attributes:
+        references: per picture its captions.
+    """
+
+    def __init__(self, root: str | os.PathLike, image_size: int, max_words: int):
+        pictures = with_captions(load_flickr(root, 'train'), f'{root}, split train')
+        self.references = [list(picture.captions) for picture in pictures]
+        rows = [(str(picture.path), picture.captions[0], number) for number, picture in enumerate(pictures)]
+        super().__init__(as_table(rows), '', plain_transform(image_size), max_words, seed=0)
+
+
+def as_table(rows: list[tuple[str, str, int]]) -> pa.Table:
+    return pa.table(dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True)))
 
 
 class ImageTextEval(torch.utils.data.Dataset):

@@ -113,6 +113,15 @@ class eval_transform:
         return to_tensor(image.resize(self.size, Image.Resampling.BICUBIC))
 
 
+class plain_transform(eval_transform):
+    """(RGB PIL image, caption) -> (float32 [3, S, S], caption): `eval_transform` in place of a `train_transform`."""
+
+    min_size = None  # decoded at full size, as in evaluation
+
+    def __call__(self, image: Image.Image, caption: str) -> tuple[torch.Tensor, str]:
+        return super().__call__(image), caption
+
+
 # BLIP's ten operations at its magnitude 5 of 10: half of 0.3, 10 pixels and 30 degrees. Its formula for brightness and
 # sharpness, 0.1 + 1.8 * magnitude / 10, gives 1.0 there, which changes nothing.
 GREY = (128, 128, 128)
