@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
+from data.captions import is_empty
 from data.datasets import FlickrPictures
 from data.loader import collate
+from data.transforms import normalise
 from models.blip import BLIP
 from models.checkpoint import fingerprint
 from models.generation import generate
@@ -47,7 +49,7 @@ def teacher_captions(teacher: BLIP, tokenizer: Tokenizer, pictures: FlickrPictur
     for indices, items in zip(progress(mine, desc='teacher captions'), batches, strict=True):
         said = {}
         if items:
-            images = collate(items)['image'].to(device)
+            images = normalise(collate(items)['image'].to(device))
             texts = generate(teacher, tokenizer, images, prompt, **settings)
             # in the place of a picture that cannot be read stands another one
             said = {names[i]: text if item['id'] == i else None
@@ -57,7 +59,7 @@ def teacher_captions(teacher: BLIP, tokenizer: Tokenizer, pictures: FlickrPictur
             with open(file, 'a', encoding='utf-8') as out:
                 out.writelines(json.dumps({'image': name, 'caption': text}) + '\n' for name, text in said.items())
         done |= said
-    return {name: text for name, text in done.items() if text}
+    return {name: text for name, text in done.items() if text and not is_empty(text)}
 
 
 def read_captions(file: Path, made_by: dict) -> dict[str, str | None]:

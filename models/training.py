@@ -10,11 +10,13 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import BadImages
+from data.transforms import normalise
 from models.checkpoint import load_weights, save_checkpoint
 from models.keeper import Keeper
 from models.logs import Board, Clock, Meters, append_log, memory_used, plot_curves, read_log
 from models.objective import Objective
 from models.optim import learning_rate, parameter_groups
+from models.precision import arithmetic
 from models.self_critical import SelfCritical
 from models.tokenizer import Tokenizer
 from utils import StopSignal, any_process, atomic_write, barrier, is_main, logger, rank, seed_everything, world_size
@@ -42,6 +44,7 @@ class Run:
             objective.teacher.to(device)
         self.tokenizer, self.config, self.output_dir = tokenizer, config, output_dir
         self.device, self.seed, self.steps_per_epoch = device, seed, steps_per_epoch
+        self.dtype = arithmetic(config['train']['precision'], device)  # of the autocast regions
         self.epoch = self.batch = 0  # the next batch to train on
         self.best = -math.inf
         self.keeper = Keeper(output_dir, config['train']['keep'])
@@ -121,8 +124,7 @@ class Run:
             self.batch = self.batch * self.steps_per_epoch // state['steps_per_epoch']
             self.interval = Meters()
             logger.info('%d processes and %d batches an epoch, before %d and %d: goes on at the same place of the '
-                        "epoch's order, of which at most one batch is seen twice", world_size(), self.steps_per_epoch,
-                        state['world_size'], state['steps_per_epoch'])
+                        'epoch', world_size(), self.steps_per_epoch, state['world_size'], state['steps_per_epoch'])
         logger.info('resumed %s at epoch %d, batch %d of %d', path, self.epoch, self.batch, self.steps_per_epoch)
 
     # ------------------------------------------------------------ training
@@ -211,8 +213,9 @@ class Run:
         seed_everything(self.seed, step, rank())
         ids, mask = self.tokenizer([prompt + caption for caption in batch['caption']], max_tokens)
         inputs = [x.to(self.device, non_blocking=True) for x in (batch['image'], ids, mask, batch['id'])]
+        inputs[0] = normalise(inputs[0])
         with nullcontext() if boundary or world_size() == 1 else self.parallel.no_sync():
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=train['precision'] == 'bf16'):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
                 losses = self.parallel(*inputs, self.alpha(step), self.seed * 1_000_003 + step)
             (losses['loss'] / optim['accumulate']).backward()
         return lr, {name: value.detach() for name, value in losses.items()}
@@ -238,9 +241,10 @@ class Run:
 
     def _log_interval(self, step: int, lr: float, clock: Clock) -> None:
         means, self.interval = self.interval.means(), Meters()
+        broken = self.bad_images.check()
         shown = '  '.join(f'{name.removeprefix("train_")} {value:.3f}' for name, value in means.items())
-        logger.info('epoch %d [%d/%d]  lr %.2e  %s  %s', self.epoch, self.batch, self.steps_per_epoch, lr, shown,
-                    clock.line())
+        logger.info('epoch %d [%d/%d]  lr %.2e  %s  %s%s', self.epoch, self.batch, self.steps_per_epoch, lr, shown,
+                    clock.line(), f'  broken: {broken}' if self.bad_images.kinds else '')
         if is_main():
             place = {'epoch': self.epoch, 'progress': (step + 1) / self.steps_per_epoch}
             append_log(self.output_dir / 'steps.txt', {**place, 'train_lr': lr, **means})
