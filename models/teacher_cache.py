@@ -32,6 +32,7 @@ from data.target_store import (
 )
 from data.transforms import normalise
 from models.blip import BLIP, BLIPConfig
+from models.checkpoint import fingerprint
 from models.objective import DECODER, FUSED, TEACHER_TERMS, with_start
 from models.precision import arithmetic
 from models.targets import LiveTargets, StoredTeacher
@@ -79,7 +80,7 @@ def answers(teacher: BLIP, images: torch.Tensor, ids: torch.Tensor, mask: torch.
             terms: list[str], top_k: int) -> dict[str, torch.Tensor]:
     """What the terms need of the teacher, as `Objective` asks it: the fields of B pairs, padded to T tokens."""
     cls_id, enc_id, bos_id = start_ids
-    targets, found = LiveTargets(teacher, images), {}
+    targets, found = LiveTargets(teacher, images, {}), {}
 
     def uses(*names: str) -> bool:
         return any(name in terms for name in names)
@@ -129,6 +130,9 @@ def made_of(config: dict, dataset: Captioned, tokenizer: Tokenizer, seed: int, p
         raise ValueError('teacher.cache needs pairs that have a place: set data.train to an all.json (the samples of '
                          'tars come in another order with every number of processes), or teacher.cache to null')
     model, data = config['model'], config['data']
+    if data.get('teacher_captions'):
+        raise ValueError('teacher.cache holds targets of the references alone: set data.teacher_captions or '
+                         'teacher.cache to what it is without')
     pairs = pc.binary_join_element_wise(dataset.table['image_root'], dataset.table['caption'],
                                         dataset.table['id'].cast('string'), '\t')
     hashed = hashlib.sha256()
@@ -137,16 +141,6 @@ def made_of(config: dict, dataset: Captioned, tokenizer: Tokenizer, seed: int, p
     return {'data': hashed.hexdigest(), 'vocabulary': hashlib.sha256('\n'.join(tokenizer.vocab).encode()).hexdigest(),
             'seed': seed, 'model.image_size': model['image_size'], 'prompt': prompt,
             **{f'data.{key}': data[key] for key in ('min_scale', 'randaugment', 'max_words', 'max_tokens')}}
-
-
-def weights_hash(net: BLIP) -> str:
-    """Of the architecture and all weights but the image's position embeddings, which may have been resampled."""
-    hashed = hashlib.sha256(repr(sorted(net.config.to_dict().items())).encode())
-    for name, weight in sorted(net.state_dict().items()):
-        if name != 'visual_encoder.pos_embed':
-            hashed.update(name.encode())
-            hashed.update(weight.cpu().contiguous().numpy())
-    return hashed.hexdigest()
 
 
 def check(folder: Path, manifest: dict, now: dict) -> None:
@@ -181,7 +175,7 @@ def store_teacher(config: dict, teacher: BLIP | None, dataset: Captioned, tokeni
     terms = stored_terms(config['loss'])
     top_k = min(settings.get('top_k', 0), len(tokenizer) - 1)
     fields = fields_of(terms, teacher.config, top_k)
-    now = {'teacher': weights_hash(teacher), **made_of(config, dataset, tokenizer, seed, prompt)}
+    now = {'teacher': fingerprint(teacher), **made_of(config, dataset, tokenizer, seed, prompt)}
     manifest = read_manifest(folder)
     fresh = manifest is None
     if not fresh:
@@ -285,7 +279,7 @@ def with_cache(config: dict, teacher: BLIP | None, dataset: Captioned, tokenizer
     if folder is None:
         return dataset, teacher
     store = TargetStore(folder)
-    now = {'teacher': weights_hash(teacher)} if teacher is not None else {}
+    now = {'teacher': fingerprint(teacher)} if teacher is not None else {}
     now |= made_of(config, dataset, tokenizer, seed, prompt)
     terms = stored_terms(config['loss'])
     for term in terms:
