@@ -4,7 +4,8 @@
     python -m torch.distributed.run --nproc_per_node=8 train_dlip_caption_flickr.py
 
 Each epoch is evaluated on the validation pictures; the best by CIDEr is kept in OUTPUT_DIR/best.pth and
-measured on the test pictures at the end. Relaunching the same command resumes.
+measured on the test pictures at the end, with the teacher beside it in OUTPUT_DIR/table.md. Relaunching the same
+command resumes.
 """
 
 from pathlib import Path
@@ -13,6 +14,7 @@ from data.datasets import FlickrTrain, ImageTextEval
 from data.loader import make_loader
 from data.transforms import eval_transform, train_transform
 from eval.caption import evaluate_captions
+from eval.table import finetune_table
 from models.build import at_resolution, build_student, build_teacher, loss_weights
 from models.checkpoint import load_model
 from models.objective import Objective
@@ -81,6 +83,12 @@ def main(argv: list[str] | None = None) -> None:
     best, _, _ = load_model(output_dir / 'best.pth', device)
     test, _ = evaluate_captions(best, tokenizer, held_out['test'], device=device, **settings)
     run.finish({f'test_{name}': value for name, value in test.items()})
+    blip = {}
+    if teacher is not None and teacher.text_decoder is None:
+        logger.info('the teacher has no text decoder: BLIP has no column in the table')
+    elif teacher is not None:
+        blip, _ = evaluate_captions(teacher, tokenizer, held_out['test'], device=device, **settings)
+    finetune_table(output_dir, {f'test_{name}': value for name, value in blip.items()})
 
 
 if __name__ == '__main__':
