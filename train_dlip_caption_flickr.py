@@ -17,6 +17,7 @@ from models.build import at_resolution, build_student, build_teacher, loss_weigh
 from models.checkpoint import load_model
 from models.objective import Objective
 from models.rehearsal import rehearse
+from models.teacher_cache import store_teacher, with_cache
 from models.tokenizer import DEC, Tokenizer
 from models.training import Run
 from utils import (
@@ -50,6 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     teacher = build_teacher(config['teacher'], tokenizer, 'caption')
     teacher = teacher and at_resolution(teacher, model['image_size'])
     student = build_student(model, tokenizer, 'caption', teacher)
+    if args.store_teacher is not None:
+        return store_teacher(config, teacher, dataset, tokenizer, args.seed, device, args.store_teacher, data['prompt'])
+    dataset, teacher = with_cache(config, teacher, dataset, tokenizer, args.seed, data['prompt'])
     prompt_length = tokenizer([data['prompt']], data['max_tokens'], DEC)[0].shape[1] - 1  # without [SEP]
     objective = Objective(student, loss_weights(config['loss'], teacher),
                           (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), teacher=teacher,

@@ -4,11 +4,8 @@ Item i of epoch e is a function of (seed, e, i) alone, whatever the number of wo
 run sees what the uninterrupted run saw.
 """
 
-import hashlib
-import json
 import os
 import random
-import tempfile
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,18 +15,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from data.captions import clean_caption, is_empty
 from data.flickr import Picture, load_flickr
+from data.index import COLUMNS, build_index, read_index
 from data.transforms import BrokenPicture, eval_transform, file_name, open_image, open_part, train_transform
-from utils import atomic_write, logger
+from utils import barrier, logger
 
 MAX_TRIES = 20  # broken pictures in a row that end the run
-COLUMNS = ('image_root', 'caption', 'id')
-PUNCTUATION = str.maketrans(dict.fromkeys('.!"()*#:;~', ' '))
-
-
-def clean_caption(text: str, max_words: int) -> str:
-    """BLIP's `pre_caption`: lower case, punctuation and runs of white space to one blank, at most `max_words` words."""
-    return ' '.join(text.lower().translate(PUNCTUATION).split()[:max_words])
 
 
 @contextmanager
@@ -131,6 +123,9 @@ class PairDataset(Captioned):
         source = Path(all_json)
         if not source.is_file():
             raise FileNotFoundError(f'no {source}: write it with json_dataset.py, or set data.train')
+        if os.environ.get('LOCAL_RANK', '0') == '0':  # one process of a machine builds it, the others wait
+            build_index(source)
+        barrier()
         self.index = build_index(source)
         table = read_index(self.index)
         if not len(table):
@@ -144,55 +139,9 @@ class PairDataset(Captioned):
         self.__dict__.update(state, table=read_index(state['index']))
 
 
-def read_index(index: Path) -> pa.Table:
-    return pa.ipc.open_file(pa.memory_map(str(index))).read_all()
-
-
-def made_from(index: Path) -> bytes | None:
-    """What the index says of the file it was built from; None where there is no index or it is broken."""
-    try:
-        return (read_index(index).schema.metadata or {}).get(b'made_from')
-    except (OSError, pa.ArrowInvalid):
-        return None
-
-
-def build_index(source: Path) -> Path:
-    """The Arrow file with the pairs of `all.json` that have a caption; rebuilt when all.json changed.
-
-    It lies beside all.json, or in the temporary folder when that one cannot be written.
-
-    Raises:
-        ValueError: not a list of {"caption", "image_root", "id"}.
-    """
-    stat = source.stat()
-    stamp = f'{stat.st_size} bytes, {stat.st_mtime_ns} ns'.encode()
-    private = hashlib.sha1(f'{Path.home()} {source.resolve()}'.encode()).hexdigest()[:16]  # of this user and file
-    beside = source.with_name(f'{source.name}.arrow')
-    places = beside, Path(tempfile.gettempdir()) / f'dlip-{private}.arrow'
-    for index in places:
-        if made_from(index) == stamp:
-            return index
-    try:
-        records = json.loads(source.read_text(encoding='utf-8'))
-        columns = {name: [record[name] for record in records] for name in COLUMNS}
-        kept = [bool(clean_caption(caption, 1)) for caption in columns['caption']]
-        schema = pa.schema({'image_root': pa.string(), 'caption': pa.string(), 'id': pa.int64()},
-                           {'made_from': stamp})
-        table = pa.table(columns, schema=schema).filter(pa.array(kept, pa.bool_()))
-    except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-        raise ValueError(f'{source} is not a list of {{"caption", "image_root", "id"}} ({error!r}): '
-                         f'write it with json_dataset.py') from None
-    if not all(kept):
-        logger.info('%s: %d pairs without a caption are left out', source, len(kept) - sum(kept))
-    index = places[not os.access(source.parent, os.W_OK)]
-    with atomic_write(index, 'wb') as file, pa.ipc.new_file(file, schema) as writer:
-        writer.write_table(table)
-    return index
-
-
 def with_captions(pictures: list[Picture], source: str) -> list[Picture]:
     """Leave out empty captions, and pictures that have no other."""
-    kept = [replace(picture, captions=tuple(text for text in picture.captions if clean_caption(text, 1)))
+    kept = [replace(picture, captions=tuple(text for text in picture.captions if not is_empty(text)))
             for picture in pictures]
     empty = sum(len(old.captions) - len(new.captions) for old, new in zip(pictures, kept, strict=True))
     kept = [picture for picture in kept if picture.captions]

@@ -22,7 +22,8 @@ from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import tarfile_samples
 
-from data.datasets import clean_caption, first_readable
+from data.captions import clean_caption
+from data.datasets import first_readable
 from data.transforms import train_transform
 from utils import gather_objects, progress, rank, world_size
 

@@ -162,7 +162,31 @@ def test_two_processes_train_the_same_model_as_one(pretrained, tmp_path):
         assert [row[name] for row in two] == pytest.approx([row[name] for row in one], rel=1e-5), name
 
 
-def test_accumulation_keeps_the_number_of_updates_apart_from_the_batches(pretrained, tmp_path):
+def test_accumulated_batches_train_the_same_model_as_one_large_batch(pretrained, scenes, tmp_path):
+    """Every term but ITM, whose negatives are of their own micro-batch: ITA sees the columns of the whole update, token
+    means are over all its tokens; also over two processes. Equal up to the order of float sums.
+    """
+    config, teacher = pretrained
+    pairs = broken_set(scenes, tmp_path, lambda records: records.__delitem__(slice(48, None)))  # 6 updates of 8
+    terms = ('ita_soft', 'image_feat', 'lm_logits', 'self_attn', 'decoder_self_attn')
+    settings = [f'data.train={pairs}', 'train.epochs=1', 'loss.itm=0.0', 'ita.queue_size=30',
+                f'teacher.weights={teacher / "last.pth"}', 'teacher.size=nano', *(f'loss.{term}=1.0' for term in terms)]
+    want = run(pretrain_dlip, config, tmp_path / 'one', *settings)
+    parts = [run(pretrain_dlip, config, tmp_path / 'four', *settings, 'train.batch_size=2', 'optim.accumulate=4')]
+    done = torchrun(config, tmp_path / 'both', 2, *settings, 'train.batch_size=2', 'optim.accumulate=2')
+    assert done.returncode == 0, done.stderr[-2000:]
+    parts.append(read_checkpoint(tmp_path / 'both/last.pth'))
+    for got in parts:
+        assert {int(entry['step']) for entry in got['optimizer']['state'].values()} == {6}
+        for part in ('model', 'objective'):  # weights; momentum twin and queues
+            for key, value in want[part].items():
+                assert torch.allclose(got[part][key].float(), value.float(), atol=1e-4), key
+    one, *others = (read_log(tmp_path / name / 'log.txt')[0] for name in ('one', 'four', 'both'))
+    for row in others:
+        assert row == pytest.approx(one, rel=1e-5)
+
+
+def test_an_epochs_last_update_may_be_smaller(pretrained, tmp_path):
     config, _ = pretrained
     state = run(pretrain_dlip, config, tmp_path, 'train.epochs=1', 'optim.accumulate=3')
     steps = {int(entry['step']) for entry in state['optimizer']['state'].values()}
@@ -215,6 +239,7 @@ def test_bad_input_is_one_clear_line(pretrained, tmp_path):
     ('model.size=mikro', "unknown model size 'mikro'"),
     ('model.init_text=teacher', 'teacher.weights is null'),
     ('train.batch_size=4096', 'lower train.batch_size'),
+    ('train.precision=fp16', "unknown precision 'fp16': choose one of fp32, bf16"),
     ('optim.lrr=1', 'did you mean "optim.lr"'),
     ('tokenizer=no/such/vocab', "no vocabulary 'no/such/vocab'")])
 def test_bad_settings(pretrained, tmp_path, override, message):

@@ -1,0 +1,136 @@
+"""What the teacher says of a batch: asked of the net in training (live), or read from what it said before (stored)."""
+
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+
+from models import losses
+from models.blip import BLIP, BLIPConfig, select_images
+from utils import all_gather
+
+
+class Matched(NamedTuple):
+    """Of the matching pass over R rows: [ENC]'s state [R, width], logits [R, 2] and last-layer maps (`TextOutput`)."""
+
+    hidden: torch.Tensor | None
+    logits: torch.Tensor | None
+    self_map: torch.Tensor | None = None
+    cross_map: torch.Tensor | None = None
+
+
+class Decoded(NamedTuple):
+    """Of the decoder's pass: states [B, T - 1, width] of all positions but the last, and last-layer maps."""
+
+    hidden: torch.Tensor | None
+    self_map: torch.Tensor | None = None
+    cross_map: torch.Tensor | None = None
+
+
+class LiveTeacher:
+    """Holds a teacher that can neither train nor leave eval mode, outside the module tree.
+
+    Not a submodule, so it is neither in the optimizer, nor broadcast by DDP, nor written to checkpoints.
+    """
+
+    def __init__(self, model: BLIP):
+        self.model = model.eval().requires_grad_(False)
+
+    @property
+    def config(self) -> BLIPConfig:
+        return self.model.config
+
+    @property
+    def temp(self) -> torch.Tensor:
+        return self.model.temp
+
+    def targets(self, images: torch.Tensor, stored: None = None) -> 'LiveTargets':
+        return LiveTargets(self.model, images)
+
+
+class LiveTargets:
+    """A net's answers on one batch, computed when they are asked for; the image's tokens and keys once."""
+
+    def __init__(self, teacher: BLIP, images: torch.Tensor):
+        self.teacher, self.images = teacher, images
+
+    @cached_property
+    @torch.no_grad()
+    def image_tokens(self) -> torch.Tensor:
+        """[B, N, vision_width]"""
+        return self.teacher.encode_image(self.images)
+
+    @cached_property
+    @torch.no_grad()
+    def image_kv(self):
+        return self.teacher.project_image(self.image_tokens)
+
+    @torch.no_grad()
+    def features(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """ids, mask [B, T] starting with [CLS] -> unit-norm image and text features [B, embed_dim]"""
+        return self.teacher.image_feat(self.image_tokens), self.teacher.text_feat(ids, mask)
+
+    @torch.no_grad()
+    def matching(self, ids: torch.Tensor, mask: torch.Tensor, image_index: torch.Tensor,
+                 foreign: torch.Tensor | None, want_maps: bool) -> Matched:
+        """Texts [R, T] starting with [ENC], each with image `image_index` [R].
+
+        Args:
+            foreign: rows of the global batch [F] whose images follow the own ones in that count.
+        """
+        kv = self.image_kv
+        if foreign is not None:
+            more = self.teacher.project_image(all_gather(self.image_tokens)[foreign])
+            kv = [(torch.cat([k, k2]), torch.cat([v, v2])) for (k, v), (k2, v2) in zip(kv, more, strict=True)]
+        fused = self.teacher.text_encoder(ids, mask, image_kv=select_images(kv, image_index), want_maps=want_maps,
+                                          first_only=not want_maps)
+        hidden = fused.hidden[:, 0]
+        return Matched(hidden, self.teacher.itm_head(hidden), fused.self_map, fused.cross_map)
+
+    @torch.no_grad()
+    def decoding(self, ids: torch.Tensor, mask: torch.Tensor, want_maps: bool) -> Decoded:
+        """ids, mask [B, T] starting with [DEC]"""
+        decoded = self.teacher.text_decoder.bert(ids, mask, causal=True, image_kv=self.image_kv, want_maps=want_maps)
+        return Decoded(decoded.hidden[:, :-1], decoded.self_map, decoded.cross_map)
+
+    def logit_loss(self, logits: torch.Tensor, decoded: Decoded, valid: torch.Tensor) -> torch.Tensor:
+        """KL to the teacher's next-token distribution; logits [M, V] of the M positions where valid [B, T - 1]."""
+        with torch.no_grad():
+            target = self.teacher.text_decoder.logits(decoded.hidden[valid])
+        return losses.logit_kl_loss(logits, target)
+
+
+class StoredTeacher:
+    """Stands for a net whose answers are stored (models/teacher_cache.py): its architecture and temperature."""
+
+    def __init__(self, config: BLIPConfig, temp: float | None):
+        self.config, self.temp = config, temp
+
+    def targets(self, images: torch.Tensor, stored: dict[str, torch.Tensor]) -> 'StoredTargets':
+        return StoredTargets(stored)
+
+
+class StoredTargets:
+    """The same answers from tensors that came with the batch (the fields of `models/teacher_cache.py`, padded).
+
+    The teacher cannot have judged the hard negatives, which the student chooses while it trains: of the matching pass
+    there are the B pairs alone, and `itm_soft` teaches on those.
+    """
+
+    def __init__(self, stored: dict[str, torch.Tensor]):
+        self.stored = stored
+        self.image_tokens = stored.get('image_tokens')
+
+    def features(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.stored['image_feat'].float(), self.stored['text_feat'].float()
+
+    def matching(self, ids, mask, image_index, foreign, want_maps) -> Matched:
+        return Matched(*(self.stored.get(name) for name in ('fused_hidden', 'itm_logits', 'self_map', 'cross_map')))
+
+    def decoding(self, ids, mask, want_maps) -> Decoded:
+        return Decoded(*(self.stored.get(name) for name in ('decoder_hidden', 'decoder_self_map', 'decoder_cross_map')))
+
+    def logit_loss(self, logits: torch.Tensor, decoded: Decoded, valid: torch.Tensor) -> torch.Tensor:
+        """The same, of the teacher's k most probable tokens and the sum of all others."""
+        ids, log_probs, rest = (self.stored[name][valid] for name in ('lm_ids', 'lm_log_probs', 'lm_rest'))
+        return losses.top_k_kl_loss(logits, ids, log_probs, rest)
