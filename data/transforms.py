@@ -1,5 +1,6 @@
 """Pictures in: any file or PIL image to RGB, and BLIP's training and evaluation transforms."""
 
+import math
 import os
 import random
 import re
@@ -184,17 +185,19 @@ class train_transform:
 class whole_transform:
     """In the place of a `train_transform`, without its randomness: the whole picture, resized, and its caption.
 
-    Pixels are those of `eval_transform` up to rounding, and up to the size at which a large JPEG is decoded.
+    Pixels are those of `eval_transform` up to rounding.
     """
 
-    def __init__(self, image_size: int):
-        self.image_size = image_size
+    image_size = math.inf  # for `open_part`: a JPEG is decoded at its full size, as for evaluation
+
+    def __init__(self, side: int):
+        self.side = side
 
     def crop(self, height: int, width: int) -> tuple[int, int, int, int]:
         return 0, 0, height, width
 
     def __call__(self, pixels: torch.Tensor, caption: str) -> tuple[torch.Tensor, str]:
-        return resize(pixels, self.image_size), caption
+        return resize(pixels, self.side), caption
 
 
 class eval_transform:
