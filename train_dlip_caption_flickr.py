@@ -21,6 +21,7 @@ from models.checkpoint import load_model
 from models.objective import Objective
 from models.rehearsal import rehearse
 from models.self_critical import SelfCritical, check_samples
+from models.teacher_cache import store_teacher, with_cache
 from models.teacher_captions import teacher_captions
 from models.tokenizer import DEC, Tokenizer
 from models.training import Run
@@ -47,6 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     model, data, train, scst = config['model'], config['data'], config['train'], config['scst']
     if scst['epochs']:
         check_samples(scst['samples'])  # now rather than after the epochs before it
+    if data['teacher_captions'] and config['teacher']['cache']:
+        raise ValueError('teacher.cache holds answers about the references alone: set data.teacher_captions to 0, or '
+                         'teacher.cache to null')
 
     # data
     transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'])
@@ -60,6 +64,9 @@ def main(argv: list[str] | None = None) -> None:
     teacher = build_teacher(config['teacher'], tokenizer, 'caption')
     teacher = teacher and at_resolution(teacher, model['image_size'])
     student = build_student(model, tokenizer, 'caption', teacher)
+    if args.store_teacher is not None:
+        return store_teacher(config, teacher, dataset, tokenizer, args.seed, device, args.store_teacher, data['prompt'])
+    dataset, teacher = with_cache(config, teacher, dataset, tokenizer, args.seed, data['prompt'])
     prompt_length = tokenizer([data['prompt']], data['max_tokens'], DEC)[0].shape[1] - 1  # without [SEP]
     objective = Objective(student, loss_weights(config['loss'], teacher),
                           (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), teacher=teacher,

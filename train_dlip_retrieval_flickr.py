@@ -16,6 +16,7 @@ from models.checkpoint import load_model
 from models.momentum import MomentumQueue
 from models.objective import Objective
 from models.rehearsal import rehearse
+from models.teacher_cache import store_teacher, with_cache
 from models.tokenizer import Tokenizer
 from models.training import Run
 from utils import (
@@ -49,6 +50,9 @@ def main(argv: list[str] | None = None) -> None:
     teacher = build_teacher(config['teacher'], tokenizer, 'retrieval')
     teacher = teacher and at_resolution(teacher, model['image_size'])
     student = build_student(model, tokenizer, 'retrieval', teacher)
+    if args.store_teacher is not None:
+        return store_teacher(config, teacher, dataset, tokenizer, args.seed, device, args.store_teacher)
+    dataset, teacher = with_cache(config, teacher, dataset, tokenizer, args.seed)
     momentum = MomentumQueue(student, config['ita']['queue_size'], config['ita']['momentum'],
                              teacher.config.embed_dim if teacher else 0)
     objective = Objective(student, loss_weights(config['loss'], teacher),

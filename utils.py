@@ -119,6 +119,8 @@ def script_arguments(description: str, config: str, output_dir: str, argv: list[
     parser.add_argument('--seed', default=42, type=int)
     parser.add_argument('--dry_run', action='store_true', help='check everything, train a few steps, write nothing and '
                         'print what the run will take')
+    parser.add_argument('--store_teacher', type=int, metavar='EPOCHS', help="write the teacher's targets of this many "
+                        'epochs to the folder teacher.cache, which is then trained from without the teacher')
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='override a setting, e.g. optim.lr=1e-4')
     args = parser.parse_args(argv)
     return args, load_config(args.config, config, args.overrides)

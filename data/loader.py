@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from data.datasets import Captioned
 from data.shards import ShardDataset, ShardStream
+from data.target_store import WithTargets, pad_targets
 from utils import gather_objects
 
 
@@ -34,15 +35,17 @@ class Batches:
 
 
 def collate(items: list[dict]) -> dict:
-    """-> image uint8 [B, 3, S, S], caption (list), id int64 [B], bad (list of (path, kind, message))"""
+    """-> image uint8 [B, 3, S, S], caption (list), id int64 [B], bad (list of (path, kind, message)), and the stored
+    targets if there are any"""
+    stored = {'targets': pad_targets([item['targets'] for item in items])} if 'targets' in items[0] else {}
     return {'image': torch.stack([item['image'] for item in items]),
             'caption': [item['caption'] for item in items],
             'id': torch.tensor([item['id'] for item in items]),
-            'bad': [broken for item in items for broken in item['bad']]}
+            'bad': [broken for item in items for broken in item['bad']], **stored}
 
 
-def make_loader(dataset: Captioned | ShardDataset, batch_size: int, *, seed: int, epoch: int, start_step: int,
-                workers: int, rank: int, world_size: int) -> DataLoader:
+def make_loader(dataset: Captioned | WithTargets | ShardDataset, batch_size: int, *, seed: int, epoch: int,
+                start_step: int, workers: int, rank: int, world_size: int) -> DataLoader:
     """The training batches of an epoch from `start_step` on: what was seen before is not read again.
 
     The worker processes start with the iteration and take the dataset's epoch from here, so iterate a loader before

@@ -11,12 +11,13 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
+from torch.nn.functional import interpolate as resize
 from torchvision.io import ImageReadMode, decode_jpeg
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms import functional as F
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as BLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
+ASPECT = math.log(4 / 3)  # crops are between 3:4 and 4:3
 # White of a grey picture. The modes I and F do not tell theirs: the first of these that no pixel exceeds.
 WHITE = {'I;16': (65535,), 'I;16B': (65535,), 'I;16L': (65535,), 'I;16N': (65535,), 'I': (255, 65535),
          'F': (1, 255, 65535)}
@@ -145,17 +146,17 @@ def swap_left_right(caption: str) -> str:
     return re.sub(r'\b([Ll]eft|[Rr]ight)\b', lambda match: MIRRORED[match[0]], caption)
 
 
-def resize(pixels: torch.Tensor, side: int) -> torch.Tensor:
+def to_square(pixels: torch.Tensor, side: int) -> torch.Tensor:
     """uint8 [3, H, W] -> uint8 [3, side, side]"""
     pixels = pixels[None].contiguous(memory_format=torch.channels_last)  # for which the resizing is vectorised
-    return F.resize(pixels, [side, side], InterpolationMode.BICUBIC, antialias=True)[0]
+    return resize(pixels, [side, side], mode='bicubic', antialias=True)[0]
 
 
 class train_transform:
     """(what `crop` chose of a picture, caption) -> (uint8 [3, S, S], caption): resize, mirror, RandAugment.
 
     As BLIP, except that a mirrored picture's caption exchanges 'left' and 'right', so that it stays true. Draws from
-    python's and torch's global generators. Pixels stay 8-bit until they are on the device (see `normalise`).
+    python's global generator. Pixels stay 8-bit until they are on the device (see `normalise`).
 
     Args:
         min_scale: smallest share of the area that the random crop keeps.
@@ -169,12 +170,18 @@ class train_transform:
             self.augment = rand_augment
 
     def crop(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """A random part of a picture -> (top, left, height, width)"""
-        shape = torch.empty(1, height, width, device='meta')
-        return RandomResizedCrop.get_params(shape, (self.min_scale, 1.0), (3 / 4, 4 / 3))
+        """A random part of a picture, drawn as torchvision's RandomResizedCrop does -> (top, left, height, width)"""
+        for _ in range(10):
+            area = height * width * random.uniform(self.min_scale, 1)
+            ratio = math.exp(random.uniform(-ASPECT, ASPECT))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return random.randint(0, height - h), random.randint(0, width - w), h, w
+        w, h = min(width, round(height * math.exp(ASPECT))), min(height, round(width * math.exp(ASPECT)))
+        return (height - h) // 2, (width - w) // 2, h, w  # the middle of a very long picture
 
     def __call__(self, pixels: torch.Tensor, caption: str) -> tuple[torch.Tensor, str]:
-        pixels = resize(pixels, self.image_size)
+        pixels = to_square(pixels, self.image_size)
         if random.random() < 0.5:
             pixels, caption = pixels.flip(-1), swap_left_right(caption)
         if self.augment:
@@ -197,7 +204,7 @@ class whole_transform:
         return 0, 0, height, width
 
     def __call__(self, pixels: torch.Tensor, caption: str) -> tuple[torch.Tensor, str]:
-        return resize(pixels, self.side), caption
+        return to_square(pixels, self.side), caption
 
 
 class eval_transform:

@@ -3,7 +3,6 @@
 Loading is strict: a key that is skipped is named here, everything else must match.
 """
 
-import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -133,15 +132,6 @@ def load_weights(model: BLIP, weights: dict[str, torch.Tensor], source: str) -> 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
-
-
-def fingerprint(model: BLIP) -> str:
-    """A hash of a net's weights: equal for equal weights, wherever their file lies."""
-    digest = hashlib.sha1()
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def save_checkpoint(path: str | os.PathLike, model: BLIP, tokenizer: Tokenizer, config: dict, **state) -> None:

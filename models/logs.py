@@ -65,8 +65,8 @@ class Clock:
     def data_ready(self) -> None:
         self.waited += time.perf_counter() - self.mark
 
-    def step_done(self, samples: int) -> None:
-        self.steps += 1
+    def step_done(self, steps: int, samples: int) -> None:
+        self.steps += steps
         self.samples += samples
         self.mark = time.perf_counter()
 

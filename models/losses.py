@@ -111,6 +111,28 @@ def self_critical_loss(log_probs: torch.Tensor, mask: torch.Tensor, rewards: tor
     return -(advantages.flatten() * (log_probs * mask).sum(1)).mean()
 
 
+def top_k_kl_loss(logits: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tensor, rest: torch.Tensor
+                  ) -> torch.Tensor:
+    """`logit_kl_loss` where of the teacher only its k most probable classes are known, and of the others their sum.
+
+    The others share it equally against the student's log-probabilities, as label smoothing has taught a teacher to do
+    nearly; then this equals the full KL. (As one more class they would lose what smoothing teaches: of the demo's
+    teacher 0.05 of a KL of 2.)
+
+    Args:
+        logits: [M, V]
+        ids: the k classes of each row [M, k].
+        log_probs: of those, and of all others together [M, k + 1]; brought to a sum of one here.
+        rest: sum of p log p over the others [M].
+    """
+    logits, ids, log_probs = logits.float(), ids.long(), log_probs.float().log_softmax(-1)
+    total, k = logits.logsumexp(1, keepdim=True), ids.shape[1]
+    top = logits.gather(1, ids)
+    others = (logits.sum(1) - top.sum(1)) / max(1, logits.shape[1] - k) - total[:, 0]
+    kl = F.kl_div(top - total, log_probs[:, :k], log_target=True, reduction='none').sum(1)
+    return (kl + rest.float() - log_probs[:, k].exp() * others).sum() / max(1, len(logits))
+
+
 def cosine_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """1 - cosine similarity of vectors [..., E], mean over the positions where mask [...] is 1."""
     distance = 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)

@@ -64,11 +64,15 @@ class MomentumQueue(nn.Module):
         text = self.text_proj(self.text_encoder(ids, mask, first_only=True).hidden[:, 0]).float()
         return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
 
+    def behind(self, **features: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Features [N, E], each followed by its queue -> [N + queue, E]"""
+        return {name: torch.cat([rows, self.get_buffer(f'{name}_queue')]) for name, rows in features.items()}
+
     @torch.no_grad()
     def enqueue(self, ids: torch.Tensor, **features: torch.Tensor) -> None:
-        """Overwrite the oldest entries with the global batch: ids [N], `image`, `text`, ... features [N, E].
+        """Overwrite the oldest entries with the update's pairs: ids [N], `image`, `text`, ... features [N, E].
 
-        Call it after the losses were computed: a batch in its own queue would be its own negative.
+        Call it once an update, after its losses were computed: a batch in its own queue would be its own negative.
         """
         size = len(self.id_queue)
         rows = (self.pointer + torch.arange(len(ids), device=ids.device)[-size:]) % size

@@ -4,6 +4,8 @@ One module serves pre-training (ITA + ITM + LM + distillation) and both finetune
 It is what DistributedDataParallel wraps; every trainable parameter gets a gradient in every step.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -13,6 +15,7 @@ from models.hidden import STREAMS, HiddenStates, layer_pairs
 from models.linear import Linear
 from models.momentum import MomentumQueue
 from models.originals import HOLDERS
+from models.targets import LiveTargets, LiveTeacher, StoredTargets, StoredTeacher
 from utils import all_gather, all_gather_grad, rank, world_size
 
 TEACHER_TERMS = ('image_tokens', 'image_feat', 'text_feat', 'fused_feat', 'decoder_feat', 'ita_soft', 'itm_soft',
@@ -20,20 +23,32 @@ TEACHER_TERMS = ('image_tokens', 'image_feat', 'text_feat', 'fused_feat', 'decod
 TERMS = ('ita', 'itm', 'lm', *TEACHER_TERMS)
 VISION = ('image_tokens', 'vision_hidden')  # terms of the vision tower alone
 CONTRASTIVE = ('ita', 'itm', 'ita_soft', 'itm_soft', 'image_feat', 'text_feat', 'text_hidden')  # of both features
-FUSED = ('itm', 'itm_soft', 'fused_feat', 'self_attn', 'cross_attn', 'fused_hidden')  # terms of the matching pass
+FUSED = ('itm', 'itm_soft', 'fused_feat', 'self_attn', 'cross_attn', 'fused_hidden')  # of the matching pass
 DECODER = ('lm', 'lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn', 'decoder_hidden')
+MISSING_IN = {'caption': 'text_encoder', 'retrieval': 'text_decoder', 'pretrain': None}  # part that a task has not
 
-GROUNDED_TEACHER_TERMS = tuple(term for term in TEACHER_TERMS if term in FUSED + DECODER)
 
+@dataclass
+class Update:
+    """What the micro-batches of one optimizer step share, computed before all of them and without gradient.
 
-class FrozenTeacher:
-    """Holds a teacher that can neither train nor leave eval mode, outside the module tree.
+    Rows N = micro-batches x processes x B, in the order that one batch of them all would have: so large a batch, more
+    processes or more micro-batches compare every row with the same columns.
 
-    Not a submodule, so it is neither in the optimizer, nor broadcast by DDP, nor written to checkpoints.
+    Attributes:
+        targets: the teacher's, one for each micro-batch; None without a teacher.
+        ids: [N]
+        columns: by name of the queue, unit-norm features [N + queue, E], the update's followed by the queue's.
+        column_ids: [N + queue]
+        tokens, labels: mean count of tokens in a micro-batch, and of those that carry an LM loss.
     """
 
-    def __init__(self, model: BLIP):
-        self.model = model.eval().requires_grad_(False)
+    targets: list[LiveTargets | StoredTargets | None]
+    ids: torch.Tensor
+    columns: dict[str, torch.Tensor]
+    column_ids: torch.Tensor | None
+    tokens: torch.Tensor
+    labels: torch.Tensor
 
 
 class Objective(nn.Module):
@@ -41,7 +56,7 @@ class Objective(nn.Module):
         student: the net to train.
         weights: weight per term of `TERMS`; 0 skips its computation.
         momentum: twin and queues, needed by 'ita' and 'itm'.
-        teacher: needed by the distillation terms.
+        teacher: needed by the distillation terms: a net, or what stands for one whose answers come with the batch.
         start_ids: the tokenizer's (cls_id, enc_id, bos_id).
         prompt_length: leading decoder tokens that carry no LM loss (4 for '[DEC] a picture of', 0 in pre-training).
         negative_all_rank: draw ITM negatives over all processes (BLIP's retrieval finetune) or the own batch.
@@ -52,11 +67,12 @@ class Objective(nn.Module):
     """
 
     def __init__(self, student: BLIP, weights: dict[str, float], start_ids: tuple[int, int, int],
-                 momentum: MomentumQueue | None = None, teacher: BLIP | None = None, prompt_length: int = 0,
-                 negative_all_rank: bool = False, hidden_layers: dict[str, list | None] | None = None):
+                 momentum: MomentumQueue | None = None, teacher: BLIP | StoredTeacher | None = None,
+                 prompt_length: int = 0, negative_all_rank: bool = False,
+                 hidden_layers: dict[str, list | None] | None = None):
         super().__init__()
         self.student, self.momentum = student, momentum
-        self.frozen = FrozenTeacher(teacher) if teacher is not None else None
+        self.frozen = LiveTeacher(teacher) if isinstance(teacher, BLIP) else teacher
         self.weights = {name: float(weights.get(name, 0)) for name in TERMS}
         self.cls_id, self.enc_id, self.bos_id = start_ids
         self.prompt_length = prompt_length
@@ -77,6 +93,7 @@ class Objective(nn.Module):
                                   for size in ('depth', 'width'))
                 pairs = layer_pairs((hidden_layers or {}).get(tower), *depths, tower)
                 self.hidden[term] = HiddenStates(pairs, *widths)
+                self.frozen.layers[term] = self.hidden[term].theirs
         self._freeze_unreached()
 
     def _freeze_unreached(self) -> None:
@@ -109,28 +126,29 @@ class Objective(nn.Module):
         """Whether a weighted term is computed from this layer: a hidden-state term ends at its deepest one."""
         return any(term not in STREAMS or layer <= max(self.hidden[term].ours) for term in terms if self.uses(term))
 
-    def hidden_layers(self, term: str) -> tuple[list[int], list[int]]:
-        """The student's and the teacher's layers whose states a hidden-state term compares; none without a weight."""
-        return (self.hidden[term].ours, self.hidden[term].theirs) if self.uses(term) else ([], [])
+    def hidden_layers(self, term: str) -> list[int]:
+        """The student's layers whose states a hidden-state term compares; none without a weight."""
+        return self.hidden[term].ours if self.uses(term) else []
 
     @property
     def teacher(self) -> BLIP | None:
-        return self.frozen.model if self.frozen else None
+        """The teacher's net; None without a teacher or where its answers are stored."""
+        return getattr(self.frozen, 'model', None)
 
     def _check(self) -> None:
-        nets = {'student': self.student, 'teacher': self.teacher}
+        nets = {'student': self.student, 'teacher': self.frozen}
         for term in (term for term in TERMS if self.uses(term)):
             for who in ('student', 'teacher') if term in TEACHER_TERMS else ('student',):
                 net, part = nets[who], 'text_decoder' if term in DECODER else 'text_encoder'
                 if net is None:
                     raise ValueError(f'loss.{term} needs a teacher: set teacher.weights, or loss.{term}: 0')
-                if term not in VISION and getattr(net, part) is None:
+                if term not in VISION and part == MISSING_IN[net.config.task]:
                     raise ValueError(f'loss.{term} needs a {part}, which the {who} of task {net.config.task!r} does '
                                      f'not have: set loss.{term}: 0, or give one that has it (BLIP: {HOLDERS[part]})')
         if self.uses(*CONTRASTIVE) and self.momentum is None:
             raise ValueError('the contrastive terms need a momentum twin')
-        if self.teacher is not None:
-            ours, theirs = self.student.config, self.teacher.config
+        if self.frozen is not None:
+            ours, theirs = self.student.config, self.frozen.config
             if ours.vocab_size != theirs.vocab_size:
                 raise ValueError(f'student and teacher have vocabularies of {ours.vocab_size} and '
                                  f'{theirs.vocab_size} tokens: use the teacher\'s tokenizer')
@@ -146,90 +164,110 @@ class Objective(nn.Module):
                 raise ValueError(f'image_feat and text_feat need equal embed_dim: student {ours.embed_dim}, '
                                  f'teacher {theirs.embed_dim}')
 
+    @torch.no_grad()
+    def prepare(self, batches: list[tuple]) -> Update:
+        """Encode what the micro-batches of an update share.
+
+        Args:
+            batches: of each (images, ids, mask, sample_ids) as `forward` takes them, and the stored targets if any.
+        """
+        targets, found, counts = [], [], []
+        for images, ids, mask, sample_ids, *stored in batches:
+            targets.append(self.frozen.targets(images, *stored) if self.frozen else None)
+            rows = {'ids': sample_ids}
+            if self.uses(*CONTRASTIVE):
+                ids = with_start(ids, self.cls_id)
+                rows['image'], rows['text'] = self.momentum.encode(images, ids, mask)
+                if self.uses('ita_soft', 'image_feat', 'text_feat', 'text_hidden'):
+                    rows['teacher_image'], rows['teacher_text'] = targets[-1].features(ids, mask)
+            found.append({name: all_gather(value) for name, value in rows.items()})
+            counts.append(all_gather(torch.stack([mask.sum(), mask[:, max(1, self.prompt_length):].sum()])[None]))
+        features = {name: torch.cat([rows[name] for rows in found]) for name in found[0]}
+        ids = features.pop('ids')
+        tokens, labels = torch.cat(counts).float().mean(0)
+        columns = self.momentum.behind(**features) if features else {}
+        column_ids = torch.cat([ids, self.momentum.id_queue]) if features else None
+        return Update(targets, ids, columns, column_ids, tokens, labels)
+
     def forward(self, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, sample_ids: torch.Tensor,
-                alpha: float, step_seed: int) -> dict[str, torch.Tensor]:
+                alpha: float, step_seed: int, update: Update | None = None, part: int = 0) -> dict[str, torch.Tensor]:
         """images [B, 3, S, S]; ids, mask [B, T] (position 0 is replaced as each pass needs); sample_ids [B].
+
+        Args:
+            update: of which this is micro-batch `part`; None: it is an update of its own.
 
         Returns:
             unweighted terms by name (scalars, float32) and 'loss', their weighted sum.
         """
+        if update is None:
+            update = self.prepare([(images, ids, mask, sample_ids)])
         out: dict[str, torch.Tensor] = {}
-        teacher = self.teacher
-        ours, theirs = self.hidden_layers('vision_hidden')
-        tokens, states = self.student.encode_image(images, ours)
-        with torch.no_grad():
-            teacher_tokens, teacher_states = teacher.encode_image(images, theirs) if teacher is not None else (None, {})
+        targets, update.targets[part] = update.targets[part], None  # its tensors go with this micro-batch
+        tokens, states = self.student.encode_image(images, self.hidden_layers('vision_hidden'))
         if self.uses('image_tokens'):
-            out['image_tokens'] = losses.cosine_loss(self.token_map(tokens), teacher_tokens)
+            out['image_tokens'] = losses.cosine_loss(self.token_map(tokens), targets.image_tokens)
         if self.uses('vision_hidden'):
-            out['vision_hidden'] = self.hidden['vision_hidden'](states, teacher_states)
+            out['vision_hidden'] = self.hidden['vision_hidden'](states, targets.image_states)
         negatives = None
         if self.uses(*CONTRASTIVE):
-            negatives = self.contrastive(out, images, tokens, teacher_tokens, ids, mask, sample_ids, alpha, step_seed)
+            negatives = self.contrastive(out, targets, tokens, ids, mask, sample_ids, alpha, step_seed, update, part)
         kv = self.student.project_image(tokens)
-        with torch.no_grad():
-            teacher_kv = teacher.project_image(teacher_tokens) if self.uses(*GROUNDED_TEACHER_TERMS) else None
         if self.uses(*FUSED):
-            self.matching(out, tokens, kv, teacher_tokens, teacher_kv, ids, mask, negatives)
+            self.matching(out, targets, tokens, kv, ids, mask, negatives, update)
         if self.uses(*DECODER):
-            self.decoding(out, kv, teacher_kv, ids, mask)
+            self.decoding(out, targets, kv, ids, mask, update)
         out['loss'] = sum(self.weights[name] * value for name, value in out.items())
         return out
 
-    def contrastive(self, out, images, tokens, teacher_tokens, ids, mask, sample_ids, alpha, step_seed):
+    def contrastive(self, out, targets, tokens, ids, mask, sample_ids, alpha, step_seed, update, part):
         """ITA and the embedding terms; returns the hard negatives for the matching pass."""
-        student, teacher, momentum = self.student, self.teacher, self.momentum
-        ids = with_start(ids, self.cls_id)
+        student, momentum, columns = self.student, self.momentum, update.columns
         image_feat = student.image_feat(tokens)
-        ours, theirs = self.hidden_layers('text_hidden')
-        text_feat, states = student.text_feat(ids, mask, ours)
-        image_feat_m, text_feat_m = momentum.encode(images, ids, mask)
-        batch_ids, batch = all_gather(sample_ids), {'image': all_gather(image_feat_m), 'text': all_gather(text_feat_m)}
-        image_all = torch.cat([batch['image'], momentum.image_queue])
-        text_all = torch.cat([batch['text'], momentum.text_queue])
+        text_feat, states = student.text_feat(with_start(ids, self.cls_id), mask, self.hidden_layers('text_hidden'))
+        first = (part * world_size() + rank()) * len(ids)
+        own = {name: rows[first:first + len(ids)] for name, rows in columns.items()}
         if self.uses('ita'):
-            targets = losses.positives(sample_ids, torch.cat([batch_ids, momentum.id_queue]))
-            out['ita'] = losses.ita_loss(image_feat, text_feat, image_feat_m, text_feat_m, image_all, text_all,
-                                         student.temp, targets, alpha)
-        if self.uses('ita_soft', 'image_feat', 'text_feat', 'text_hidden'):
-            with torch.no_grad():
-                teacher_image = teacher.image_feat(teacher_tokens)
-                teacher_text, teacher_states = teacher.text_feat(ids, mask, theirs)
-            if self.uses('text_hidden'):
-                out['text_hidden'] = token_share(mask) * self.hidden['text_hidden'](states, teacher_states, mask)
-            if self.uses('image_feat'):
-                out['image_feat'] = losses.cosine_loss(image_feat, teacher_image)
-            if self.uses('text_feat'):
-                out['text_feat'] = losses.cosine_loss(text_feat, teacher_text)
-            if self.uses('ita_soft'):
-                batch |= {'teacher_image': all_gather(teacher_image), 'teacher_text': all_gather(teacher_text)}
-                out['ita_soft'] = losses.soft_ita_loss(
-                    image_feat, text_feat, image_all, text_all, student.temp, teacher_image, teacher_text,
-                    torch.cat([batch['teacher_image'], momentum.teacher_image_queue]),
-                    torch.cat([batch['teacher_text'], momentum.teacher_text_queue]), teacher.temp)
+            out['ita'] = losses.ita_loss(image_feat, text_feat, own['image'], own['text'], columns['image'],
+                                         columns['text'], student.temp,
+                                         losses.positives(sample_ids, update.column_ids), alpha)
+        if self.uses('image_feat'):
+            out['image_feat'] = losses.cosine_loss(image_feat, own['teacher_image'])
+        if self.uses('text_feat'):
+            out['text_feat'] = losses.cosine_loss(text_feat, own['teacher_text'])
+        if self.uses('text_hidden'):
+            out['text_hidden'] = token_share(mask, update.tokens) * self.hidden['text_hidden'](
+                states, targets.text_states, mask)
+        if self.uses('ita_soft'):
+            out['ita_soft'] = losses.soft_ita_loss(
+                image_feat, text_feat, columns['image'], columns['text'], student.temp, own['teacher_image'],
+                own['teacher_text'], columns['teacher_image'], columns['teacher_text'], self.frozen.temp)
         negatives = None
         if self.uses('itm', 'itm_soft'):
-            negatives = self.draw_negatives(image_feat, text_feat, batch, sample_ids, batch_ids, step_seed)
-        if self.training:
-            momentum.enqueue(batch_ids, **batch)  # last: a batch must not meet itself in the queue
+            negatives = self.draw_negatives(image_feat, text_feat, sample_ids, step_seed, update, part)
+        if self.training and part == len(update.targets) - 1:  # last: an update must not meet itself in the queue
+            momentum.enqueue(update.ids, **{name: rows[:len(update.ids)] for name, rows in columns.items()})
         return negatives
 
     @torch.no_grad()
-    def draw_negatives(self, image_feat, text_feat, batch, sample_ids, batch_ids, step_seed):
-        """Index of a hard negative image per text and of a hard negative text per image, both [B]."""
-        size, mine = len(sample_ids), slice(rank() * len(sample_ids), (rank() + 1) * len(sample_ids))
-        noise = torch.rand(2, len(batch_ids), len(batch_ids),
-                           generator=torch.Generator().manual_seed(step_seed)).clamp_(1e-9, 1 - 1e-7)
+    def draw_negatives(self, image_feat, text_feat, sample_ids, step_seed, update, part):
+        """Index of a hard negative image per text and of a hard negative text per image, both [B].
+
+        They are of the same micro-batch, of this process or (`negative_all_rank`) of all of them: a negative image's
+        tokens need a gradient, which other micro-batches do not keep.
+        """
+        size, total = len(sample_ids), world_size() * len(sample_ids)
+        mine = slice(rank() * size, (rank() + 1) * size)
+        noise = torch.rand(2, total, total, generator=torch.Generator().manual_seed(step_seed)).clamp_(1e-9, 1 - 1e-7)
         noise = noise[:, mine].to(image_feat.device)
         pool = slice(None) if self.negative_all_rank else mine
-        images, texts, pool_ids = batch['image'][pool], batch['text'][pool], batch_ids[pool]
-        assert self.negative_all_rank or len(images) == size
+        images, texts, pool_ids = (rows[part * total:(part + 1) * total][pool] for rows in (
+            update.columns['image'], update.columns['text'], update.ids))
         temp = self.student.temp
         image_index = losses.hard_negatives(text_feat @ images.T / temp, sample_ids, pool_ids, noise[0][:, pool])
         text_index = losses.hard_negatives(image_feat @ texts.T / temp, sample_ids, pool_ids, noise[1][:, pool])
         return image_index, text_index
 
-    def matching(self, out, tokens, kv, teacher_tokens, teacher_kv, ids, mask, negatives):
+    def matching(self, out, targets, tokens, kv, ids, mask, negatives, update):
         """ITM on [pairs; text, negative image; negative text, image], one pass of 3B rows, and its distillation."""
         batch = len(ids)
         ids = with_start(ids, self.enc_id)
@@ -240,80 +278,70 @@ class Objective(nn.Module):
             all_ids, all_mask = ids, mask
             if self.negative_all_rank and world_size() > 1:
                 all_ids, all_mask = gather_texts(ids, mask)
-                foreign = all_gather_grad(tokens)[image_negative]
-                kv = concat_images(kv, self.student.project_image(foreign))
+                foreign = image_negative
+                kv = concat_images(kv, self.student.project_image(all_gather_grad(tokens)[foreign]))
                 image_negative = own + batch
             width = all_ids.shape[1]
             ids = torch.cat([pad_to(ids, width), pad_to(ids, width), all_ids[text_negative]])
             mask = torch.cat([pad_to(mask, width), pad_to(mask, width), all_mask[text_negative]])
             image_index = torch.cat([own, image_negative, own])
         want_maps = self.uses('self_attn', 'cross_attn')
-        ours, theirs = self.hidden_layers('fused_hidden')
         fused = self.student.text_encoder(ids, mask, image_kv=select_images(kv, image_index), want_maps=want_maps,
-                                          first_only=not want_maps, layers=ours)
+                                          first_only=not want_maps, layers=self.hidden_layers('fused_hidden'))
         if negatives is not None:
             logits = self.student.itm_head(fused.hidden[:, 0])
             if self.uses('itm'):
                 out['itm'] = losses.itm_loss(logits)
         if not self.uses('itm_soft', 'fused_feat', 'self_attn', 'cross_attn', 'fused_hidden'):
             return
-        with torch.no_grad():
-            if not self.uses('itm_soft'):
-                ids, mask, image_index = ids[:batch], mask[:batch], own
-            elif foreign is not None:
-                remote = all_gather(teacher_tokens)[negatives[0]]
-                teacher_kv = concat_images(teacher_kv, self.teacher.project_image(remote))
-            target = self.teacher.text_encoder(ids, mask, image_kv=select_images(teacher_kv, image_index),
-                                               want_maps=want_maps, first_only=not want_maps, layers=theirs)
-        if self.uses('itm_soft'):
-            out['itm_soft'] = losses.logit_kl_loss(logits, self.teacher.itm_head(target.hidden[:, 0]))
         pair_mask = mask[:batch]
+        if not self.uses('itm_soft'):  # then the teacher need not see the negatives
+            ids, mask, image_index, foreign = ids[:batch], pair_mask, own, None
+        target = targets.matching(ids, mask, image_index, foreign, want_maps)
+        if self.uses('itm_soft'):
+            out['itm_soft'] = losses.logit_kl_loss(logits[:len(target.logits)], target.logits)
         if self.uses('fused_feat'):
-            out['fused_feat'] = losses.cosine_loss(self.fused_map(fused.hidden[:batch, 0]), target.hidden[:batch, 0])
+            out['fused_feat'] = losses.cosine_loss(self.fused_map(fused.hidden[:batch, 0]), target.hidden[:batch])
         if self.uses('fused_hidden'):
             pairs = ({layer: state[:batch] for layer, state in output.states.items()} for output in (fused, target))
-            out['fused_hidden'] = token_share(pair_mask) * self.hidden['fused_hidden'](*pairs, pair_mask)
+            out['fused_hidden'] = token_share(pair_mask, update.tokens) * self.hidden['fused_hidden'](
+                *pairs, pair_mask)
         for term in ('self_attn', 'cross_attn'):
             if self.uses(term):
                 name = term.replace('attn', 'map')
-                out[term] = token_share(pair_mask) * losses.attention_kl_loss(
+                out[term] = token_share(pair_mask, update.tokens) * losses.attention_kl_loss(
                     getattr(fused, name)[:batch], getattr(target, name)[:batch], pair_mask)
 
-    def decoding(self, out, kv, teacher_kv, ids, mask):
+    def decoding(self, out, targets, kv, ids, mask, update):
         """LM on the teacher-forced caption, and the distillation of the decoder."""
         ids = with_start(ids, self.bos_id)
         labels = ids.masked_fill(mask == 0, losses.IGNORE)
         labels[:, :self.prompt_length] = losses.IGNORE
         valid = labels[:, 1:] != losses.IGNORE  # positions whose next token carries a loss
         want_maps = self.uses('decoder_self_attn', 'decoder_cross_attn')
-        ours, theirs = self.hidden_layers('decoder_hidden')
-        decoded = self.student.text_decoder.bert(ids, mask, causal=True, image_kv=kv, want_maps=want_maps, layers=ours)
+        decoded = self.student.text_decoder.bert(ids, mask, causal=True, image_kv=kv, want_maps=want_maps,
+                                                 layers=self.hidden_layers('decoder_hidden'))
         hidden = decoded.hidden[:, :-1]
         if self.uses('lm', 'lm_logits'):
             logits = self.student.text_decoder.logits(hidden[valid])  # the head runs on labelled positions only
-        share = token_share(valid)
+        share = token_share(valid, update.labels)
         if self.uses('lm'):
             out['lm'] = share * losses.lm_loss(logits, labels[:, 1:][valid])
         if not self.uses('lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn', 'decoder_hidden'):
             return
-        with torch.no_grad():
-            target = self.teacher.text_decoder.bert(ids, mask, causal=True, image_kv=teacher_kv, want_maps=want_maps,
-                                                    layers=theirs)
-            target_hidden = target.hidden[:, :-1]
+        target = targets.decoding(ids, mask, want_maps)
         if self.uses('lm_logits'):
-            with torch.no_grad():
-                target_logits = self.teacher.text_decoder.logits(target_hidden[valid])
-            out['lm_logits'] = share * losses.logit_kl_loss(logits, target_logits)
+            out['lm_logits'] = share * targets.logit_loss(logits, target, valid)
         if self.uses('decoder_feat'):
-            out['decoder_feat'] = share * losses.cosine_loss(self.decoder_map(hidden), target_hidden, valid)
+            out['decoder_feat'] = share * losses.cosine_loss(self.decoder_map(hidden), target.hidden, valid)
         if self.uses('decoder_hidden'):
-            out['decoder_hidden'] = token_share(mask) * self.hidden['decoder_hidden'](decoded.states, target.states,
-                                                                                      mask)
+            out['decoder_hidden'] = token_share(mask, update.tokens) * self.hidden['decoder_hidden'](
+                decoded.states, target.states, mask)
         for term in ('decoder_self_attn', 'decoder_cross_attn'):
             if self.uses(term):
                 name = term.removeprefix('decoder_').replace('attn', 'map')
-                out[term] = token_share(mask) * losses.attention_kl_loss(getattr(decoded, name),
-                                                                         getattr(target, name), mask)
+                out[term] = token_share(mask, update.tokens) * losses.attention_kl_loss(
+                    getattr(decoded, name), getattr(target, name), mask)
 
 
 def with_start(ids: torch.Tensor, start_id: int) -> torch.Tensor:
@@ -323,14 +351,11 @@ def with_start(ids: torch.Tensor, start_id: int) -> torch.Tensor:
     return ids
 
 
-def token_share(mask: torch.Tensor) -> torch.Tensor | float:
-    """Tokens of this process over the mean of all processes: turns a mean over the process's own tokens into its
-    part of the mean over the global batch's, which DDP's average of gradients then is.
+def token_share(mask: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Tokens of this micro-batch over the mean of all of the update's: turns a mean over its own tokens into its part
+    of the mean over all of them, which the average of gradients over micro-batches and processes then is.
     """
-    if world_size() == 1:
-        return 1.0
-    counts = all_gather(mask.sum()[None].float())
-    return counts[rank()] / counts.mean()
+    return mask.sum() / mean.clamp(min=1)
 
 
 def pad_to(rows: torch.Tensor, width: int) -> torch.Tensor:

@@ -18,15 +18,15 @@ def rehearse(run: Run, loader, max_tokens: int, prompt: str = '') -> None:
     Raises:
         ValueError: the disk has no room for the run's checkpoints.
     """
-    train, accumulate, nets = run.config['train'], run.config['optim']['accumulate'], run.objective
+    train, nets = run.config['train'], run.objective
     before, seconds = memory_used(run.device), []
     run.parallel.train()
-    for number, batch in zip(range(STEPS + 1), loader, strict=False):
+    for number, batches in zip(range(STEPS + 1), run.updates(loader), strict=False):
         started = time.perf_counter()
-        _, losses = run.train_step(batch, number, True, max_tokens, prompt)
+        _, losses = run.train_step(batches, number * run.accumulate, max_tokens, prompt)
         run.update()
         losses['loss'].item()  # waits for the device
-        seconds.append(time.perf_counter() - started)
+        seconds.append((time.perf_counter() - started) / len(batches))
     rate = statistics.median(seconds[1:] or seconds)
     samples, batches = train['batch_size'] * world_size(), run.steps_per_epoch * train['epochs']
     moments = [value for state in run.optimizer.state.values() for value in state.values() if hasattr(value, 'nbytes')]
@@ -36,7 +36,7 @@ def rehearse(run: Run, loader, max_tokens: int, prompt: str = '') -> None:
     parts = {'student': nets.student, 'momentum twin': nets.momentum, 'teacher': nets.teacher}
     rows = {'parameters': ', '.join(f'{name} {count_parameters(net) / 1e6:.1f}M' for name, net in parts.items() if net),
             'a batch': f'{train["batch_size"]} x {world_size()} processes = {samples} pairs, with an update every '
-                       f'{samples * accumulate}',
+                       f'{samples * run.accumulate}',
             'batches': f'{run.steps_per_epoch} x {train["epochs"]} epochs = {batches}',
             'first batch': f'{seconds[0]:.2f} s',
             'a batch after it': f'{rate:.2f} s ({samples / rate:.1f} pairs/s), loading not counted',

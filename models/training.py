@@ -2,8 +2,10 @@
 
 import json
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from inspect import signature
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,7 +29,10 @@ NAMES = {'loss': 'train_loss', 'reward': 'train_reward'}  # in the logs; every o
 class Run:
     """Everything a training run must keep, in `output_dir/last.pth`; a run found there is resumed.
 
-    Every step's randomness is a function of (seed, step, rank) and every batch one of (seed, epoch), so the
+    An update takes `optim.accumulate` batches and gives what one batch of them all would, but for the negatives of ITM
+    (`Objective.draw_negatives`). Learning rate, alpha and the contrastive columns are the update's.
+
+    Every update's randomness is a function of (seed, update, rank) and every batch one of (seed, epoch), so the
     position is all that a resumed run needs beside weights, optimizer, queues and meters. The `train.keep` checkpoints
     before the last stay beside it, and take its place should it be damaged.
 
@@ -45,6 +50,8 @@ class Run:
         self.tokenizer, self.config, self.output_dir = tokenizer, config, output_dir
         self.device, self.seed, self.steps_per_epoch = device, seed, steps_per_epoch
         self.dtype = arithmetic(config['train']['precision'], device)  # of the autocast regions
+        self.accumulate = config['optim']['accumulate']
+        self.updates_per_epoch = -(-steps_per_epoch // self.accumulate)
         self.epoch = self.batch = 0  # the next batch to train on
         self.best = -math.inf
         self.keeper = Keeper(output_dir, config['train']['keep'])
@@ -129,12 +136,18 @@ class Run:
 
     # ------------------------------------------------------------ training
 
-    def alpha(self, step: int) -> float:
+    def alpha(self, update: int) -> float:
         """Share of the momentum targets, ramped linearly over the first epochs."""
         ita = self.config.get('ita')
         if ita is None:
             return 0.0
-        return ita['alpha'] * min(1.0, step / max(1, ita['alpha_ramp_epochs'] * self.steps_per_epoch))
+        return ita['alpha'] * min(1.0, update / max(1, ita['alpha_ramp_epochs'] * self.updates_per_epoch))
+
+    def updates(self, loader) -> Iterator[list[dict]]:
+        """The batches of each update; an epoch's last one may have fewer."""
+        batches = iter(loader)
+        while group := list(islice(batches, self.accumulate)):
+            yield group
 
     def _open_logs(self) -> None:
         """Forget the logged steps and epochs that will be redone, and what a killed process left; start to log."""
@@ -160,65 +173,81 @@ class Run:
         """
         if self.stop is None:
             self._open_logs()
-        train, accumulate = self.config['train'], self.config['optim']['accumulate']
-        log_every, save_due = train['log_every'], False
+        train = self.config['train']
         last_step = self.steps_per_epoch * train['epochs']
         clock, unchecked = Clock(last_step - self.epoch * self.steps_per_epoch - self.batch), []
         self.parallel.train()
-        for batch in loader:
+        for batches in self.updates(loader):
             clock.data_ready()
-            step = self.epoch * self.steps_per_epoch + self.batch
-            boundary = (self.batch + 1) % accumulate == 0 or self.batch + 1 == self.steps_per_epoch
-            lr, losses = self.train_step(batch, step, boundary, max_tokens, prompt)
-            unchecked.append((step, batch['id'], losses))
-            if self.device.type == 'cpu' or (self.batch + 1) % log_every == 0:
+            first, before = self.epoch * self.steps_per_epoch + self.batch, self.batch
+            lr, losses = self.train_step(batches, first, max_tokens, prompt)
+            unchecked.append((first, torch.cat([batch['id'] for batch in batches]), losses))
+            self.batch += len(batches)
+            at_end = self.batch == self.steps_per_epoch
+            log_due, save_due = (every and (at_end or self.batch // every > before // every)
+                                 for every in (train['log_every'], train['save_every']))
+            if self.device.type == 'cpu' or log_due:
                 self._check_finite(unchecked)  # on a GPU only now: looking at a loss waits for the device
-            if boundary:
-                self.update()
+            self.update()
             values = {NAMES.get(name, f'train_loss_{name}'): value for name, value in losses.items()}
             self.meters.update(values)
             self.interval.update(values)
-            self.batch += 1
-            clock.step_done(len(batch['id']) * world_size())
-            if self.batch % log_every == 0 or self.batch == self.steps_per_epoch:
-                self._check_finite(unchecked)
-                self._log_interval(step, lr, clock)
-            # Only whole updates are saved: gradients that were accumulated so far would be lost.
-            looks = boundary and (world_size() == 1 or self.batch % (log_every * accumulate) == 0)
-            if looks and any_process(self.stop.received, self.device):
+            clock.step_done(len(batches), len(batches) * len(batches[0]['id']) * world_size())
+            if log_due:
+                self._log_interval(first + len(batches), lr, clock)
+            # Saved are whole updates only: gradients that were accumulated so far would be lost.
+            if (world_size() == 1 or log_due) and any_process(self.stop.received, self.device):
                 self.save()
                 logger.info('stopped by a signal; the same command resumes from %s', self.output_dir / 'last.pth')
                 raise SystemExit(0)
-            save_due |= bool(train['save_every']) and self.batch % train['save_every'] == 0
-            if save_due and boundary and self.batch < self.steps_per_epoch:
+            if save_due and not at_end:
                 self.save()
-                save_due = False
         means = {'train_lr': self.optimizer.param_groups[0]['lr'], **self.meters.means()}  # the last step's
         self.epoch, self.batch, self.meters = self.epoch + 1, 0, Meters()
         return means
 
-    def train_step(self, batch: dict, step: int, boundary: bool, max_tokens: int, prompt: str
+    def train_step(self, batches: list[dict], first: int, max_tokens: int, prompt: str
                    ) -> tuple[float, dict[str, torch.Tensor]]:
-        """Forward and backward of one batch -> (learning rate, detached losses).
+        """Forward and backward of the batches of one update -> (learning rate, detached losses, their means).
 
         Args:
-            boundary: the gradients go into an update now; before it the processes do not exchange any.
+            first: number of the first batch, counted from the start of the run.
         """
         train, optim = self.config['train'], self.config['optim']
-        self.bad_images.update(batch)
-        lr = learning_rate(step, self.steps_per_epoch, train['epochs'], optim['lr'], optim['min_lr'],
+        epoch, batch = divmod(first, self.steps_per_epoch)
+        update = epoch * self.updates_per_epoch + batch // self.accumulate
+        lr = learning_rate(update, self.updates_per_epoch, train['epochs'], optim['lr'], optim['min_lr'],
                            optim['warmup_steps'], optim['warmup_lr'], optim['schedule'], optim['decay'])
         for group in self.optimizer.param_groups:
             group['lr'] = lr
-        seed_everything(self.seed, step, rank())
+        seed_everything(self.seed, first, rank())
+        parts, means = [self._inputs(batch, max_tokens, prompt) for batch in batches], {}
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        with autocast:
+            shared = self.objective.prepare(parts)
+        for number, inputs in enumerate(parts):
+            # Before the last batch the processes do not exchange any gradients.
+            last = world_size() == 1 or number == len(parts) - 1
+            with nullcontext() if last else self.parallel.no_sync():
+                with autocast:
+                    losses = self.parallel(*inputs[:4], self.alpha(update), self.seed * 1_000_003 + first + number,
+                                           shared, number)
+                (losses['loss'] / len(parts)).backward()
+            for name, value in losses.items():
+                means[name] = means.get(name, 0.0) + value.detach() / len(parts)
+        return lr, means
+
+    def _inputs(self, batch: dict, max_tokens: int, prompt: str) -> tuple:
+        """What `Objective.prepare` takes of a batch, on the device."""
+        self.bad_images.update(batch)
         ids, mask = self.tokenizer([prompt + caption for caption in batch['caption']], max_tokens)
         inputs = [x.to(self.device, non_blocking=True) for x in (batch['image'], ids, mask, batch['id'])]
         inputs[0] = normalise(inputs[0])
-        with nullcontext() if boundary or world_size() == 1 else self.parallel.no_sync():
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-                losses = self.parallel(*inputs, self.alpha(step), self.seed * 1_000_003 + step)
-            (losses['loss'] / optim['accumulate']).backward()
-        return lr, {name: value.detach() for name, value in losses.items()}
+        if 'targets' in batch:
+            if not torch.equal(batch['targets']['tokens'], mask.sum(1)):
+                raise ValueError('the stored targets are of captions of other lengths: store them again')
+            inputs.append({name: x.to(self.device, non_blocking=True) for name, x in batch['targets'].items()})
+        return tuple(inputs)
 
     def update(self) -> None:
         """One step of the optimizer and of the momentum twin."""
@@ -239,18 +268,21 @@ class Run:
                     f'good state is in {self.output_dir}. Lower optim.lr, set optim.clip_norm, or use precision fp32.')
         unchecked.clear()
 
-    def _log_interval(self, step: int, lr: float, clock: Clock) -> None:
+    def _log_interval(self, done: int, lr: float, clock: Clock) -> None:
+        """Args:
+            done: batches since the start of the run.
+        """
         means, self.interval = self.interval.means(), Meters()
         broken = self.bad_images.check()
         shown = '  '.join(f'{name.removeprefix("train_")} {value:.3f}' for name, value in means.items())
         logger.info('epoch %d [%d/%d]  lr %.2e  %s  %s%s', self.epoch, self.batch, self.steps_per_epoch, lr, shown,
                     clock.line(), f'  broken: {broken}' if self.bad_images.kinds else '')
         if is_main():
-            place = {'epoch': self.epoch, 'progress': (step + 1) / self.steps_per_epoch}
+            place = {'epoch': self.epoch, 'progress': done / self.steps_per_epoch}
             append_log(self.output_dir / 'steps.txt', {**place, 'train_lr': lr, **means})
             system = {'system_images_per_s': clock.rate(), 'system_data_wait': clock.waiting(),
                       'system_memory_GiB': memory_used(self.device)}
-            self.board.scalars({'train_lr': lr, **means, **system}, step)
+            self.board.scalars({'train_lr': lr, **means, **system}, done - 1)
 
     def end_epoch(self, stats: dict, samples: list[tuple[Path, str]] = ()) -> None:
         """Append the epoch to `log.txt` (the original's keys), redraw the curves and save `last.pth`.

@@ -23,6 +23,7 @@ import train_dlip_caption_flickr
 import train_dlip_retrieval_flickr
 from bench.stress import workers_of
 from data import scene_layouts
+from data.loader import Batches
 from models.checkpoint import load_model, read_checkpoint
 from models.logs import read_log
 from models.optim import learning_rate, parameter_groups
@@ -161,7 +162,31 @@ def test_two_processes_train_the_same_model_as_one(pretrained, tmp_path):
         assert [row[name] for row in two] == pytest.approx([row[name] for row in one], rel=1e-5), name
 
 
-def test_accumulation_keeps_the_number_of_updates_apart_from_the_batches(pretrained, tmp_path):
+def test_accumulated_batches_train_the_same_model_as_one_large_batch(pretrained, scenes, tmp_path):
+    """Every term but ITM, whose negatives are of their own micro-batch: ITA sees the columns of the whole update, token
+    means are over all its tokens; also over two processes. Equal up to the order of float sums.
+    """
+    config, teacher = pretrained
+    pairs = broken_set(scenes, tmp_path, lambda records: records.__delitem__(slice(48, None)))  # 6 updates of 8
+    terms = ('ita_soft', 'image_feat', 'lm_logits', 'self_attn', 'decoder_self_attn')
+    settings = [f'data.train={pairs}', 'train.epochs=1', 'loss.itm=0.0', 'ita.queue_size=30',
+                f'teacher.weights={teacher / "last.pth"}', 'teacher.size=nano', *(f'loss.{term}=1.0' for term in terms)]
+    want = run(pretrain_dlip, config, tmp_path / 'one', *settings)
+    parts = [run(pretrain_dlip, config, tmp_path / 'four', *settings, 'train.batch_size=2', 'optim.accumulate=4')]
+    done = torchrun(config, tmp_path / 'both', 2, *settings, 'train.batch_size=2', 'optim.accumulate=2')
+    assert done.returncode == 0, done.stderr[-2000:]
+    parts.append(read_checkpoint(tmp_path / 'both/last.pth'))
+    for got in parts:
+        assert {int(entry['step']) for entry in got['optimizer']['state'].values()} == {6}
+        for part in ('model', 'objective'):  # weights; momentum twin and queues
+            for key, value in want[part].items():
+                assert torch.allclose(got[part][key].float(), value.float(), atol=1e-4), key
+    one, *others = (read_log(tmp_path / name / 'log.txt')[0] for name in ('one', 'four', 'both'))
+    for row in others:
+        assert row == pytest.approx(one, rel=1e-5)
+
+
+def test_an_epochs_last_update_may_be_smaller(pretrained, tmp_path):
     config, _ = pretrained
     state = run(pretrain_dlip, config, tmp_path, 'train.epochs=1', 'optim.accumulate=3')
     steps = {int(entry['step']) for entry in state['optimizer']['state'].values()}
@@ -275,6 +300,29 @@ def test_odd_captions_and_a_broken_picture_do_not_end_a_run(pretrained, scenes, 
     run(pretrain_dlip, pretrained[0], tmp_path / 'out', f'data.train={data}')
     printed = capsys.readouterr().out
     assert 'cut.jpg is not a readable picture' in printed and '1 pairs without a caption' in printed
+
+
+def test_all_processes_stop_when_one_meets_too_many_broken_pictures(pretrained, scenes, tmp_path):
+    """Launched without torchrun, which would end the one that waits for the other."""
+    def edit(records):
+        records *= 6
+        (tmp_path / 'broken.jpg').write_bytes(b'')
+        for row in sum(Batches(len(records), 8, seed=1, epoch=0, start_step=0, rank=1, world_size=2), []):
+            records[row] = records[row] | {'image_root': str(tmp_path / 'broken.jpg')}
+    data = broken_set(scenes, tmp_path, edit)
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, 'pretrain_dlip.py', '--config', str(pretrained[0]), '--output_dir', str(tmp_path),
+               '--device', 'cpu', '--seed', '1', f'data.train={data}']
+    there = {'OMP_NUM_THREADS': '1', 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port)}
+    runs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             env={**os.environ, **there, 'RANK': rank, 'LOCAL_RANK': rank}) for rank in '01']
+    printed = [process.communicate(timeout=120) for process in runs]
+    stops = [re.findall('^error: .*', errors, re.MULTILINE) for _, errors in printed]
+    assert stops[0] == stops[1] and 'not a picture) cannot be read' in stops[0][0], printed
+    assert [process.returncode for process in runs] == [1, 1]
+    assert ['broken.jpg' in output for output, _ in printed] == [False, True]  # that it was met
 
 
 def test_weight_decay_is_for_matrices_only(nano):
