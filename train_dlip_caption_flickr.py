@@ -49,6 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     model, data, train, scst = config['model'], config['data'], config['train'], config['scst']
     if scst['epochs']:
         check_samples(scst['samples'])  # now rather than after the epochs before it
+    if data['teacher_captions'] and config['teacher']['cache']:
+        raise ValueError('teacher.cache holds answers about the references alone: set data.teacher_captions to 0, or '
+                         'teacher.cache to null')
 
     # data
     transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'])

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate as resize
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import functional as F
 
@@ -146,10 +146,10 @@ def swap_left_right(caption: str) -> str:
     return re.sub(r'\b([Ll]eft|[Rr]ight)\b', lambda match: MIRRORED[match[0]], caption)
 
 
-def resize(pixels: torch.Tensor, side: int) -> torch.Tensor:
+def to_square(pixels: torch.Tensor, side: int) -> torch.Tensor:
     """uint8 [3, H, W] -> uint8 [3, side, side]"""
     pixels = pixels[None].contiguous(memory_format=torch.channels_last)  # for which the resizing is vectorised
-    return interpolate(pixels, [side, side], mode='bicubic', antialias=True)[0]
+    return resize(pixels, [side, side], mode='bicubic', antialias=True)[0]
 
 
 class train_transform:
@@ -181,7 +181,7 @@ class train_transform:
         return (height - h) // 2, (width - w) // 2, h, w  # the middle of a very long picture
 
     def __call__(self, pixels: torch.Tensor, caption: str) -> tuple[torch.Tensor, str]:
-        pixels = resize(pixels, self.image_size)
+        pixels = to_square(pixels, self.image_size)
         if random.random() < 0.5:
             pixels, caption = pixels.flip(-1), swap_left_right(caption)
         if self.augment:
@@ -192,17 +192,19 @@ class train_transform:
 class whole_transform:
     """In the place of a `train_transform`, without its randomness: the whole picture, resized, and its caption.
 
-    Pixels are those of `eval_transform` up to rounding, and up to the size at which a large JPEG is decoded.
+    Pixels are those of `eval_transform` up to rounding.
     """
 
-    def __init__(self, image_size: int):
-        self.image_size = image_size
+    image_size = math.inf  # for `open_part`: a JPEG is decoded at its full size, as for evaluation
+
+    def __init__(self, side: int):
+        self.side = side
 
     def crop(self, height: int, width: int) -> tuple[int, int, int, int]:
         return 0, 0, height, width
 
     def __call__(self, pixels: torch.Tensor, caption: str) -> tuple[torch.Tensor, str]:
-        return resize(pixels, self.image_size), caption
+        return to_square(pixels, self.side), caption
 
 
 class eval_transform:

@@ -93,8 +93,7 @@ class Objective(nn.Module):
                                   for size in ('depth', 'width'))
                 pairs = layer_pairs((hidden_layers or {}).get(tower), *depths, tower)
                 self.hidden[term] = HiddenStates(pairs, *widths)
-        if self.teacher is not None:
-            self.frozen.layers = {term: states.theirs for term, states in self.hidden.items()}
+                self.frozen.layers[term] = self.hidden[term].theirs
         self._freeze_unreached()
 
     def _freeze_unreached(self) -> None:
@@ -208,7 +207,7 @@ class Objective(nn.Module):
         if self.uses('image_tokens'):
             out['image_tokens'] = losses.cosine_loss(self.token_map(tokens), targets.image_tokens)
         if self.uses('vision_hidden'):
-            out['vision_hidden'] = self.hidden['vision_hidden'](states, targets.vision_states)
+            out['vision_hidden'] = self.hidden['vision_hidden'](states, targets.image_states)
         negatives = None
         if self.uses(*CONTRASTIVE):
             negatives = self.contrastive(out, targets, tokens, ids, mask, sample_ids, alpha, step_seed, update, part)

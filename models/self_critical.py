@@ -35,11 +35,11 @@ class SelfCritical(nn.Module):
         self.samples, self.max_length = check_samples(samples), max_length
         self.prompt_ids = tokenizer([prompt], student.config.max_positions, DEC)[0][0, :-1]
 
-    def prepare(self, batches: list) -> None:
-        """The batches of an update share nothing (as those of an `Objective` do)."""
+    def prepare(self, batches: list[tuple]) -> None:
+        """The batches of an update share nothing, other than those of an `Objective`."""
 
     def forward(self, images: torch.Tensor, ids, mask, picture_ids: torch.Tensor, *unused) -> dict[str, torch.Tensor]:
-        """images [B, 3, S, S], picture_ids [B]; captions and what else an `Objective` takes are not used.
+        """images [B, 3, S, S], picture_ids [B]; what else an `Objective` takes is not used, the captions neither.
 
         Returns:
             'loss' and the mean 'reward' (scalars, float32).

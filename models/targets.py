@@ -11,26 +11,28 @@ from models import losses
 from models.blip import BLIP, BLIPConfig, select_images
 from utils import all_gather
 
-States = dict[int, torch.Tensor]  # outputs [R, T or N, width] of layers, by their index
-
 
 class Matched(NamedTuple):
-    """Of the matching pass over R rows: [ENC]'s state [R, width], logits [R, 2] and last-layer maps (`TextOutput`)."""
+    """Of the matching pass over R rows: [ENC]'s state [R, width], logits [R, 2], last-layer maps and the states of the
+    teacher's layers that are compared (`TextOutput`).
+    """
 
     hidden: torch.Tensor | None
     logits: torch.Tensor | None
     self_map: torch.Tensor | None = None
     cross_map: torch.Tensor | None = None
-    states: States | None = None
+    states: dict[int, torch.Tensor] | None = None
 
 
 class Decoded(NamedTuple):
-    """Of the decoder's pass: states [B, T - 1, width] of all positions but the last, and last-layer maps."""
+    """Of the decoder's pass: states [B, T - 1, width] of all positions but the last, last-layer maps, and the states
+    [B, T, width] of the teacher's layers that are compared.
+    """
 
     hidden: torch.Tensor | None
     self_map: torch.Tensor | None = None
     cross_map: torch.Tensor | None = None
-    states: States | None = None
+    states: dict[int, torch.Tensor] | None = None
 
 
 class LiveTeacher:
@@ -39,11 +41,12 @@ class LiveTeacher:
     Not a submodule, so it is neither in the optimizer, nor broadcast by DDP, nor written to checkpoints.
 
     Attributes:
-        layers: by hidden-state term the layers whose states are asked for.
+        layers: by hidden-state term (models/hidden.py) the layers whose states are compared.
     """
 
     def __init__(self, model: BLIP):
-        self.model, self.layers = model.eval().requires_grad_(False), {}
+        self.model = model.eval().requires_grad_(False)
+        self.layers: dict[str, list[int]] = {}
 
     @property
     def config(self) -> BLIPConfig:
@@ -58,25 +61,33 @@ class LiveTeacher:
 
 
 class LiveTargets:
-    """A net's answers on one batch, computed when they are asked for; the image's tokens and keys once."""
+    """A net's answers on one batch, computed when they are asked for; the image's tokens and keys once.
 
-    def __init__(self, teacher: BLIP, images: torch.Tensor, layers: dict[str, list[int]]):
-        self.teacher, self.images, self.layers = teacher, images, layers
-        self.text_states: States = {}  # of the pass that made the features
+    Args:
+        layers: see `LiveTeacher`.
+
+    Attributes:
+        text_states: {layer: [B, T, text_width]} of the text-only pass, once `features` was asked for.
+    """
+
+    def __init__(self, teacher: BLIP, images: torch.Tensor, layers: dict[str, list[int]] | None = None):
+        self.teacher, self.images, self.layers = teacher, images, layers or {}
+        self.text_states: dict[int, torch.Tensor] = {}
 
     @cached_property
     @torch.no_grad()
-    def vision(self) -> tuple[torch.Tensor, States]:
+    def encoded(self) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         return self.teacher.encode_image(self.images, self.layers.get('vision_hidden', ()))
 
     @property
     def image_tokens(self) -> torch.Tensor:
         """[B, N, vision_width]"""
-        return self.vision[0]
+        return self.encoded[0]
 
     @property
-    def vision_states(self) -> States:
-        return self.vision[1]
+    def image_states(self) -> dict[int, torch.Tensor]:
+        """{layer: [B, N, vision_width]}"""
+        return self.encoded[1]
 
     @cached_property
     @torch.no_grad()
@@ -86,8 +97,8 @@ class LiveTargets:
     @torch.no_grad()
     def features(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """ids, mask [B, T] starting with [CLS] -> unit-norm image and text features [B, embed_dim]"""
-        text_feat, self.text_states = self.teacher.text_feat(ids, mask, self.layers.get('text_hidden', ()))
-        return self.teacher.image_feat(self.image_tokens), text_feat
+        text, self.text_states = self.teacher.text_feat(ids, mask, self.layers.get('text_hidden', ()))
+        return self.teacher.image_feat(self.image_tokens), text
 
     @torch.no_grad()
     def matching(self, ids: torch.Tensor, mask: torch.Tensor, image_index: torch.Tensor,

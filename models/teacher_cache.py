@@ -80,7 +80,7 @@ def answers(teacher: BLIP, images: torch.Tensor, ids: torch.Tensor, mask: torch.
             terms: list[str], top_k: int) -> dict[str, torch.Tensor]:
     """What the terms need of the teacher, as `Objective` asks it: the fields of B pairs, padded to T tokens."""
     cls_id, enc_id, bos_id = start_ids
-    targets, found = LiveTargets(teacher, images, {}), {}
+    targets, found = LiveTargets(teacher, images), {}
 
     def uses(*names: str) -> bool:
         return any(name in terms for name in names)
@@ -130,9 +130,6 @@ def made_of(config: dict, dataset: Captioned, tokenizer: Tokenizer, seed: int, p
         raise ValueError('teacher.cache needs pairs that have a place: set data.train to an all.json (the samples of '
                          'tars come in another order with every number of processes), or teacher.cache to null')
     model, data = config['model'], config['data']
-    if data.get('teacher_captions'):
-        raise ValueError('teacher.cache holds targets of the references alone: set data.teacher_captions or '
-                         'teacher.cache to what it is without')
     pairs = pc.binary_join_element_wise(dataset.table['image_root'], dataset.table['caption'],
                                         dataset.table['id'].cast('string'), '\t')
     hashed = hashlib.sha256()

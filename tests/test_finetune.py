@@ -233,7 +233,7 @@ def test_the_mean_reward_rises(captioner, small_tokenizer, bf16):
     for step in range(40):
         torch.manual_seed(step)
         with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
-            out = net(images, None, None, torch.arange(4), 0, 0)
+            out = net(images, None, None, torch.arange(4))
         out['loss'].backward()
         if not step:
             assert all(p.grad is not None for p in net.parameters() if p.requires_grad)  # DDP waits for all
@@ -334,5 +334,7 @@ def test_the_self_critical_stage_alone(finished, tmp_path):
                                     'data.teacher_captions=0'])
     assert same(read_checkpoint(tmp_path / 'before_scst.pth')['model'], read_checkpoint(out / 'best.pth')['model'])
     assert len(read_log(tmp_path / 'scst/log.txt')) == 1
-    with pytest.raises(ValueError, match='scst.samples must be at least 2, got 1'):
-        train_dlip_caption_flickr.main([*settings, 'scst.samples=1'])
+    for setting, message in (('scst.samples=1', 'scst.samples must be at least 2, got 1'),
+                             ('teacher.cache=targets', 'set data.teacher_captions to 0, or teacher.cache to null')):
+        with pytest.raises(ValueError, match=message):
+            train_dlip_caption_flickr.main([*settings, setting])

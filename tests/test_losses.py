@@ -182,11 +182,11 @@ def test_hidden_states_are_those_of_the_chosen_layers(small_tokenizer, batch, te
     for model, layer in ((net.student, 0), (net.teacher, 1)):
         tower = {'vision_hidden': model.visual_encoder.blocks, 'decoder_hidden': model.text_decoder.bert.layers}.get(
             term, model.text_encoder.layers)
-        tower[layer].register_forward_hook(lambda module, inputs, out, model=model: seen.update(
-            {model: out if term == 'vision_hidden' else out[0]}))
+        tower[layer].register_forward_hook(
+            lambda module, inputs, out, layer=layer: seen.update({layer: out if term == 'vision_hidden' else out[0]}))
     got = net(*batch, 0.4, 0)[term].detach()
     mask = None if term == 'vision_hidden' else batch[2]
-    want = losses.hidden_loss(net.hidden[term].maps[0](seen[net.student]), seen[net.teacher], mask)
+    want = losses.hidden_loss(net.hidden[term].maps[0](seen[0]), seen[1], mask)
     assert torch.allclose(got, want, atol=1e-6) and float(got) > 0.1
     with pytest.raises(ValueError, match='the student has the layers 1 to 2, not 3'):
         objective(small_tokenizer, {term: 1.0}, hidden_layers={'vision': [3], 'text': [3]})
