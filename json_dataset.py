@@ -165,8 +165,8 @@ def remove_leftovers(out: Path) -> None:
 
 def summary(tallies: dict[str, Tally]) -> str:
     """A table: a row per source, a column per fate of a pair."""
-    reasons = sorted({reason for tally in tallies.values() for reason, count in tally.fates.items() if count} - {'kept'})
-    total = sum((tally.fates for tally in tallies.values()), Counter())
+    total = sum((tally.fates for tally in tallies.values()), Counter())  # leaves out what counts 0
+    reasons = sorted(total.keys() - {'kept'})
     rows = [['source', 'kept', *reasons]] + [
         [source, *(str(fates[column]) for column in ('kept', *reasons))]
         for source, fates in [*((source, tally.fates) for source, tally in tallies.items()), ('all', total)]]

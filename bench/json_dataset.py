@@ -147,16 +147,18 @@ def main(argv: list[str] | None = None) -> None:
             for name, code in sides.items():
                 times[name].append(timed(code, root, out))
         ratio = statistics.median(a / b for a, b in zip(times['original'], times['ours'], strict=True))
-        print(f'{args.shards} shards, {args.shards * SHARD:,} pairs: original {statistics.median(times["original"]):.2f} s, '
-              f'ours {statistics.median(times["ours"]):.2f} s with {args.workers} processes, {ratio:.1f}x')
+        theirs, ours = (statistics.median(times[name]) for name in ('original', 'ours'))
+        print(f'{args.shards} shards, {args.shards * SHARD:,} pairs: original {theirs:.2f} s, ours {ours:.2f} s with '
+              f'{args.workers} processes, {ratio:.1f}x')
         root = Path(place) / 'large'
         for number in progress(range(args.large_shards), desc='writing shards'):
             write_shard(root / 'cc3m', number, FAILED, False)
         seconds, peak, printed = measured([sys.executable, 'json_dataset.py', '--root', str(root), '--out', str(out),
                                            '--workers', str(args.workers)])
         kept = int(re.search(r'^ +all +(\d+)', printed, re.MULTILINE)[1])
+        size = (out / 'all.json').stat().st_size
         print(f'{args.large_shards} shards: {kept:,} pairs kept, {seconds:.0f} s, at most {peak / 2 ** 20:.0f} MiB '
-              f'resident over {1 + args.workers} processes; all.json has {(out / "all.json").stat().st_size / 1e6:.0f} MB')
+              f'resident over {1 + args.workers} processes; all.json has {size / 1e6:.0f} MB')
 
 
 if __name__ == '__main__':

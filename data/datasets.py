@@ -129,10 +129,14 @@ def with_captions(pictures: list[Picture], source: str) -> list[Picture]:
 
 
 class FlickrTrain(Captioned):
-    """Flickr30K's training pictures, one item per caption; the captions of a picture share its id."""
+    """Training pictures of Flickr30K or of one's own, one item per caption; the captions of a picture share its id.
 
-    def __init__(self, root: str | os.PathLike, transform: train_transform, max_words: int, seed: int = 0):
-        pictures = with_captions(load_flickr(root, 'train'), f'{root}, split train')
+    Root and `how` are those of `load_flickr`.
+    """
+
+    def __init__(self, root: str | os.PathLike, transform: train_transform, max_words: int, seed: int = 0,
+                 how: str = 'standard'):
+        pictures = with_captions(load_flickr(root, 'train', how), f'{root}, split train')
         rows = [(str(picture.path), text, number) for number, picture in enumerate(pictures)
                 for text in picture.captions]
         table = pa.table(dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True)))
@@ -150,9 +154,10 @@ class ImageTextEval(torch.utils.data.Dataset):
         references: per picture its captions as they were written.
     """
 
-    def __init__(self, root: str | os.PathLike, split: str, transform: eval_transform, max_words: int):
+    def __init__(self, root: str | os.PathLike, split: str, transform: eval_transform, max_words: int,
+                 how: str = 'standard'):
         self.root, self.split, self.transform = Path(root), split, transform
-        pictures = with_captions(load_flickr(root, split), f'{root}, split {split}')
+        pictures = with_captions(load_flickr(root, split, how), f'{root}, split {split}')
         self.paths = [picture.path for picture in pictures]
         missing = [path for path in self.paths if not path.exists()]
         if missing:

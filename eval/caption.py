@@ -101,7 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     device, output_dir = setup_process(args.device), make_output_dir(args.output_dir)
     model, tokenizer, _ = load_model(args.checkpoint, device, 'caption', args.tokenizer)
     data = config['data']
-    dataset = ImageTextEval(data['root'], args.split, eval_transform(model.config.image_size), data['max_words'])
+    dataset = ImageTextEval(data['root'], args.split, eval_transform(model.config.image_size), data['max_words'],
+                            data['split'])
     metrics, records = evaluate_captions(model, tokenizer, dataset, device=device, meteor=True, prompt=data['prompt'],
                                          workers=data['workers'], **config['eval'])
     if not is_main():

@@ -160,7 +160,8 @@ def main(argv: list[str] | None = None) -> None:
     device, output_dir = setup_process(args.device), make_output_dir(args.output_dir)
     model, tokenizer, _ = load_model(args.checkpoint, device, 'retrieval', args.tokenizer)
     data = config['data']
-    dataset = ImageTextEval(data['root'], args.split, eval_transform(model.config.image_size), data['max_words'])
+    dataset = ImageTextEval(data['root'], args.split, eval_transform(model.config.image_size), data['max_words'],
+                            data['split'])
     started = time.perf_counter()
     i2t, t2i = retrieval_scores(model, tokenizer, dataset, device=device, max_tokens=data['max_tokens'],
                                 workers=data['workers'], **config['eval'])

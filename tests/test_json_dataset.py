@@ -171,7 +171,9 @@ def test_a_killed_build_is_redone(tmp_path):
     command = [sys.executable, '-c', 'import os, signal, json_dataset\n'
                'json_dataset.Tally.add = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n'
                'json_dataset.main()', '--root', str(tmp_path), '--out', str(out), '--workers', '1']
-    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == -signal.SIGKILL
+    killed = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    assert killed.wait(60) == -signal.SIGKILL
+    os.killpg(killed.pid, signal.SIGKILL)  # its worker
     assert all('.tmp' in path.name for path in out.iterdir()) and any(out.iterdir())
     run(tmp_path)
     assert len(read(out / 'all.json')) == 2000
