@@ -4,109 +4,33 @@
 
 Reads ROOT/cc3m, ROOT/mscoco, ROOT/sbu (img2dataset, `--output_format files`) and ROOT/vgo (Visual Genome:
 region_descriptions.json with VG_100K and VG_100K_2), whichever are there. Writes cc3m.json, coco.json, sbu.json,
-vgo.json and all.json: lists of {"caption", "image_root", "id"}, id unique and contiguous. A file appears whole or
-not at all.
+vgo.json and all.json: lists of {"caption", "image_root", "id"}, id unique and contiguous; SOURCE_failed.parquet, a list
+for img2dataset of what could not be downloaded; and pairs.png, histograms of caption lengths and picture sizes. The
+files are replaced together at the end, and memory does not grow with the pairs (but for 8 bytes each, by which
+duplicates are found).
 """
 
 import argparse
-import json
 import os
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from functools import partial
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data.downloads import Part, find_shards, read_shard, read_visual_genome
 from utils import atomic_write, clean_exit, make_output_dir, progress
 
 SOURCES = {'cc3m': 'cc3m.json', 'mscoco': 'coco.json', 'sbu': 'sbu.json', 'vgo': 'vgo.json'}
-PICTURES = ('.jpg', '.jpeg', '.png', '.webp')
-MIN_WORDS, MIN_AREA = 5, 0.2 * 800 * 600  # Visual Genome regions: more than 4 words, more than 20% of 800 x 600
-Pair = tuple[str, str]  # caption, picture path
-
-
-def read_shard(shard: Path) -> tuple[list[Pair], Counter]:
-    """The pairs of one img2dataset shard folder, and why the rest were dropped.
-
-    From `<shard>.parquet` when it is there (status 'success'), else from the .json or .txt file of each picture.
-
-    Raises:
-        ValueError: an unreadable parquet or JSON file, named.
-    """
-    pictures = {}
-    for entry in os.scandir(shard):
-        stem, extension = os.path.splitext(entry.name)
-        if extension.lower() in PICTURES and entry.stat().st_size:
-            pictures[stem] = entry.path
-    table = shard.with_suffix('.parquet')
-    rows = parquet_rows(table) if table.exists() else side_file_rows(shard, pictures)
-    pairs, dropped, seen = [], Counter(), set()
-    for key, caption, success in rows:
-        caption = ' '.join(caption.split()) if isinstance(caption, str) else ''
-        reason = ('failed download' if not success else 'missing file' if key not in pictures else
-                  'empty caption' if not caption else 'duplicate' if key in seen else None)
-        seen.add(key)
-        if reason:
-            dropped[reason] += 1
-        else:
-            pairs.append((caption, pictures[key]))
-    return pairs, dropped
-
-
-def parquet_rows(path: Path) -> Iterator[tuple[str, str | None, bool]]:
-    try:
-        table = pq.read_table(path, columns=['key', 'caption', 'status'])
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise ValueError(f'{path} is not a readable img2dataset table ({str(error)[:100]}): remove it to read the '
-                         f'.json and .txt files instead, or download the shard again') from None
-    for key, caption, status in zip(*(table[name].to_pylist() for name in ('key', 'caption', 'status')), strict=True):
-        yield key, caption, status == 'success'
-
-
-def side_file_rows(shard: Path, pictures: dict[str, str]) -> Iterator[tuple[str, str | None, bool]]:
-    for key in sorted(pictures):
-        record, text = shard / f'{key}.json', shard / f'{key}.txt'
-        if record.exists():
-            try:
-                yield key, json.loads(record.read_text(encoding='utf-8')).get('caption'), True
-            except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
-                raise ValueError(f'{record} is not a JSON record: remove it or download its shard again') from None
-        else:
-            yield key, text.read_text(encoding='utf-8', errors='replace') if text.exists() else None, True
-
-
-def read_visual_genome(folder: Path) -> tuple[list[Pair], Counter]:
-    """Regions long and large enough, as the caption of their whole picture (the original's rule)."""
-    path = folder / 'region_descriptions.json'
-    try:
-        images = json.loads(path.read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        raise FileNotFoundError(f'no {path}: unpack region_descriptions.json.zip of Visual Genome there') from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f'{path} is not valid JSON ({error}): unpack it again') from None
-    files = {entry.name: entry.path for part in ('VG_100K_2', 'VG_100K') if (folder / part).is_dir()
-             for entry in os.scandir(folder / part)}
-    pairs, dropped = [], Counter()
-    try:
-        for image in images:
-            picture = files.get(f'{image["id"]}.jpg')
-            for region in image['regions']:
-                caption = ' '.join((region['phrase'] or '').split())
-                reason = ('missing file' if picture is None else
-                          'short phrase' if len(caption.split()) < MIN_WORDS else
-                          'small region' if region['width'] * region['height'] <= MIN_AREA else None)
-                if reason:
-                    dropped[reason] += 1
-                else:
-                    pairs.append((caption, picture))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path} is not Visual Genome\'s list of images with regions ({error!r}): '
-                         f'unpack region_descriptions.json.zip again') from None
-    return pairs, dropped
+FAILED = pa.schema({'url': pa.string(), 'caption': pa.string()})
+PANELS = {'words of the caption (60 and more in the last bin)': np.arange(1, 62),  # and the edges of the bins
+          'shorter side as stored (pixels)': np.geomspace(16, 8192, 55),
+          'shorter side as published (pixels)': np.geomspace(16, 8192, 55)}
 
 
 class PairWriter:
@@ -114,34 +38,83 @@ class PairWriter:
 
     def __init__(self, file):
         self.file, self.count = file, 0
-        file.write('[')
 
-    def write(self, pairs: list[Pair]) -> None:
-        for caption, picture in pairs:
-            record = {'caption': caption, 'image_root': picture, 'id': self.count}
-            self.file.write((',\n' if self.count else '\n') + json.dumps(record, ensure_ascii=False))
-            self.count += 1
+    def write(self, records: list[str]) -> None:
+        numbers = map(str, range(self.count, self.count + len(records)))
+        text = ''.join(chain.from_iterable(zip(records, numbers, strict=True)))
+        self.file.write(text if self.count else text.replace('},', '[', 1))
+        self.count += len(records)
 
     def close(self) -> None:
-        self.file.write('\n]\n')
+        self.file.write('}\n]\n' if self.count else '[]\n')
 
 
-def jobs_of(source: str, folder: Path) -> list:
-    """Callables that each return (pairs, dropped) of a part of a source."""
+class Seen:
+    """A set of uint64 at 8 bytes each: sorted runs, the short ones merged into longer ones as they come."""
+
+    def __init__(self):
+        self.runs: list[np.ndarray] = []
+
+    def holds(self, values: np.ndarray) -> np.ndarray:
+        """bool [N]"""
+        found = np.zeros(len(values), bool)
+        for run in self.runs:
+            found |= run[np.searchsorted(run, values).clip(max=len(run) - 1)] == values
+        return found
+
+    def add(self, values: np.ndarray) -> np.ndarray:
+        """bool [N]: which of them are new; of equal ones the first is."""
+        first = np.zeros(len(values), bool)
+        first[np.unique(values, return_index=True)[1]] = True
+        new = first & ~self.holds(values)
+        run = np.sort(values[new])
+        while self.runs and len(self.runs[-1]) <= 2 * len(run):
+            run = np.sort(np.concatenate([self.runs.pop(), run]))
+        if len(run):
+            self.runs.append(run)
+        return new
+
+
+class Tally:
+    """What a source came to: pairs kept and, by reason, dropped; histograms of the kept ones (one per panel)."""
+
+    def __init__(self):
+        self.fates = Counter(kept=0)
+        self.histograms = [np.zeros(len(edges) - 1, int) for edges in PANELS.values()]
+
+    def add(self, part: Part, new: np.ndarray) -> None:
+        self.fates += part.dropped
+        self.fates['kept'] += int(new.sum())
+        self.fates['duplicate'] += int((~new).sum())
+        for counts, edges, values in zip(self.histograms, PANELS.values(), [part.words, *part.sides.T], strict=True):
+            values = values[new]
+            counts += np.histogram(values[values > 0].clip(edges[0], edges[-1]), edges)[0]
+
+
+def in_order(pool: ProcessPoolExecutor, function: Callable, items: list, ahead: int) -> Iterator:
+    """`function` of every item, at most `ahead` of them worked on or waiting to be taken."""
+    waiting: deque = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def parts_of(source: str, folder: Path, pool: ProcessPoolExecutor, workers: int) -> Iterator[Part]:
     if source == 'vgo':
-        return [partial(read_visual_genome, folder)]
-    shards = sorted(entry for entry in folder.iterdir() if entry.is_dir() and entry.name.isdigit())
-    if not shards:
-        raise ValueError(f'{folder} holds no img2dataset shards (00000, 00001, ...): download with '
-                         f'--output_format files into it')
-    return [partial(read_shard, shard) for shard in shards]
+        return progress(read_visual_genome(folder), desc='vgo, thousands of pictures')
+    shards = find_shards(folder)
+    return progress(in_order(pool, read_shard, shards, 2 * workers), len(shards), f'{source} shards')
 
 
-def build(root: Path, out: Path, sources: list[str], workers: int) -> dict[str, Counter]:
-    """Write the files -> per source a count of kept and, by reason, dropped pairs.
+def build(root: Path, out: Path, sources: list[str], workers: int) -> dict[str, Tally]:
+    """Write the files.
 
     Raises:
         FileNotFoundError: none of the sources is there.
+        ValueError: a source that is not what its folder says, or no usable pair in any of them.
     """
     present = [source for source in sources if (root / source).is_dir()]
     for source in sources:
@@ -149,35 +122,73 @@ def build(root: Path, out: Path, sources: list[str], workers: int) -> dict[str, 
             print(f'{root / source}: not there, skipped')
     if not present:
         raise FileNotFoundError(f'none of {", ".join(sources)} in {root}: download at least one (README, "Data")')
-    counts: dict[str, Counter] = {}
+    remove_leftovers(out)
+    tallies = {source: Tally() for source in present}
     # Older files are replaced together, when every source has been read.
     with ExitStack() as files, ProcessPoolExecutor(workers) as pool:
         everything = PairWriter(files.enter_context(atomic_write(out / 'all.json')))
         for source in present:
-            jobs, counts[source] = jobs_of(source, root / source), Counter()
             writer = PairWriter(files.enter_context(atomic_write(out / SOURCES[source])))
-            for pairs, dropped in progress(pool.map(call, jobs), len(jobs), f'{source} shards'):
-                writer.write(pairs)
-                everything.write(pairs)
-                counts[source] += Counter(kept=len(pairs)) + dropped
+            failed_list = files.enter_context(pq.ParquetWriter(
+                files.enter_context(atomic_write(out / f'{source}_failed.parquet', 'wb')), FAILED))
+            kept, failed = Seen(), Seen()
+            for part in parts_of(source, root / source, pool, workers):
+                if part.note:
+                    print(part.note)
+                new = kept.add(part.identity)
+                records = part.records if new.all() else [part.records[i] for i in np.flatnonzero(new)]
+                writer.write(records)
+                everything.write(records)
+                tallies[source].add(part, new)
+                again = failed.add(part.failed_identity) & ~kept.holds(part.failed_identity)
+                if again.any():
+                    failed_list.write_table(pa.table(part.failed, FAILED).filter(pa.array(again)))
             writer.close()
         if not everything.count:
-            raise ValueError(f'no usable pair in {root}: {counts}')
+            raise ValueError(f'no usable pair in {root}: {({s: dict(tally.fates) for s, tally in tallies.items()})}')
         everything.close()
-    return counts
+    return tallies
 
 
-def call(job):
-    return job()
+def remove_leftovers(out: Path) -> None:
+    """The temporary files of a build that was killed."""
+    for path in out.glob('*.tmp*'):
+        number = path.name.rpartition('.tmp')[2]
+        if number.isdigit():
+            try:
+                os.kill(int(number), 0)  # is it still running?
+            except ProcessLookupError:
+                path.unlink()
+            except PermissionError:
+                pass
 
 
-def summary(counts: dict[str, Counter]) -> str:
+def summary(tallies: dict[str, Tally]) -> str:
     """A table: a row per source, a column per fate of a pair."""
-    columns = ['kept', *sorted({reason for count in counts.values() for reason in count} - {'kept'})]
-    rows = [['source', *columns]] + [[source, *(str(count[c]) for c in columns)] for source, count in counts.items()]
-    rows.append(['all', *(str(sum(count[c] for count in counts.values())) for c in columns)])
+    total = sum((tally.fates for tally in tallies.values()), Counter())  # leaves out what counts 0
+    reasons = sorted(total.keys() - {'kept'})
+    rows = [['source', 'kept', *reasons]] + [
+        [source, *(str(fates[column]) for column in ('kept', *reasons))]
+        for source, fates in [*((source, tally.fates) for source, tally in tallies.items()), ('all', total)]]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return '\n'.join('  '.join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def draw(tallies: dict[str, Tally], file) -> None:
+    """PNG: a panel per histogram, a line per source; a source without recorded sizes is named in the panel."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4), layout='constrained')
+    for i, (axes, (title, edges)) in enumerate(zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True)):
+        for source, tally in tallies.items():
+            counts, kept = tally.histograms[i], tally.fates['kept']
+            label = f'{source} ({counts.sum():,} of {kept:,})' if counts.any() else f'{source} (not recorded)'
+            axes.stairs(counts / max(1, counts.sum()), edges, label=label)
+        axes.set(xlabel=title, ylabel='share of the source')
+        if i:
+            axes.set_xscale('log', base=2)
+        axes.legend()
+    figure.savefig(file, format='png', dpi=100)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -185,13 +196,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--root', required=True, type=Path, help='folder of the downloaded sources')
     parser.add_argument('--out', required=True, type=Path, help='folder for the JSON files')
     parser.add_argument('--sources', nargs='+', choices=SOURCES, default=list(SOURCES))
-    parser.add_argument('--workers', type=int, default=os.cpu_count())
+    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes (default: one per core)')
     args = parser.parse_args(argv)
     if not args.root.is_dir():
         raise FileNotFoundError(f'no data folder {args.root}')
-    counts = build(args.root.resolve(), make_output_dir(args.out), args.sources, args.workers)
-    print(summary(counts))
-    print(f'written to {args.out / "all.json"}')
+    tallies = build(args.root.resolve(), make_output_dir(args.out), args.sources, args.workers)
+    with atomic_write(args.out / 'pairs.png', 'wb') as file:
+        draw(tallies, file)
+    print(summary(tallies))
+    print(f'written to {args.out / "all.json"}, histograms to {args.out / "pairs.png"}')
 
 
 if __name__ == '__main__':

@@ -55,9 +55,11 @@ def main(argv: list[str] | None = None) -> None:
 
     # data
     transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'])
-    dataset = FlickrTrain(data['root'], transform, data['max_words'], args.seed, data['teacher_captions'])
-    pictures = FlickrPictures(data['root'], model['image_size'], data['max_words'])
-    held_out = {split: ImageTextEval(data['root'], split, eval_transform(model['image_size']), data['max_words'])
+    dataset = FlickrTrain(data['root'], transform, data['max_words'], args.seed, data['split'],
+                          data['teacher_captions'])
+    pictures = FlickrPictures(data['root'], model['image_size'], data['max_words'], data['split'])
+    held_out = {split: ImageTextEval(data['root'], split, eval_transform(model['image_size']), data['max_words'],
+                                     data['split'])
                 for split in ('val', 'test')}
 
     # student and optional teacher

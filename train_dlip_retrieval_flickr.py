@@ -43,8 +43,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # data
     transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'])
-    dataset = FlickrTrain(data['root'], transform, data['max_words'], seed=args.seed)
-    held_out = {split: ImageTextEval(data['root'], split, eval_transform(model['image_size']), data['max_words'])
+    dataset = FlickrTrain(data['root'], transform, data['max_words'], args.seed, data['split'])
+    held_out = {split: ImageTextEval(data['root'], split, eval_transform(model['image_size']), data['max_words'],
+                                     data['split'])
                 for split in ('val', 'test')}
 
     # student, momentum twin and queues, optional teacher

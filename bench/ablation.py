@@ -44,7 +44,8 @@ def measure(folder: Path) -> dict[str, str]:
     caption = load_config(CONFIGS / 'demo/caption_flickr.yaml', 'configs/caption_flickr.yaml')
     model, tokenizer, _ = load_model(folder / 'last.pth')
     data = retrieval['data']
-    dataset = ImageTextEval(data['root'], 'val', eval_transform(model.config.image_size), data['max_words'])
+    dataset = ImageTextEval(data['root'], 'val', eval_transform(model.config.image_size), data['max_words'],
+                            data['split'])
     row = {}
     for k_test, label in ((0, ''), (10, ' re-ranked')):
         scores = evaluate_retrieval(model, tokenizer, dataset, max_tokens=data['max_tokens'],

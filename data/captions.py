@@ -17,6 +17,15 @@ def is_empty(text: str) -> bool:
     return not text.translate(BLANKED).strip()
 
 
+def one_line(text) -> str:
+    """The caption with single blanks for white space; '' when it is no text or cleaning leaves no word."""
+    if not isinstance(text, str):
+        return ''
+    if not text.isprintable() or '  ' in text:  # most captions need nothing, and there are millions
+        text = ' '.join(storable(text).split())
+    return text.strip() if text.strip(PUNCTUATION + ' ') else ''
+
+
 def storable(text: str) -> str:
     """Without lone surrogates (halves of a broken emoji), which neither UTF-8 nor Arrow nor a tokenizer can hold."""
     return text if text.isascii() else text.encode('utf-8', 'ignore').decode()

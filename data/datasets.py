@@ -162,22 +162,24 @@ def with_captions(pictures: list[Picture], source: str) -> list[Picture]:
 
 
 class FlickrTrain(Captioned):
-    """Flickr30K's training pictures, one item per caption; the captions of a picture share its id.
+    """Training pictures of Flickr30K or of one's own, one item per caption; the captions of a picture share its id.
+
+    Root and `how` are those of `load_flickr`.
 
     Args:
         teacher_share: the probability that an item has its picture's caption of `teacher_captions` instead of its own,
             drawn anew each epoch.
 
     Attributes:
-        teacher_captions: by file name; a picture that is not among them keeps its own captions.
+        teacher_captions: by path; a picture that is not among them keeps its own captions.
     """
 
     def __init__(self, root: str | os.PathLike, transform: train_transform, max_words: int, seed: int = 0,
-                 teacher_share: float = 0.0):
+                 how: str = 'standard', teacher_share: float = 0.0):
         if not 0 <= teacher_share <= 1:
             raise ValueError(f'data.teacher_captions is a probability between 0 and 1, got {teacher_share}')
         self.teacher_share, self.teacher_captions = teacher_share, {}
-        pictures = with_captions(load_flickr(root, 'train'), f'{root}, split train')
+        pictures = with_captions(load_flickr(root, 'train', how), f'{root}, split train')
         rows = [(str(picture.path), text, number) for number, picture in enumerate(pictures)
                 for text in picture.captions]
         super().__init__(as_table(rows), '', transform, max_words, seed)
@@ -185,19 +187,19 @@ class FlickrTrain(Captioned):
     def pair(self, index: int) -> tuple[str, str, int]:
         path, caption, number = super().pair(index)
         if self.teacher_captions and random.Random(f'{self.seed} {self.epoch} {index}').random() < self.teacher_share:
-            caption = self.teacher_captions.get(os.path.basename(path), caption)
+            caption = self.teacher_captions.get(path, caption)
         return path, caption, number
 
 
 class FlickrPictures(Captioned):
-    """Flickr30K's training pictures, one item each, whole as evaluation sees them; the id is the picture's number.
+    """Those pictures, one item each, whole as evaluation sees them; the id is the picture's number.
 
     Attributes:
         references: per picture its captions.
     """
 
-    def __init__(self, root: str | os.PathLike, image_size: int, max_words: int):
-        pictures = with_captions(load_flickr(root, 'train'), f'{root}, split train')
+    def __init__(self, root: str | os.PathLike, image_size: int, max_words: int, how: str = 'standard'):
+        pictures = with_captions(load_flickr(root, 'train', how), f'{root}, split train')
         self.references = [list(picture.captions) for picture in pictures]
         rows = [(str(picture.path), picture.captions[0], number) for number, picture in enumerate(pictures)]
         super().__init__(as_table(rows), '', whole_transform(image_size), max_words, seed=0)
@@ -218,9 +220,10 @@ class ImageTextEval(torch.utils.data.Dataset):
         references: per picture its captions as they were written.
     """
 
-    def __init__(self, root: str | os.PathLike, split: str, transform: eval_transform, max_words: int):
+    def __init__(self, root: str | os.PathLike, split: str, transform: eval_transform, max_words: int,
+                 how: str = 'standard'):
         self.root, self.split, self.transform = Path(root), split, transform
-        pictures = with_captions(load_flickr(root, split), f'{root}, split {split}')
+        pictures = with_captions(load_flickr(root, split, how), f'{root}, split {split}')
         self.paths = [picture.path for picture in pictures]
         missing = [path for path in self.paths if not path.exists()]
         if missing:

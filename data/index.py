@@ -13,7 +13,7 @@ from data.json_list import read_json_list
 from utils import atomic_write, logger, progress
 
 COLUMNS = ('image_root', 'caption', 'id')
-BATCH = 50_000  # pairs written at a time
+BATCH = 20_000  # pairs written at a time
 
 
 def read_index(index: Path) -> pa.Table:

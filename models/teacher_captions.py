@@ -23,7 +23,7 @@ from utils import atomic_write, gather_objects, is_main, logger, progress, rank,
 def teacher_captions(teacher: BLIP, tokenizer: Tokenizer, pictures: FlickrPictures, file: Path, *,
                      device: torch.device | str = 'cpu', prompt: str, batch_size: int, workers: int,
                      **settings) -> dict[str, str]:
-    """The teacher's caption of each training picture by file name, kept in a file that a later call goes on with.
+    """The teacher's caption of each training picture by path, kept in a file that a later call goes on with.
 
     Launched on several processes, each captions its share of every block and the main one appends it. A picture that
     cannot be read has no caption. The file's first line says by whom and how the captions were made.
@@ -37,7 +37,7 @@ def teacher_captions(teacher: BLIP, tokenizer: Tokenizer, pictures: FlickrPictur
     """
     made_by = {'teacher': fingerprint(teacher), 'image_size': teacher.config.image_size, 'prompt': prompt, **settings}
     done = gather_objects(read_captions(file, made_by))[0]
-    names = [Path(pictures.pair(i)[0]).name for i in range(len(pictures))]
+    names = [pictures.pair(i)[0] for i in range(len(pictures))]
     left = [i for i, name in enumerate(names) if name not in done]
     logger.info('%s: %d of %d pictures have a caption of the teacher', file, len(names) - len(left), len(names))
     if is_main() and not done:

@@ -1,7 +1,9 @@
 """Flickr30K: its annotation layouts, the finetuning set and the held-out pictures."""
 
+import csv
 import json
 import logging
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ from test_datasets import TRANSFORM, write_pictures
 
 from data import datasets
 from data.datasets import FlickrTrain, ImageTextEval
-from data.flickr import load_flickr
+from data.flickr import SPLITS, Picture, hash_split, load_flickr
 from data.transforms import eval_transform, open_part
 
 CAPTIONS = {'train': [['A man.', 'a red DOG', ''], ['two cats']], 'val': [['a bus', 'the bus']],
@@ -31,8 +33,10 @@ def flickr(root: Path, layout: str, folder: str = 'flickr30k-images') -> Path:
                 records = [record | {'caption': text, 'image_id': record['image']} for record in records
                            for text in record['caption']]
             (root / f'flickr30k_{wanted}.json').write_text(json.dumps(records))
-    else:
-        (root / 'results.csv').write_text('image_name| comment_number| comment\ntrain0.jpg| 0| A man.\n')
+    elif layout == 'kaggle':
+        lines = [f'{name}| {i}| {text} .' for _, name, texts in entries for i, text in enumerate(texts)]
+        lines[-1] = lines[-1].replace('2| ', '2   ')  # as line 19,999 of the published file
+        (root / 'results.csv').write_text('\n'.join(['image_name| comment_number| comment', *lines, '']))
     return root
 
 
@@ -47,6 +51,82 @@ def test_flickr_layouts(tmp_path, layout, folder, caplog):
     assert '1 empty captions and 0 pictures without one' in caplog.text
     assert [(item['caption'], item['id']) for item in map(train.__getitem__, range(len(train)))] == \
         [('a man', 0), ('a red dog', 0), ('two cats', 1)]
+
+
+def test_coco_in_karpathys_layout(tmp_path):
+    write_pictures(tmp_path / 'val2014', ['a.jpg', 'b.jpg', 'c.jpg'])
+    (tmp_path / 'dataset_coco.json').write_text(json.dumps({'images': [
+        {'filepath': 'val2014', 'filename': name, 'split': split, 'sentences': [{'raw': f'of {name}'}]}
+        for name, split in (('a.jpg', 'restval'), ('b.jpg', 'train'), ('c.jpg', 'test'))]}))
+    assert load_flickr(tmp_path, 'train') == [Picture(tmp_path / 'val2014/a.jpg', ('of a.jpg',)),
+                                              Picture(tmp_path / 'val2014/b.jpg', ('of b.jpg',))]
+    assert [p.path.name for p in load_flickr(tmp_path, 'test')] == ['c.jpg']
+
+
+def test_kaggles_table_is_split_by_hash_on_demand(tmp_path):
+    root = flickr(tmp_path, 'kaggle', 'flickr30k_images/flickr30k_images')
+    (root / 'results.csv').rename(root / 'flickr30k_images/results.csv')  # where the archive has it
+    splits = {split: load_flickr(root, split, 'hash') for split in SPLITS}
+    assert [len(splits[split]) for split in SPLITS] == [4, 1, 1]
+    found = {p.path.name: p for pictures in splits.values() for p in pictures}
+    assert set(found) == {f'{split}{i}.jpg' for split, group in CAPTIONS.items() for i in range(len(group))}
+    assert found['test2.jpg'].captions == ('z .', 'z z .', 'z z z .') and all(p.path.is_file() for p in found.values())
+
+
+def test_hash_split_has_the_standard_sizes_and_depends_on_names_only():
+    names = [f'{i}.jpg' for i in range(31014)]
+    splits = hash_split(names)
+    assert Counter(splits.values()) == {'train': 29000, 'val': 1014, 'test': 1000}
+    assert hash_split(names[::-1]) == splits
+    assert Counter(hash_split(names[:3]).values()) == {'train': 1, 'val': 1, 'test': 1}
+
+
+def own(root: Path, kind: str, split: bool) -> Path:
+    """Pictures of one's own, in folders, with two captions each."""
+    names = [f'{place}/{i}.png' for place in ('garden', 'house') for i in range(6)]
+    for place in ('garden', 'house'):
+        write_pictures(root / place, [f'{i}.png' for i in range(6)])
+    records = [{'image': name, 'caption': f'{word}, "{name}" 🐕'} | ({'split': SPLITS[i % 3]} if split else {})
+               for i, name in enumerate(names) for word in ('One', 'Two')]
+    if kind == 'csv':
+        with open(root / 'captions.csv', 'w', encoding='utf-8-sig', newline='') as file:  # as Excel saves it
+            writer = csv.DictWriter(file, records[0])
+            writer.writeheader()
+            writer.writerows(records)
+    else:
+        merged = [a | {'caption': [a['caption'], b['caption']]} for a, b in zip(*[iter(records)] * 2, strict=True)]
+        (root / 'mine.jsonl').write_text('\n'.join(map(json.dumps, merged)), encoding='utf-8')
+    return root
+
+
+@pytest.mark.parametrize('kind', ['csv', 'jsonl'])
+@pytest.mark.parametrize('split', [True, False])
+def test_pictures_of_ones_own(tmp_path, kind, split):
+    root = own(tmp_path, kind, split)
+    train = FlickrTrain(root, TRANSFORM, 30)
+    held_out = {name: ImageTextEval(root, name, eval_transform(16), 30) for name in ('val', 'test')}
+    assert [len(train), *map(len, held_out.values())] == ([8, 4, 4] if split else [20, 1, 1])
+    name = held_out['val'].paths[0].relative_to(root)
+    assert held_out['val'].texts[:2] == [f'{word}, {str(name).replace(".", " ")} 🐕' for word in ('one', 'two')]
+    assert train[0]['image'].shape == held_out['test'][0].shape == (3, 16, 16)
+
+
+def test_mistakes_in_ones_own_table(tmp_path):
+    root = own(tmp_path, 'csv', True)
+    table = root / 'captions.csv'
+    good = table.read_text(encoding='utf-8-sig')
+    for old, new, message in (('caption', 'text', "KeyError.'caption'.*columns image and caption, in UTF-8"),
+                              (',val', ',dev', "split 'dev' of garden/1.png is none of train, val, test"),
+                              (',test', ',train', "no pictures of split 'test'")):
+        table.write_text(good.replace(old, new), encoding='utf-8')
+        with pytest.raises(ValueError, match=f'captions.csv.*{message}'):
+            load_flickr(root, 'test')
+    table.write_bytes(b'image,caption\na.png,caf\xe9\n')
+    with pytest.raises(ValueError, match='in UTF-8'):
+        load_flickr(root, 'test')
+    (root / 'more.jsonl').touch()
+    with pytest.raises(ValueError, match='holds 2 tables .captions.csv, more.jsonl.: leave the one with the captions'):
+        load_flickr(root, 'test')
 
 
 def test_broken_flickr_picture_is_met_once_for_its_captions(tmp_path, monkeypatch):
@@ -74,17 +154,19 @@ def test_held_out_pictures(tmp_path):
 def test_flickr_errors_say_what_was_looked_for(tmp_path):
     with pytest.raises(FileNotFoundError, match='no Flickr30K folder .*absent: set data.root'):
         load_flickr(tmp_path / 'absent', 'train')
-    with pytest.raises(FileNotFoundError, match='looked for dataset_flickr30k.json and flickr30k_val.json'):
+    with pytest.raises(FileNotFoundError, match='looked for dataset_flickr30k.json, .*results.csv and one .csv or'):
         load_flickr(tmp_path, 'val')
     with pytest.raises(ValueError, match="unknown split 'dev': one of train, val, test"):
         load_flickr(tmp_path, 'dev')
     root = flickr(tmp_path, 'kaggle')
-    with pytest.raises(ValueError, match='results.csv has captions but no split: put Karpathy'):
+    with pytest.raises(ValueError, match='no split: put Karpathy.*or split by file name with data.split=hash'):
         load_flickr(root, 'train')
+    with pytest.raises(ValueError, match="data.split: 'random' is neither standard nor hash"):
+        load_flickr(root, 'train', 'random')
     for content in ('', '[]', '{"images": [{"split": "train"}]}', '{"images": []}'):
         (root / 'dataset_flickr30k.json').write_text(content)
         with pytest.raises(ValueError, match='dataset_flickr30k.json .*download it again'):
             load_flickr(root, 'train')
     (flickr(root, 'karpathy') / 'flickr30k-images').rename(root / 'pictures')
-    with pytest.raises(FileNotFoundError, match='looked for the folders flickr30k-images, flickr30k_images, images'):
+    with pytest.raises(FileNotFoundError, match='looked for train0.jpg and the folders flickr30k-images, flickr30k_im'):
         load_flickr(root, 'train')

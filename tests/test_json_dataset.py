@@ -2,14 +2,24 @@
 
 import json
 import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
 
 import json_dataset
 from data import scene_layouts
+from utils import ROOT
 
 FILES = {'cc3m': 'cc3m.json', 'mscoco': 'coco.json', 'sbu': 'sbu.json', 'vgo': 'vgo.json'}
 REGION = {'region_id': 1, 'image_id': 1, 'x': 0, 'y': 0, 'width': 400, 'height': 400,
@@ -64,17 +74,129 @@ def test_the_embedded_set_becomes_all_json(tmp_path, capsys):
     assert 'failed download' in capsys.readouterr().out
 
 
+def counts(printed: str, source: str) -> dict[str, int]:
+    """The row of a source in the summary."""
+    lines = [re.split(r' {2,}', line.strip()) for line in printed.splitlines()]
+    header = next(line for line in lines if line[0] == 'source')
+    row = next(line for line in lines if line[0] == source)
+    return dict(zip(header[1:], map(int, row[1:]), strict=True))
+
+
 def test_parquet_decides_and_every_drop_is_counted(tmp_path, capsys):
     write_shard(tmp_path / 'cc3m' / '00000', dict.fromkeys(('00', '03', '04'), 'from the side file'), {
-        'key': ['00', '01', '02', '03', '00'], 'caption': ['a  dog\n', 'b', 'c', ' ', 'again'],
-        'status': ['success', 'failed_to_download', 'success', 'success', 'success']})
+        'key': ['00', '01', '02', '03', '00', '04'], 'caption': ['a  dog\n', 'b', 'c', ' .', 'a dog', 'a \u3000 dog!'],
+        'status': ['success', 'failed_to_download', *['success'] * 4]})
     out = run(tmp_path)
-    picture = str((tmp_path / 'cc3m' / '00000' / '00.jpg').resolve())
-    assert read(out / 'all.json') == [{'caption': 'a dog', 'image_root': picture, 'id': 0}]
-    header, row = (line.split('  ') for line in capsys.readouterr().out.splitlines()[-4:-2])
-    counts = dict(zip([h.strip() for h in header if h], [r.strip() for r in row if r], strict=True))
-    assert counts == {'source': 'cc3m', 'kept': '1', 'failed download': '1', 'missing file': '1',
-                      'empty caption': '1', 'duplicate': '1'}
+    shard = (tmp_path / 'cc3m' / '00000').resolve()
+    assert read(out / 'all.json') == [{'caption': 'a dog', 'image_root': f'{shard}/00.jpg', 'id': 0},
+                                      {'caption': 'a dog!', 'image_root': f'{shard}/04.jpg', 'id': 1}]
+    assert counts(capsys.readouterr().out, 'cc3m') == {
+        'kept': 2, 'failed download': 1, 'missing file': 1, 'empty caption': 1, 'duplicate': 1}
+
+
+def test_the_same_caption_of_the_same_address_counts_once_in_a_source(tmp_path, capsys):
+    for shard, urls in {'00000': ['a', 'b', 'a'], '00001': ['a', 'c', 'b']}.items():
+        keys = [f'{shard}{i}' for i in range(3)]
+        write_shard(tmp_path / 'sbu' / shard, dict.fromkeys(keys, ''), {
+            'key': keys, 'caption': ['one', 'one', 'two'], 'url': urls, 'status': ['success'] * 3})
+    shutil.copytree(tmp_path / 'sbu', tmp_path / 'cc3m')
+    out = run(tmp_path)
+    assert [Path(r['image_root']).stem for r in read(out / 'sbu.json')] == [
+        '000000', '000001', '000002', '000011', '000012']
+    assert len(read(out / 'all.json')) == 10 and counts(capsys.readouterr().out, 'all')['duplicate'] == 2
+
+
+def test_failed_downloads_are_listed_until_a_second_try_has_them(tmp_path, capsys):
+    def shard(folder, urls, failed):
+        keys = [f'{i}' for i in range(len(urls))]
+        write_shard(folder, {key: '' for key, url in zip(keys, urls, strict=True) if url not in failed}, {
+            'key': keys, 'caption': [f'of {url}' for url in urls], 'url': urls,
+            'status': ['failed_to_download' if url in failed else 'success' for url in urls]})
+    shard(tmp_path / 'cc3m' / '00000', ['a', 'b', 'c'], 'bc')
+    assert pq.read_table(run(tmp_path) / 'cc3m_failed.parquet').to_pylist() == [
+        {'url': 'b', 'caption': 'of b'}, {'url': 'c', 'caption': 'of c'}]
+    shard(tmp_path / 'cc3m' / 'again' / '00000', ['b', 'c'], 'c')  # img2dataset fed with that list
+    out = run(tmp_path)
+    assert pq.read_table(out / 'cc3m_failed.parquet')['url'].to_pylist() == ['c']
+    assert sorted(record['caption'] for record in read(out / 'all.json')) == ['of a', 'of b']
+
+
+def test_histograms(tmp_path):
+    write_shard(tmp_path / 'cc3m' / '00000', {'0': '', '1': ''}, {
+        'key': ['0', '1'], 'caption': ['a dog', ' '.join(['long'] * 90)], 'status': ['success'] * 2,
+        'width': [256, 256], 'height': [192, 300], 'original_width': [640, None], 'original_height': [20000, None]})
+    write_genome(tmp_path / 'vgo', [{'id': 1, 'regions': [REGION]}])
+    tallies = json_dataset.build(tmp_path, json_dataset.make_output_dir(tmp_path / 'out'), ['cc3m', 'vgo'], 1)
+    words, stored, published = tallies['cc3m'].histograms
+    assert words[1] == words[-1] == 1 and words.sum() == 2
+    edges = json_dataset.PANELS['shorter side as stored (pixels)']
+    assert [edges[i] <= side < edges[i + 1] for i, side in zip(np.flatnonzero(stored), (192, 256), strict=True)]
+    assert published.sum() == 1  # the other one is not recorded
+    assert [int(counts.sum()) for counts in tallies['vgo'].histograms] == [1, 0, 0]
+    with Image.open(run(tmp_path) / 'pairs.png') as picture:
+        assert picture.format == 'PNG' and picture.width > 1000
+
+
+@given(st.lists(st.lists(st.integers(0, 50)), max_size=12))
+def test_seen_is_a_set(parts):
+    seen, reference = json_dataset.Seen(), set()
+    for part in parts:
+        values = np.array(part, np.uint64)
+        assert seen.holds(values).tolist() == [value in reference for value in part]
+        new = seen.add(values)
+        assert new.tolist() == [value not in reference and value not in part[:i] for i, value in enumerate(part)]
+        reference |= set(part)
+
+
+def test_at_most_so_many_shards_are_under_way():
+    class Pool:
+        started = taken = most = 0
+
+        def submit(self, function, item):
+            self.started += 1
+            self.most = max(self.most, self.started - self.taken)
+            return self
+
+        def result(self):
+            self.taken += 1
+            return self.taken
+    pool = Pool()
+    assert list(json_dataset.in_order(pool, abs, list(range(100)), 4)) == list(range(1, 101)) and pool.most == 4
+
+
+def test_a_killed_build_is_redone(tmp_path):
+    for i in range(40):
+        write_shard(tmp_path / 'cc3m' / f'{i:05d}', {f'{i:05d}{j}': 'a dog' for j in range(50)})
+    out = tmp_path / 'dataloader'
+    command = [sys.executable, '-c', 'import os, signal, json_dataset\n'
+               'json_dataset.Tally.add = lambda *args: os.kill(os.getpid(), signal.SIGKILL)\n'
+               'json_dataset.main()', '--root', str(tmp_path), '--out', str(out), '--workers', '1']
+    killed = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    assert killed.wait(60) == -signal.SIGKILL
+    os.killpg(killed.pid, signal.SIGKILL)  # its worker
+    assert all('.tmp' in path.name for path in out.iterdir()) and any(out.iterdir())
+    run(tmp_path)
+    assert len(read(out / 'all.json')) == 2000
+    assert sorted(path.name for path in out.iterdir()) == ['all.json', 'cc3m.json', 'cc3m_failed.parquet', 'pairs.png']
+
+
+def test_a_shard_whose_download_was_killed(tmp_path, capsys):
+    """Its parquet has no end, and neither has its last record."""
+    shard = write_shard(tmp_path / 'cc3m' / '00000', {'0': 'a dog', '1': 'a cat'})
+    shard.with_suffix('.parquet').write_bytes(b'PAR1 and no end')
+    (shard / '1.json').write_text('{"caption": "a c')
+    write_shard(tmp_path / 'cc3m' / '00001', {'2': 'half \ud83d an emoji'})
+    assert [r['caption'] for r in read(run(tmp_path) / 'all.json')] == ['a dog', 'half an emoji']
+    printed = capsys.readouterr().out
+    assert '00000.parquet is broken' in printed and counts(printed, 'cc3m')['broken record'] == 1
+
+
+def test_webdataset_shards_are_said_to_need_no_all_json(tmp_path):
+    (tmp_path / 'sbu').mkdir()
+    for name in ('00000.tar', '00000.parquet', '00000_stats.json'):
+        (tmp_path / 'sbu' / name).touch()
+    with pytest.raises(ValueError, match=r'sbu holds webdataset shards \(.tar\): pre-training reads them as they are'):
+        run(tmp_path)
 
 
 def test_side_files_without_parquet(tmp_path):
@@ -97,7 +219,7 @@ def test_visual_genome_keeps_long_phrases_of_large_regions(tmp_path):
     write_genome(tmp_path / 'vgo', [
         {'id': 1, 'regions': [REGION, {**REGION, 'phrase': 'a dog on lawn'},
                               {**REGION, 'width': 240, 'height': 400},  # 96,000 pixels are 20%, not more
-                              {**REGION, 'width': 241, 'phrase': 'the cat sleeps in sunshine'}]},
+                              {**REGION, 'width': 241, 'phrase': 'the cat sleeps in sunshine'}, REGION]},
         {'id': 2, 'regions': [REGION]}, {'id': 3, 'regions': [REGION]}])
     records = read(run(tmp_path) / 'vgo.json')
     assert [(Path(r['image_root']).parts[-2:], r['caption']) for r in records] == [
@@ -111,7 +233,7 @@ def test_missing_sources_are_named_and_skipped(tmp_path, capsys):
     out = run(tmp_path)
     printed = capsys.readouterr().out
     assert all(f'{source}: not there, skipped' in printed for source in ('cc3m', 'mscoco', 'vgo'))
-    assert sorted(path.name for path in out.iterdir()) == ['all.json', 'sbu.json']
+    assert sorted(path.name for path in out.iterdir()) == ['all.json', 'pairs.png', 'sbu.json', 'sbu_failed.parquet']
 
 
 def test_sources_can_be_chosen(tmp_path):
@@ -145,21 +267,9 @@ def test_no_data(tmp_path):
         run(tmp_path)
 
 
-def broken_parquet(root: Path) -> Path:
-    path = write_shard(root / 'cc3m' / '00000', {'0': 'a dog'}).with_suffix('.parquet')
-    path.write_bytes(b'not a table')
-    return path
-
-
 def parquet_without_captions(root: Path) -> Path:
     shard = write_shard(root / 'cc3m' / '00000', {'0': 'a'}, {'key': ['0'], 'text': ['a']})
     return shard.with_suffix('.parquet')
-
-
-def broken_record(root: Path) -> Path:
-    path = write_shard(root / 'cc3m' / '00000', {'0': 'a dog', '1': 'a cat'}) / '1.json'
-    path.write_text('{"caption": "a c')
-    return path
 
 
 def broken_genome(root: Path) -> Path:
@@ -181,8 +291,8 @@ def broken_after_a_good_source(root: Path) -> Path:
     return broken_genome(root)
 
 
-BREAKAGES = [broken_parquet, parquet_without_captions, broken_record, broken_genome, genome_of_another_schema,
-             genome_in_bytes, broken_after_a_good_source]
+BREAKAGES = [parquet_without_captions, broken_genome, genome_of_another_schema, genome_in_bytes,
+             broken_after_a_good_source]
 
 
 @pytest.mark.parametrize('breakage', BREAKAGES)

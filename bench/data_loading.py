@@ -1,0 +1,124 @@
+"""Loading all.json with millions of pairs: time to the first batch, and the memory that each worker takes.
+
+    python -m bench.data_loading
+
+Every pair names one of a few small pictures, so that the pairs and not the pixels are what is measured. Each
+measurement is a fresh process: it opens all.json, starts a DataLoader with its workers and draws batches in random
+order. Ours reads the memory-mapped index (built once, by a process of its own, whose time and memory are given too);
+the original's way is json.load and a dataset that keeps the list. Memory of a worker is what no other process shares
+with it (USS: private pages, Linux), with that of the same loader over 1,000 pairs beside it.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+from utils import ROOT, clean_exit
+
+OURS = """
+from data.datasets import PairDataset
+from data.loader import make_loader
+from data.transforms import train_transform
+dataset = PairDataset(path, train_transform(16, 0.5, False), 30)
+loader = make_loader(dataset, 64, seed=0, epoch=0, start_step=0, workers=4, rank=0, world_size=1)
+"""
+THEIRS = """
+import json
+import torch
+from data.captions import clean_caption
+from data.transforms import open_image, train_transform
+class Pairs(torch.utils.data.Dataset):
+    def __init__(self):
+        self.pairs, self.transform = json.load(open(path)), train_transform(16, 0.5, False)
+    def __len__(self):
+        return len(self.pairs)
+    def __getitem__(self, i):
+        pair = self.pairs[i]
+        return self.transform(open_image(pair['image_root']), clean_caption(pair['caption'], 30))[0], pair['caption']
+loader = torch.utils.data.DataLoader(Pairs(), 64, shuffle=True, drop_last=True, num_workers=4)
+"""
+CHILD = """
+import json, re, sys, time
+started = time.perf_counter()
+path, batches = sys.argv[1], int(sys.argv[2])
+def kib(pid, *names):
+    rollup = open(f'/proc/{pid}/smaps_rollup').read()
+    return sum(int(re.search(rf'^{name}: +([0-9]+)', rollup, re.MULTILINE)[1]) for name in names)
+%s
+iterator = iter(loader)
+next(iterator)
+first = time.perf_counter() - started
+for _ in range(min(batches, len(loader)) - 1):
+    next(iterator)
+workers = [worker.pid for worker in iterator._workers]
+print(json.dumps([first, kib('self', 'Rss') / 1024, *(kib(pid, 'Private_Clean', 'Private_Dirty') / 1024
+                                                      for pid in workers)]))
+"""
+BUILD = """
+import resource, sys, time
+from pathlib import Path
+from data.index import build_index
+before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+build_index(Path(sys.argv[1]))
+print(time.perf_counter() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def write_pairs(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for i in range(16):
+        Image.new('RGB', (24, 24), (16 * i, 0, 0)).save(folder / f'{i}.jpg')
+    path = folder / 'all.json'
+    with open(path, 'w', encoding='utf-8') as file:
+        for i in range(count):
+            record = {'caption': f'picture {i} of many: a dog runs after a ball on the beach',
+                      'image_root': f'{folder}/{i % 16}.jpg', 'id': i}
+            file.write(('[\n' if not i else ',\n') + json.dumps(record))
+        file.write('\n]\n')
+    return path
+
+
+def child(code: str, path: Path, *arguments) -> str:
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(path), *map(str, arguments)], cwd=ROOT,
+                          text=True, check=True, stdout=subprocess.PIPE)
+    return done.stdout.splitlines()[-1]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--pairs', type=int, default=5_000_000)
+    parser.add_argument('--batches', type=int, default=500, help='of 64, after which memory is read')
+    parser.add_argument('--rounds', type=int, default=3)
+    args = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as place:
+        few, many = (write_pairs(Path(place) / name, count) for name, count in (('few', 1000), ('many', args.pairs)))
+        child(BUILD, few)
+        seconds, grown = map(float, child(BUILD, many).split())
+        print(f'all.json with {args.pairs:,} pairs, {many.stat().st_size / 1e6:.0f} MB: index built in {seconds:.0f} '
+              f's, {grown:.0f} MiB more resident; it has {os.path.getsize(f"{many}.arrow") / 1e6:.0f} MB\n', flush=True)
+        sides = {f'{name}, {count}': (code, path) for count, path in (('1,000', few), (f'{args.pairs:,}', many))
+                 for name, code in (('ours', OURS), ('json.load', THEIRS))}
+        rows = {name: [] for name in sides}
+        for _ in range(args.rounds):
+            for name, (code, path) in sides.items():
+                first, main_process, *workers = json.loads(child(CHILD % code, path, args.batches))
+                rows[name].append((first, main_process, max(workers), sum(workers)))
+    print('| pairs | first batch (s) | main process (MiB) | largest worker (MiB) | 4 workers (MiB) |')
+    print('|---|---:|---:|---:|---:|')
+    for name, results in rows.items():
+        medians = [statistics.median(column) for column in zip(*results, strict=True)]
+        print(f'| {name} | {medians[0]:.1f} | {medians[1]:.0f} | {medians[2]:.0f} | {medians[3]:.0f} |')
+    print(f'\nMedians of {args.rounds}; memory after {args.batches} batches of 64; files in the page cache; the first '
+          f'batch is counted from the start of the process, imports included.')
+
+
+if __name__ == '__main__':
+    with clean_exit():
+        main()

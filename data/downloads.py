@@ -1,0 +1,184 @@
+"""What was downloaded, as pairs of caption and picture: shards of img2dataset and the regions of Visual Genome.
+
+Everything is read in parts (a shard; some thousand pictures of Visual Genome), which know nothing of each other.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import compress, islice
+from json.encoder import encode_basestring as quote
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pandas.util import hash_array
+
+from data.captions import one_line
+from data.json_list import read_json_list
+
+PICTURES = ('.jpg', '.jpeg', '.png', '.webp')
+REQUIRED, TEXTS = {'key', 'caption', 'status'}, ('key', 'caption', 'url')
+SIZES = ('width', 'height', 'original_width', 'original_height')
+MIN_WORDS, MIN_AREA = 5, 0.2 * 800 * 600  # Visual Genome regions: more than 4 words, more than 20% of 800 x 600
+GENOME_PICTURES = 2000  # of Visual Genome in a part
+
+
+@dataclass
+class Part:
+    """The usable pairs of a part, and what became of the others.
+
+    Attributes:
+        records: JSON of each pair from the end of the one before it ('},') to the id, which its place in the whole
+            decides.
+        identity: uint64 [N]; equal for the same caption of the same address (img2dataset) or picture (Visual Genome).
+        words: int [N], words of the captions.
+        sides: int [N, 2], shorter side of the picture as stored and as published, in pixels; 0: not recorded.
+        dropped: count per reason.
+        failed: url and caption of the failed downloads; failed_identity: uint64, as above.
+        note: what the user should know.
+    """
+
+    records: list[str]
+    identity: np.ndarray
+    words: np.ndarray
+    sides: np.ndarray
+    dropped: Counter
+    failed: dict[str, list[str]]
+    failed_identity: np.ndarray
+    note: str = ''
+
+
+def identities(addresses: list[str], captions: list[str]) -> np.ndarray:
+    """uint64 [N] of the pairs, the same in every process."""
+    address, caption = (hash_array(np.array(texts, object), categorize=False) for texts in (addresses, captions))
+    return address * np.uint64(3) ^ caption
+
+
+def make_part(captions: list[str], pictures: list[str], addresses: list[str], dropped: Counter,
+              sides: np.ndarray | None = None, failed: tuple[list, list] = ([], []), note: str = '') -> Part:
+    """Args: addresses: what of a pair is compared, beside the caption, to find duplicates; failed: url, caption."""
+    return Part([f'}},\n{{"caption": {quote(caption)}, "image_root": {quote(picture)}, "id": '
+                 for caption, picture in zip(captions, pictures, strict=True)],
+                identities(addresses, captions),
+                np.array([caption.count(' ') + 1 for caption in captions], int),
+                np.zeros((len(captions), 2), int) if sides is None else sides, dropped,
+                dict(zip(('url', 'caption'), failed, strict=True)), identities(*failed), note)
+
+
+def find_shards(folder: Path) -> list[Path]:
+    """Shard folders (00000, ...) of a source; those of a folder in it (a second try of what failed) come first.
+
+    Raises:
+        ValueError: there are none, or they are tar files.
+    """
+    entries = sorted(folder.iterdir())
+    shards = [entry for entry in entries if entry.name.isdigit() and entry.is_dir()]
+    more = [shard for entry in entries if not entry.name.isdigit() and entry.is_dir()
+            for shard in sorted(entry.iterdir()) if shard.name.isdigit() and shard.is_dir()]
+    if not shards and not more:
+        if any(entry.suffix == '.tar' for entry in entries):
+            raise ValueError(f'{folder} holds webdataset shards (.tar): pre-training reads them as they are (README, '
+                             f'"Data"), without all.json; leave {folder.name} out with --sources')
+        raise ValueError(f'{folder} holds no img2dataset shards (00000, 00001, ...): download with '
+                         f'--output_format files into it')
+    return more + shards
+
+
+def read_shard(shard: Path) -> Part:
+    """A shard folder: its `<shard>.parquet` (status 'success'), or without a whole one each picture's .json or .txt.
+
+    Raises:
+        ValueError: a parquet file without captions, named.
+    """
+    files = set(os.listdir(shard))
+    dropped, note = Counter(), ''
+    try:
+        table = read_parquet(shard.with_suffix('.parquet'))
+    except FileNotFoundError:
+        table = read_side_files(shard, files, dropped)
+    except (pa.ArrowException, OSError) as error:
+        table = read_side_files(shard, files, dropped)
+        note = f'{shard}.parquet is broken ({str(error)[:60]}): the .json and .txt files of {shard.name} were read'
+    prefix = f'{shard}{os.sep}'
+    extension = next((os.path.splitext(name)[1] for name in files if name.endswith(PICTURES)), '')  # all have the same
+    names = [f'{key}{extension}' for key in table['key']]
+    captions = [one_line(caption) for caption in table['caption']]
+    there = np.fromiter(map(files.__contains__, names), bool, len(names))
+    said = np.fromiter(map(bool, captions), bool, len(captions))
+    success = table['success']
+    kept = success & there & said
+    dropped += {'failed download': int((~success).sum()), 'missing file': int((success & ~there).sum()),
+                'empty caption': int((success & there & ~said).sum())}
+    pictures = [prefix + name for name in compress(names, kept)]
+    sides = np.stack([np.minimum(table[a], table[b])[kept] for a, b in (SIZES[:2], SIZES[2:])], 1)
+    failed = [url or '' for url in compress(table['url'], ~success)], list(compress(captions, ~success))
+    addresses = [url or picture for url, picture in zip(compress(table['url'], kept), pictures, strict=True)]
+    return make_part(list(compress(captions, kept)), pictures, addresses, dropped, sides, failed, note)
+
+
+def read_parquet(path: Path) -> dict[str, list | np.ndarray]:
+    file = pq.ParquetFile(path)
+    there = set(file.schema_arrow.names)
+    if not there >= REQUIRED:
+        raise ValueError(f'{path} has no column {", ".join(sorted(REQUIRED - there))}: download the shard again '
+                         f'as the README says, or remove it to read the .json and .txt files')
+    table = file.read([name for name in (*TEXTS, 'status', *SIZES) if name in there])
+    columns = {name: table[name].to_pylist() if name in there else [None] * len(table) for name in TEXTS}
+    columns['success'] = pc.equal(table['status'], 'success').fill_null(False).to_numpy()
+    return columns | {name: table[name].cast(pa.int64()).fill_null(0).to_numpy() if name in there
+                      else np.zeros(len(table), int) for name in SIZES}
+
+
+def read_side_files(shard: Path, files: set[str], dropped: Counter) -> dict[str, list | np.ndarray]:
+    rows = []
+    for key in sorted(os.path.splitext(name)[0] for name in files if name.endswith(PICTURES)):
+        row = {}
+        if f'{key}.json' in files:
+            try:
+                row = dict(json.loads((shard / f'{key}.json').read_text(encoding='utf-8')))
+            except (ValueError, TypeError):  # the download was killed while it wrote
+                dropped['broken record'] += 1
+                continue
+        elif f'{key}.txt' in files:
+            row['caption'] = (shard / f'{key}.txt').read_text(encoding='utf-8', errors='replace')
+        rows.append(row | {'key': key})
+    columns = {name: [row.get(name) for row in rows] for name in TEXTS} | {'success': np.ones(len(rows), bool)}
+    return columns | {name: np.array([row.get(name) or 0 for row in rows], int) for name in SIZES}
+
+
+def read_visual_genome(folder: Path) -> Iterator[Part]:
+    """Regions long and large enough, as the caption of their whole picture (the original's rule).
+
+    Raises:
+        FileNotFoundError, ValueError: region_descriptions.json is missing or broken.
+    """
+    path = folder / 'region_descriptions.json'
+    if not path.is_file():
+        raise FileNotFoundError(f'no {path}: unpack region_descriptions.json.zip of Visual Genome there')
+    files = {entry.name: entry.path for part in ('VG_100K_2', 'VG_100K') if (folder / part).is_dir()
+             for entry in os.scandir(folder / part)}
+    images = read_json_list(path)
+    try:
+        while batch := list(islice(images, GENOME_PICTURES)):
+            captions, pictures, dropped = [], [], Counter()
+            for image in batch:
+                picture = files.get(f'{image["id"]}.jpg')
+                for region in image['regions']:
+                    caption = one_line(region['phrase'])
+                    reason = ('missing file' if picture is None else
+                              'short phrase' if caption.count(' ') < MIN_WORDS - 1 else
+                              'small region' if region['width'] * region['height'] <= MIN_AREA else None)
+                    if reason:
+                        dropped[reason] += 1
+                    else:
+                        captions.append(caption)
+                        pictures.append(picture)
+            yield make_part(captions, pictures, pictures, dropped)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path} is not Visual Genome\'s list of images with regions ({error!r}): '
+                         f'unpack region_descriptions.json.zip again') from None
