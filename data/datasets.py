@@ -18,7 +18,15 @@ import torch
 from data.captions import clean_caption, is_empty
 from data.flickr import Picture, load_flickr
 from data.index import COLUMNS, build_index, read_index
-from data.transforms import BrokenPicture, eval_transform, file_name, open_image, open_part, train_transform
+from data.transforms import (
+    BrokenPicture,
+    eval_transform,
+    file_name,
+    open_image,
+    open_part,
+    train_transform,
+    whole_transform,
+)
 from utils import barrier, logger
 
 MAX_TRIES = 20  # broken pictures in a row that end the run
@@ -154,14 +162,49 @@ def with_captions(pictures: list[Picture], source: str) -> list[Picture]:
 
 
 class FlickrTrain(Captioned):
-    """Flickr30K's training pictures, one item per caption; the captions of a picture share its id."""
+    """Flickr30K's training pictures, one item per caption; the captions of a picture share its id.
 
-    def __init__(self, root: str | os.PathLike, transform: train_transform, max_words: int, seed: int = 0):
+    Args:
+        teacher_share: the probability that an item has its picture's caption of `teacher_captions` instead of its own,
+            drawn anew each epoch.
+
+    Attributes:
+        teacher_captions: by file name; a picture that is not among them keeps its own captions.
+    """
+
+    def __init__(self, root: str | os.PathLike, transform: train_transform, max_words: int, seed: int = 0,
+                 teacher_share: float = 0.0):
+        if not 0 <= teacher_share <= 1:
+            raise ValueError(f'data.teacher_captions is a probability between 0 and 1, got {teacher_share}')
+        self.teacher_share, self.teacher_captions = teacher_share, {}
         pictures = with_captions(load_flickr(root, 'train'), f'{root}, split train')
         rows = [(str(picture.path), text, number) for number, picture in enumerate(pictures)
                 for text in picture.captions]
-        table = pa.table(dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True)))
-        super().__init__(table, '', transform, max_words, seed)
+        super().__init__(as_table(rows), '', transform, max_words, seed)
+
+    def pair(self, index: int) -> tuple[str, str, int]:
+        path, caption, number = super().pair(index)
+        if self.teacher_captions and random.Random(f'{self.seed} {self.epoch} {index}').random() < self.teacher_share:
+            caption = self.teacher_captions.get(os.path.basename(path), caption)
+        return path, caption, number
+
+
+class FlickrPictures(Captioned):
+    """Flickr30K's training pictures, one item each, whole as evaluation sees them; the id is the picture's number.
+
+    Attributes:
+        references: per picture its captions.
+    """
+
+    def __init__(self, root: str | os.PathLike, image_size: int, max_words: int):
+        pictures = with_captions(load_flickr(root, 'train'), f'{root}, split train')
+        self.references = [list(picture.captions) for picture in pictures]
+        rows = [(str(picture.path), picture.captions[0], number) for number, picture in enumerate(pictures)]
+        super().__init__(as_table(rows), '', whole_transform(image_size), max_words, seed=0)
+
+
+def as_table(rows: list[tuple[str, str, int]]) -> pa.Table:
+    return pa.table(dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True)))
 
 
 class ImageTextEval(torch.utils.data.Dataset):

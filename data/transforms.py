@@ -146,6 +146,12 @@ def swap_left_right(caption: str) -> str:
     return re.sub(r'\b([Ll]eft|[Rr]ight)\b', lambda match: MIRRORED[match[0]], caption)
 
 
+def to_square(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    """uint8 [3, H, W] -> uint8 [3, side, side]"""
+    pixels = pixels[None].contiguous(memory_format=torch.channels_last)  # for which the resizing is vectorised
+    return resize(pixels, [side, side], mode='bicubic', antialias=True)[0]
+
+
 class train_transform:
     """(what `crop` chose of a picture, caption) -> (uint8 [3, S, S], caption): resize, mirror, RandAugment.
 
@@ -175,13 +181,30 @@ class train_transform:
         return (height - h) // 2, (width - w) // 2, h, w  # the middle of a very long picture
 
     def __call__(self, pixels: torch.Tensor, caption: str) -> tuple[torch.Tensor, str]:
-        pixels = pixels[None].contiguous(memory_format=torch.channels_last)  # for which the resizing is vectorised
-        pixels = resize(pixels, [self.image_size] * 2, mode='bicubic', antialias=True)[0]
+        pixels = to_square(pixels, self.image_size)
         if random.random() < 0.5:
             pixels, caption = pixels.flip(-1), swap_left_right(caption)
         if self.augment:
             pixels = torch.from_numpy(self.augment(pixels.permute(1, 2, 0).numpy())).permute(2, 0, 1)
         return pixels, caption
+
+
+class whole_transform:
+    """In the place of a `train_transform`, without its randomness: the whole picture, resized, and its caption.
+
+    Pixels are those of `eval_transform` up to rounding.
+    """
+
+    image_size = math.inf  # for `open_part`: a JPEG is decoded at its full size, as for evaluation
+
+    def __init__(self, side: int):
+        self.side = side
+
+    def crop(self, height: int, width: int) -> tuple[int, int, int, int]:
+        return 0, 0, height, width
+
+    def __call__(self, pixels: torch.Tensor, caption: str) -> tuple[torch.Tensor, str]:
+        return to_square(pixels, self.side), caption
 
 
 class eval_transform:

@@ -19,8 +19,11 @@ from models.logs import Board, Clock, Meters, append_log, memory_used, plot_curv
 from models.objective import Objective
 from models.optim import learning_rate, parameter_groups
 from models.precision import arithmetic
+from models.self_critical import SelfCritical
 from models.tokenizer import Tokenizer
 from utils import StopSignal, any_process, atomic_write, barrier, is_main, logger, rank, seed_everything, world_size
+
+NAMES = {'loss': 'train_loss', 'reward': 'train_reward'}  # in the logs; every other value is train_loss_NAME
 
 
 class Run:
@@ -34,12 +37,12 @@ class Run:
     before the last stay beside it, and take its place should it be damaged.
 
     Args:
-        objective: student, losses, momentum twin and teacher.
+        objective: student, losses, momentum twin and teacher; or, of the last stage of captioning, the student alone.
         config: the script's settings (`optim`, `train` and `ita` are read here).
         steps_per_epoch: batches an epoch on each process.
     """
 
-    def __init__(self, objective: Objective, tokenizer: Tokenizer, config: dict, output_dir: Path,
+    def __init__(self, objective: Objective | SelfCritical, tokenizer: Tokenizer, config: dict, output_dir: Path,
                  device: torch.device, seed: int, steps_per_epoch: int):
         self.objective = objective.to(device)
         if objective.teacher is not None:
@@ -186,7 +189,7 @@ class Run:
             if self.device.type == 'cpu' or log_due:
                 self._check_finite(unchecked)  # on a GPU only now: looking at a loss waits for the device
             self.update()
-            values = {f'train_loss_{name}' if name != 'loss' else 'train_loss': value for name, value in losses.items()}
+            values = {NAMES.get(name, f'train_loss_{name}'): value for name, value in losses.items()}
             self.meters.update(values)
             self.interval.update(values)
             clock.step_done(len(batches), len(batches) * len(batches[0]['id']) * world_size())
@@ -300,13 +303,8 @@ class Run:
         self.save()
 
     def finish(self, test: dict) -> None:
-        """Append the test figures to `log.txt`, draw them, and print the table of the run."""
-        if not is_main():
-            return
-        log = self.output_dir / 'log.txt'
-        append_log(log, {**test, 'epoch': self.config['train']['epochs'] - 1})
-        plot_curves([self.output_dir / 'steps.txt', log], self.output_dir / 'curves.png')
-        columns = {key: value for row in read_log(log) for key, value in row.items() if isinstance(value, int | float)}
-        width = max(map(len, columns))
-        logger.info('last values of %s\n%s', log, '\n'.join(f'  {key:<{width}}  {value:.4g}'
-                                                            for key, value in columns.items()))
+        """Append the test figures to `log.txt` and draw them."""
+        if is_main():
+            log = self.output_dir / 'log.txt'
+            append_log(log, {**test, 'epoch': self.config['train']['epochs'] - 1})
+            plot_curves([self.output_dir / 'steps.txt', log], self.output_dir / 'curves.png')
