@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from data.shards import ShardDataset, count_pictures, is_shards, list_shards
 from data.transforms import train_transform
 from models.logs import read_log
 from models.training import Run
+from utils import ROOT
 
 TRANSFORM = train_transform(16, 0.5, True)
 SIZES = (13, 5, 8)  # pictures that were downloaded, of each shard
@@ -40,7 +42,7 @@ def sample(caption: str, grey: int) -> dict[str, bytes]:
     file = io.BytesIO()
     Image.linear_gradient('L').rotate(19 * grey).resize((24, 24)).convert('RGB').save(file, 'JPEG')
     record = {'caption': caption, 'status': 'success'}
-    return {'jpg': file.getvalue(), 'json': json.dumps(record).encode(), 'txt': caption.encode()}
+    return {'jpg': file.getvalue(), 'json': json.dumps(record).encode(), 'txt': caption.encode(errors='ignore')}
 
 
 def write_stats(tar: Path, successes: int) -> None:
@@ -143,6 +145,8 @@ def test_one_setting_names_the_shards(cc3m, tmp_path):
     assert list_shards(str(cc3m)) == list_shards(pattern)
     assert list_shards(f'{pattern} :: {tmp_path}/sbu') == [*list_shards(pattern), f'{tmp_path}/sbu/00007.tar']
     assert is_shards(pattern) and is_shards(str(cc3m)) and not is_shards(f'{tmp_path}/all.json')
+    settings = re.findall(r'^  train: (.*)$', (ROOT / 'README.md').read_text(), re.MULTILINE)
+    assert settings and all(map(is_shards, settings))
 
 
 def test_shards_through_a_command(cc3m):
@@ -166,7 +170,8 @@ def test_pictures_are_counted_without_statistics(cc3m):
 
 
 def test_captions_from_the_json_file_where_there_is_no_text(tmp_path):
-    write_tar(tmp_path / '0.tar', [{kind: part for kind, part in sample(f'Dog {i}', i).items() if kind != 'txt'}
+    """Half an emoji, which a tokenizer could not take, included."""
+    write_tar(tmp_path / '0.tar', [{kind: part for kind, part in sample(f'Dog \ud83d{i}', i).items() if kind != 'txt'}
                                    for i in range(4)])
     assert sorted(text for batch in epoch(tmp_path) for text in batch['caption']) == [f'dog {i}' for i in range(4)]
 
