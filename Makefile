@@ -40,7 +40,7 @@ demo: setup
 	  $(DATA)/flickr30k/flickr30k-images/test000007.jpg --weight $(DEMO)/retrieval/best.pth --index $(DEMO)/index \
 	  --rerank 20 --sheet $(DEMO)/hits.png
 
-# The same student trained without its teacher for the same steps, as a third row of the table.
+# The same student trained without its teacher for the same steps, as a third net of the table.
 demo-compare: demo
 	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/pretrain.yaml --output_dir $(DEMO)/plain/pretrain $(PLAIN) \
 	  model.init_vision=null model.init_text=null
