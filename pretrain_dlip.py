@@ -53,11 +53,11 @@ def main(argv: list[str] | None = None) -> None:
     teacher = teacher and at_resolution(teacher, model['image_size'])
     if args.store_teacher is not None:
         return store_teacher(config, teacher, dataset, tokenizer, args.seed, device, args.store_teacher)
-    dataset, teacher = with_cache(config, teacher, dataset, tokenizer, args.seed)
+    dataset, source = with_cache(config, teacher, dataset, tokenizer, args.seed)  # of targets: the net, or a folder
     momentum = MomentumQueue(student, config['ita']['queue_size'], config['ita']['momentum'],
-                             teacher.config.embed_dim if teacher else 0)
-    objective = Objective(student, loss_weights(config['loss'], teacher),
-                          (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum, teacher,
+                             source.config.embed_dim if source else 0)
+    objective = Objective(student, loss_weights(config['loss'], source),
+                          (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum, source,
                           negative_all_rank=config['negative_all_rank'], hidden_layers=config['hidden_layers'])
 
     # run

@@ -4,8 +4,8 @@
     python -m torch.distributed.run --nproc_per_node=8 train_dlip_caption_flickr.py
 
 Each epoch is evaluated on the validation pictures; the best by CIDEr is kept in OUTPUT_DIR/best.pth and
-measured on the test pictures at the end. With `scst.epochs` self-critical training follows, a run of its own in
-OUTPUT_DIR/scst. Relaunching the same command resumes.
+measured on the test pictures at the end, with the teacher beside it in OUTPUT_DIR/table.md. With `scst.epochs`
+self-critical training follows, a run of its own in OUTPUT_DIR/scst. Relaunching the same command resumes.
 """
 
 import shutil
@@ -16,6 +16,7 @@ from data.loader import make_loader
 from data.transforms import eval_transform, train_transform
 from eval.caption import evaluate_captions
 from eval.cider import CiderReward
+from eval.table import finetune_table
 from models.build import at_resolution, build_student, build_teacher, loss_weights
 from models.checkpoint import load_model
 from models.objective import Objective
@@ -66,10 +67,10 @@ def main(argv: list[str] | None = None) -> None:
     student = build_student(model, tokenizer, 'caption', teacher)
     if args.store_teacher is not None:
         return store_teacher(config, teacher, dataset, tokenizer, args.seed, device, args.store_teacher, data['prompt'])
-    dataset, teacher = with_cache(config, teacher, dataset, tokenizer, args.seed, data['prompt'])
+    dataset, source = with_cache(config, teacher, dataset, tokenizer, args.seed, data['prompt'])
     prompt_length = tokenizer([data['prompt']], data['max_tokens'], DEC)[0].shape[1] - 1  # without [SEP]
-    objective = Objective(student, loss_weights(config['loss'], teacher),
-                          (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), teacher=teacher,
+    objective = Objective(student, loss_weights(config['loss'], source),
+                          (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), teacher=source,
                           prompt_length=prompt_length, hidden_layers=config['hidden_layers'])
 
     # run
@@ -113,6 +114,12 @@ def main(argv: list[str] | None = None) -> None:
     best, _, _ = load_model(output_dir / 'best.pth', device)
     test, _ = evaluate_captions(best, tokenizer, held_out['test'], device=device, **generation)
     run.finish({f'test_{name}': value for name, value in test.items()})
+    blip = {}
+    if teacher is not None and teacher.text_decoder is None:
+        logger.info('the teacher has no text decoder: BLIP has no column in the table')
+    elif teacher is not None:
+        blip, _ = evaluate_captions(teacher.to(device), tokenizer, held_out['test'], device=device, **generation)
+    finetune_table(output_dir, {f'test_{name}': value for name, value in blip.items()})
 
 
 def batches_an_epoch(dataset: Captioned, train: dict) -> int:

@@ -4,13 +4,15 @@
     python -m torch.distributed.run --nproc_per_node=8 train_dlip_retrieval_flickr.py
 
 Each epoch is evaluated on the validation pictures; the best by mean recall is kept in OUTPUT_DIR/best.pth and
-measured on the test pictures at the end. Relaunching the same command resumes.
+measured on the test pictures at the end, with the teacher beside it in OUTPUT_DIR/table.md. Relaunching the same
+command resumes.
 """
 
 from data.datasets import FlickrTrain, ImageTextEval
 from data.loader import make_loader
 from data.transforms import eval_transform, train_transform
 from eval.retrieval import evaluate_retrieval
+from eval.table import finetune_table
 from models.build import at_resolution, build_student, build_teacher, loss_weights
 from models.checkpoint import load_model
 from models.momentum import MomentumQueue
@@ -52,11 +54,11 @@ def main(argv: list[str] | None = None) -> None:
     student = build_student(model, tokenizer, 'retrieval', teacher)
     if args.store_teacher is not None:
         return store_teacher(config, teacher, dataset, tokenizer, args.seed, device, args.store_teacher)
-    dataset, teacher = with_cache(config, teacher, dataset, tokenizer, args.seed)
+    dataset, source = with_cache(config, teacher, dataset, tokenizer, args.seed)  # of targets: the net, or a folder
     momentum = MomentumQueue(student, config['ita']['queue_size'], config['ita']['momentum'],
-                             teacher.config.embed_dim if teacher else 0)
-    objective = Objective(student, loss_weights(config['loss'], teacher),
-                          (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum, teacher,
+                             source.config.embed_dim if source else 0)
+    objective = Objective(student, loss_weights(config['loss'], source),
+                          (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum, source,
                           negative_all_rank=config['negative_all_rank'], hidden_layers=config['hidden_layers'])
 
     # run
@@ -86,6 +88,12 @@ def main(argv: list[str] | None = None) -> None:
     best, _, _ = load_model(output_dir / 'best.pth', device)
     test = evaluate_retrieval(best, tokenizer, held_out['test'], device=device, **settings)
     run.finish({f'test_{name}': value for name, value in test.items()})
+    blip = {}
+    if teacher is not None and teacher.text_encoder is None:
+        logger.info('the teacher has no text encoder: BLIP has no column in the table')
+    elif teacher is not None:
+        blip = evaluate_retrieval(teacher.to(device), tokenizer, held_out['test'], device=device, **settings)
+    finetune_table(output_dir, {f'test_{name}': value for name, value in blip.items()})
 
 
 if __name__ == '__main__':

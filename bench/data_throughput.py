@@ -5,8 +5,7 @@
 JPEGs of 640 x 480 from memory -> RandomResizedCrop(224, scale (0.2, 1), bicubic), mirror, RandAugment(2, 5), normalise.
 BLIP's: PIL decodes, torchvision's crop resizes by PIL, RandAugment on OpenCV, ToTensor, Normalize. Then its steps are
 exchanged one after the other until ours is left, as the loader runs it (seeding of each item and the caption's cleaning
-included). All take turns, round by round; the ratio is the median over the rounds of the times of a round. What moved
-to the device is timed apart, for a batch on this machine's core.
+included). All take turns, round by round; the ratio is the median over the rounds of the times of a round (CPU time).
 
 The pictures are noise with the spectrum of photographs (none is at hand): what a decoder costs depends on the detail.
 """
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision import transforms as T
+from torchvision.io import decode_jpeg
 
 from data.augment import rand_augment
 from data.datasets import first_readable, seeded
@@ -157,42 +157,56 @@ SIDES = {'BLIP': blips, '8 bits until the device': eight_bit, 'RandAugment by ta
          'DLIP: an item of the loader': whole_item}
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rounds', type=int, default=40, help='(default: %(default)s)')
-    parser.add_argument('--pictures', type=int, default=16, help='in a round (default: %(default)s)')
-    parser.add_argument('--quality', type=int, default=90, help='of the JPEGs (default: %(default)s)')
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
-    pictures = [photograph(seed, args.quality) for seed in range(args.pictures)]
-    times: dict[str, list[float]] = {name: [] for name in SIDES}
-    for number in range(args.rounds + 1):
-        for name, side in SIDES.items():
-            with seeded(number):  # the same crops where they are drawn in the same way
+# ---------------------------------------------------------------- parts of it
+
+PIXELS = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
+
+
+def seeding(data: bytes) -> None:
+    with seeded(42, 3, len(data)):
+        pass
+
+
+PARTS = {'decoding the whole picture by PIL': lambda data: Image.open(io.BytesIO(data)).load(),
+         'by torchvision': lambda data: decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)),
+         'normalising, now on the device': lambda data: normalise(PIXELS), 'seeding an item': seeding}
+
+
+def measure(sides: dict, pictures: list[bytes], rounds: int) -> dict[str, list[float]]:
+    """Seconds of this core a picture, by side and round."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, side in sides.items():
+            with seeded(number):
                 np.random.seed(number)
                 started = time.process_time()
                 for data in pictures:
                     side(data)
                 times[name].append((time.process_time() - started) / len(pictures))
-    print(f'{len(pictures)} JPEGs of 640 x 480, {statistics.mean(map(len, pictures)) / 1000:.0f} kB each, '
-          f'{args.rounds} rounds\n')
-    print('| step | ms/image | images/s per core | BLIP / this |\n|---|---:|---:|---:|')
-    for name, values in times.items():
-        middle = statistics.median(values[1:])
-        ratio = statistics.median(a / b for a, b in zip(times['BLIP'][1:], values[1:], strict=True))
-        print(f'| {name} | {middle * 1e3:.2f} | {1 / middle:.0f} | {ratio:.2f} |')
-    batch, apart = torch.stack([whole_item(data) for data in pictures]), []
-    for _ in range(args.rounds):
-        started = time.process_time()
-        normalise(batch)
-        apart.append((time.process_time() - started) / len(batch))
-    started = time.process_time()
-    for number in range(2000):
-        with seeded(42, 3, number):
-            pass
-    print(f'\nNormalising on the device: {statistics.median(apart) * 1e3:.2f} ms/image on this core. Seeding an item: '
-          f'{(time.process_time() - started) / 2:.3f} ms.')
+    return {name: values[1:] for name, values in times.items()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--rounds', type=int, default=60, help='(default: %(default)s)')
+    parser.add_argument('--pictures', type=int, default=16, help='in a round (default: %(default)s)')
+    parser.add_argument('--qualities', type=int, nargs='+', default=[75, 90], help='of the JPEGs (default: 75 90)')
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    for quality in args.qualities:
+        pictures = [photograph(seed, quality) for seed in range(args.pictures)]
+        times = measure(SIDES, pictures, args.rounds)
+        size = statistics.mean(map(len, pictures)) / 1000
+        print(f'\n{len(pictures)} JPEGs of quality {quality}, {size:.0f} kB each, {args.rounds} rounds\n')
+        print('| step | ms/image | images/s per core | BLIP / this |\n|---|---:|---:|---:|')
+        for name, values in times.items():
+            middle = statistics.median(values)
+            ratio = statistics.median(a / b for a, b in zip(times['BLIP'], values, strict=True))
+            print(f'| {name} | {middle * 1e3:.2f} | {1 / middle:.0f} | {ratio:.2f} |')
+        parts = measure(PARTS, pictures, args.rounds)
+        print('\nms/image of it: ' + ', '.join(f'{name} {statistics.median(values) * 1e3:.2f}'
+                                              for name, values in parts.items()))
 
 
 if __name__ == '__main__':

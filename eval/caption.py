@@ -3,12 +3,15 @@
     python -m eval.caption --config configs/caption_flickr.yaml --checkpoint output/caption_flickr/best.pth
     python -m torch.distributed.run --nproc_per_node=4 -m eval.caption --checkpoint ...
 
-Prints the scores and writes OUTPUT_DIR/caption_SPLIT.json (every caption with its own scores) and
-caption_SPLIT.html. On the embedded scenes there is one more score, `exact`: the share of captions that are right
-in every word. Any setting of the config can be overridden, e.g. `eval.num_beams=1`.
+Prints scores and cost, and writes OUTPUT_DIR/caption_SPLIT.json (for every picture its captions, best first, and the
+scores of the best) and caption_SPLIT.html. `--teacher` sets another checkpoint beside it; `--export` adds
+caption_SPLIT_results.json, which the servers of COCO and NoCaps take. On the embedded scenes there is one more score,
+`exact`: the share of captions that are right in every word. Any setting of the config can be overridden, e.g.
+`eval.num_beams=1`.
 """
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,29 +21,39 @@ from data.datasets import ImageTextEval
 from data.scene_captions import slots_match
 from data.scenes import Scene
 from data.transforms import eval_transform, open_image
-from eval.common import evaluation_arguments, image_batches, shard, write_json
+from eval.common import compared, evaluation_parser, hardware, image_batches, shard, write_json
 from eval.metrics import caption_metrics
 from eval.page import caption_card, grid, section, table, write_page
+from eval.speed import NEW_TOKENS, costs
+from eval.table import beside, markdown, side_by_side
 from models.blip import BLIP
-from models.build import count_parameters
 from models.checkpoint import load_model
 from models.generation import PROMPT, generate
 from models.tokenizer import Tokenizer
-from utils import clean_exit, gather_objects, is_main, logger, make_output_dir, setup_process
+from utils import clean_exit, gather_objects, is_main, load_config, logger, make_output_dir, setup_process
+
+CONFIG = 'configs/caption_flickr.yaml'
 
 
-def caption_dataset(model: BLIP, tokenizer: Tokenizer, dataset, *, device: torch.device | str = 'cpu',
-                    prompt: str = PROMPT, num_beams: int = 3, max_length: int = 30, min_length: int = 10,
-                    batch_size: int = 64, workers: int = 0) -> list[str]:
-    """One caption per picture of an `ImageTextEval`, without the prompt (lengths in tokens, prompt included).
+def caption_dataset(model: BLIP, tokenizer: Tokenizer, dataset, **settings) -> list[str]:
+    """One caption per picture: the best of `n_best`."""
+    return [best for best, *_ in n_best(model, tokenizer, dataset, **settings)]
+
+
+def n_best(model: BLIP, tokenizer: Tokenizer, dataset, *, device: torch.device | str = 'cpu', prompt: str = PROMPT,
+           num_beams: int = 3, max_length: int = 30, min_length: int = 10, batch_size: int = 64,
+           workers: int = 0) -> list[list[str]]:
+    """The `num_beams` captions that beam search ends with, best first, of each picture of an `ImageTextEval`, without
+    the prompt (lengths in tokens, prompt included); one beam is greedy.
 
     Launched on several processes, each captions its share and all get the result.
     """
     captions = []
     for images in image_batches(dataset, shard(len(dataset)), batch_size, workers, 'captions'):
-        captions += generate(model, tokenizer, images.to(device), prompt, num_beams=num_beams, max_length=max_length,
-                             min_length=min_length)
-    return [caption for part in gather_objects(captions) for caption in part]
+        said = generate(model, tokenizer, images.to(device), prompt, num_beams=num_beams, max_length=max_length,
+                        min_length=min_length, num_captions=num_beams)
+        captions += [said[i:i + num_beams] for i in range(0, len(said), num_beams)]
+    return [each for part in gather_objects(captions) for each in part]
 
 
 @torch.inference_mode()
@@ -65,29 +78,31 @@ def scenes_of(dataset) -> dict[str, Scene] | None:
     return {name: Scene.from_dict(state) for name, state in json.loads(path.read_text(encoding='utf-8')).items()}
 
 
-def evaluate_captions(model: BLIP, tokenizer: Tokenizer, dataset, *, meteor: bool = False, **settings
-                      ) -> tuple[dict, list[dict]]:
+def evaluate_captions(model: BLIP, tokenizer: Tokenizer, dataset, *, meteor: bool = False, spice: bool = False,
+                      **settings) -> tuple[dict, list[dict]]:
     """Caption every picture and score the captions.
 
     Args:
-        meteor: METEOR too, where Java is found (slow).
-        settings: those of `caption_dataset`.
+        meteor, spice: these scores too, where Java is found (see `caption_metrics`).
+        settings: those of `n_best`.
 
     Returns:
         (`caption_metrics` and, for rendered scenes, 'exact' (per cent of captions right in every word);
-        a record per picture: image, caption, references, scores, and for scenes `right`).
+        a record per picture: image, caption, n_best (the captions, best first), references, scores (of the best),
+        and for scenes `right`).
     """
-    captions = caption_dataset(model, tokenizer, dataset, **settings)
-    outcome = score_captions(dataset, captions, meteor) if is_main() else None
+    captions = n_best(model, tokenizer, dataset, **settings)
+    outcome = score_captions(dataset, captions, meteor, spice) if is_main() else None
     return gather_objects(outcome)[0]
 
 
-def score_captions(dataset, captions: list[str], meteor: bool = False) -> tuple[dict, list[dict]]:
-    """Metrics and records of the captions of a dataset's pictures, in its order."""
-    references = dict(enumerate(dataset.references))
-    metrics, scores = caption_metrics(dict(enumerate(captions)), references, meteor=meteor)
-    records = [{'image': str(path), 'caption': caption, 'references': references[i], 'scores': scores[i]}
-               for i, (path, caption) in enumerate(zip(dataset.paths, captions, strict=True))]
+def score_captions(dataset, captions: list[list[str]], meteor: bool = False, spice: bool = False
+                   ) -> tuple[dict, list[dict]]:
+    """Metrics and records of the captions (best first) of a dataset's pictures, in its order."""
+    references, best = dict(enumerate(dataset.references)), {i: each[0] for i, each in enumerate(captions)}
+    metrics, scores = caption_metrics(best, references, meteor=meteor, spice=spice)
+    records = [{'image': str(path), 'caption': best[i], 'n_best': captions[i], 'references': references[i],
+                'scores': scores[i]} for i, path in enumerate(dataset.paths)]
     scenes = scenes_of(dataset)
     if scenes is not None:
         for record in records:
@@ -96,28 +111,55 @@ def score_captions(dataset, captions: list[str], meteor: bool = False) -> tuple[
     return metrics, records
 
 
+def server_results(records: list[dict]) -> list[dict]:
+    """[{'image_id': int, 'caption': str}, ...] as the servers of COCO and NoCaps take it.
+
+    The id is the number that a file is named by ('COCO_val2014_000000391895.jpg', '391895.jpg'); where one of the
+    files is named otherwise, or two alike, it is the picture's place in the split, from 0, as NoCaps counts.
+    """
+    names = [re.fullmatch(r'(?:COCO_\w+_)?(\d+)', Path(record['image']).stem) for record in records]
+    ids = [int(name[1]) for name in names if name]
+    if len(set(ids)) < len(records):
+        ids = range(len(records))
+    return [{'image_id': number, 'caption': record['caption']} for number, record in zip(ids, records, strict=True)]
+
+
 def main(argv: list[str] | None = None) -> None:
-    args, config = evaluation_arguments(__doc__, 'configs/caption_flickr.yaml', argv)
+    parser = evaluation_parser(__doc__, CONFIG)
+    parser.add_argument('--spice', action='store_true', help='SPICE too (Java, 8 GB of memory, a download)')
+    parser.add_argument('--export', action='store_true', help='also write the captions as COCO and NoCaps want them')
+    args = parser.parse_args(argv)
+    config = load_config(args.config, CONFIG, args.overrides)
     device, output_dir = setup_process(args.device), make_output_dir(args.output_dir)
-    model, tokenizer, _ = load_model(args.checkpoint, device, 'caption', args.tokenizer)
-    data = config['data']
-    dataset = ImageTextEval(data['root'], args.split, eval_transform(model.config.image_size), data['max_words'])
-    metrics, records = evaluate_captions(model, tokenizer, dataset, device=device, meteor=True, prompt=data['prompt'],
-                                         workers=data['workers'], **config['eval'])
+    data, nets, figures, said = config['data'], {}, {}, {}
+    for name, checkpoint in compared(args).items():
+        model, tokenizer, _ = load_model(checkpoint, device, 'caption', args.tokenizer)
+        dataset = ImageTextEval(data['root'], args.split, eval_transform(model.config.image_size), data['max_words'])
+        figures[name], said[name] = evaluate_captions(
+            model, tokenizer, dataset, device=device, meteor=True, spice=args.spice, prompt=data['prompt'],
+            workers=data['workers'], **config['eval'])
+        nets[name] = {'caption': (model, tokenizer)}
     if not is_main():
         return
-    name = f'caption_{args.split}'
-    summary = {'checkpoint': args.checkpoint, 'split': args.split, 'pictures': len(records),
-               'parameters': count_parameters(model), **config['eval'], **metrics}
-    write_json(output_dir / f'{name}.json', {**summary, 'captions': records})
-    cards = [caption_card(record['image'], [('', record['caption'], record.get('right'))],
-                          record['references']) for record in records[:60]]
-    write_page(output_dir / f'{name}.html', f'Captions, {args.split} split',
-               [section('Scores', table([metrics])), section('Captions', grid(cards))], args.checkpoint)
-    logger.info('%s\n%s', args.checkpoint, '\n'.join(
-        f'  {key:<10} {value:.2f}' if isinstance(value, float) else f'  {key:<10} {value}'
-        for key, value in metrics.items()))
-    logger.info('wrote %s.json and .html', output_dir / name)
+    num_beams, records = config['eval']['num_beams'], said[name]
+    for net, cost in costs(nets, device, num_beams, data['prompt']).items():
+        figures[net] |= cost
+    setting = (f'{args.split} split: {len(records)} pictures, {num_beams} beams, words split by the '
+               f'{figures[name]["tokenizer"]} tokenizer; ms for one picture and {NEW_TOKENS} tokens on '
+               f'{hardware(device)}')
+    path, rows = output_dir / f'caption_{args.split}', side_by_side(figures)
+    write_json(path.with_suffix('.json'), {
+        'checkpoint': args.checkpoint, 'split': args.split, 'pictures': len(records), **config['eval'],
+        **beside(figures, args.teacher), 'captions': records})
+    if args.export:
+        write_json(output_dir / f'{path.name}_results.json', server_results(records))
+    cards = [caption_card(record['image'], [(net if args.teacher else '', said[net][i]['caption'],
+                                             said[net][i].get('right')) for net in said], record['references'])
+             for i, record in enumerate(records[:60])]
+    write_page(path.with_suffix('.html'), f'Captions, {args.split} split',
+               [section('Scores and cost', table(rows), setting), section('Captions', grid(cards))], args.checkpoint)
+    logger.info('%s\n%s\n\n%s', args.checkpoint, setting, markdown(rows))
+    logger.info('wrote %s.json and .html%s', path, ' and _results.json' if args.export else '')
 
 
 if __name__ == '__main__':

@@ -8,27 +8,38 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from models.originals import VOCABULARY
-from utils import atomic_write, load_config, progress, rank, world_size
+from utils import atomic_write, progress, rank, world_size
 
 
-def evaluation_arguments(description: str, config: str, argv: list[str] | None = None) -> tuple:
-    """Parse the options of an evaluation script -> (namespace, config checked against the default)."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+def evaluation_parser(description: str, config: str) -> argparse.ArgumentParser:
+    """The options of an evaluation of a Flickr30K split; what is read from them: `load_config(args.config, ...)`."""
+    parser = checkpoint_parser(description)
     parser.add_argument('--config', default=config, help='YAML file of the training (default: %(default)s)')
+    parser.add_argument('--teacher', metavar='CHECKPOINT', help='another checkpoint, to stand beside it in the table')
+    parser.add_argument('--split', default='test', choices=('train', 'val', 'test'))
+    parser.add_argument('overrides', nargs='*', metavar='key=value', help='override a setting, e.g. eval.batch_size=16')
+    return parser
+
+
+def checkpoint_parser(description: str, output_dir: str = 'output/eval') -> argparse.ArgumentParser:
+    """The options of every script that evaluates a checkpoint."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--checkpoint', required=True, help='a .pth of this repository, of BLIP or of '
                         'dlip-v2, a folder in the layout of transformers, or the name of one on the hub')
-    tokenizer_option(parser)
-    parser.add_argument('--split', default='test', choices=('train', 'val', 'test'))
-    parser.add_argument('--output_dir', default='output/eval', help='default: %(default)s')
-    parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
-    parser.add_argument('overrides', nargs='*', metavar='key=value', help='override a setting, e.g. eval.batch_size=16')
-    args = parser.parse_args(argv)
-    return args, load_config(args.config, config, args.overrides)
+    machine_options(parser, output_dir)
+    return parser
 
 
-def tokenizer_option(parser: argparse.ArgumentParser) -> None:
+def machine_options(parser: argparse.ArgumentParser, output_dir: str) -> None:
     parser.add_argument('--tokenizer', default=VOCABULARY, help='vocabulary of a BLIP or dlip-v2 file, which carries '
                         'none: hub name, folder or vocab.txt (default: %(default)s)')
+    parser.add_argument('--output_dir', default=output_dir, help='default: %(default)s')
+    parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
+
+
+def compared(args: argparse.Namespace) -> dict[str, str]:
+    """Name -> checkpoint of the nets that the options ask for, the teacher first."""
+    return {'teacher': args.teacher, 'student': args.checkpoint} if args.teacher else {'checkpoint': args.checkpoint}
 
 
 def shard(count: int) -> range:
@@ -39,6 +50,12 @@ def shard(count: int) -> range:
 def image_batches(dataset, indices: range, batch_size: int, workers: int, desc: str):
     """Batches [<= batch_size, 3, S, S] of the pictures `indices`, with a progress bar."""
     return progress(DataLoader(Subset(dataset, indices), batch_size, num_workers=workers), desc=desc)
+
+
+def spread(total: int, count: int) -> list[int]:
+    """`count` indices evenly over 0..total - 1: what is shown is not hand-picked."""
+    count = min(count, total)
+    return [i * total // count for i in range(count)]
 
 
 def hardware(device: torch.device) -> str:

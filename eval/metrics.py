@@ -4,6 +4,7 @@ import functools
 import re
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -76,8 +77,9 @@ def java_works() -> bool:
     found = (shutil.which('java') is not None
              and subprocess.run(['java', '-version'], capture_output=True).returncode == 0)
     if not found:
-        logger.warning('no Java runtime: captions are split by the simple tokenizer instead of PTB and METEOR is left '
-                       'out. BLEU, ROUGE-L and CIDEr come all the same. Remedy: apt install default-jre-headless')
+        logger.warning('no Java runtime: captions are split by the simple tokenizer instead of PTB, METEOR and SPICE '
+                       'are left out. BLEU, ROUGE-L and CIDEr come all the same. Remedy: apt install '
+                       'default-jre-headless')
     return found
 
 
@@ -109,14 +111,34 @@ def tokenise(captions: dict[object, list[str]], tokenizer: str) -> dict[object, 
     return {key: [next(tokens) for _ in texts] for key, texts in captions.items()}
 
 
-def caption_metrics(hypotheses: dict, references: dict, *, meteor: bool = False,
+def meteor_scores(references: dict, captions: dict) -> tuple[float, list[float]]:
+    """METEOR of the corpus and of each caption, in the order of the ids (about 25 s per 1,000 pictures, 2 GB)."""
+    from pycocoevalcap.meteor.meteor import Meteor
+    return Meteor().compute_score(references, captions)
+
+
+def spice_scores(references: dict, captions: dict) -> tuple[float, list[float]]:
+    """SPICE of the corpus and of each caption, in the order of the ids (8 GB; two jars downloaded at its first use)."""
+    from pycocoevalcap.spice.spice import Spice
+    score, singles = Spice().compute_score(references, captions)
+    own = dict(zip(sorted(references), singles, strict=True))  # its own order
+    return score, [own[key]['All']['f'] for key in references]
+
+
+SLOW = {'METEOR': (meteor_scores, 'it needs 2 GB of memory'),
+        'SPICE': (spice_scores, 'it needs 8 GB of memory and, at its first use, stanford-corenlp-full-2015-12-09.zip '
+                  'from nlp.stanford.edu (its jars stanford-corenlp-3.6.0.jar and -models.jar belong into the folder '
+                  'spice/lib of the package pycocoevalcap)')}
+
+
+def caption_metrics(hypotheses: dict, references: dict, *, meteor: bool = False, spice: bool = False,
                     tokenizer: str | None = None) -> tuple[dict, dict]:
-    """BLEU-1..4, ROUGE-L, CIDEr and, on demand, METEOR by pycocoevalcap, all times 100 as papers quote them.
+    """BLEU-1..4, ROUGE-L, CIDEr and, on demand, METEOR and SPICE by pycocoevalcap, all times 100 as papers quote them.
 
     Args:
         hypotheses: id -> caption.
         references: the same ids -> list of captions.
-        meteor: METEOR too, where Java is found (about 25 s per 1,000 pictures, 2 GB).
+        meteor, spice: these too, where Java is found. One that fails is left out, which a warning says.
         tokenizer: 'ptb' (COCO's own, needs Java) or 'simple'; default: 'ptb' where Java is found. Compare only
             scores of one tokenizer.
 
@@ -141,9 +163,13 @@ def caption_metrics(hypotheses: dict, references: dict, *, meteor: bool = False,
     results = list(zip(('Bleu_1', 'Bleu_2', 'Bleu_3', 'Bleu_4'),
                        *Bleu(4).compute_score(wanted, given, verbose=0), strict=True))
     results += [('ROUGE_L', *Rouge().compute_score(wanted, given)), ('CIDEr', *Cider().compute_score(wanted, given))]
-    if meteor and java_works():
-        from pycocoevalcap.meteor.meteor import Meteor
-        results.append(('METEOR', *Meteor().compute_score(wanted, given)))
+    for name, asked in (('METEOR', meteor), ('SPICE', spice)):
+        if asked and java_works():
+            score, needs = SLOW[name]
+            try:
+                results.append((name, *score(wanted, given)))
+            except (OSError, ValueError, subprocess.CalledProcessError, zipfile.BadZipFile) as error:
+                logger.warning('%s is left out (%s): %s', name, error, needs)
     corpus = {name: 100 * float(score) for name, score, _ in results}
     single = {key: {name: 100 * float(scores[i]) for name, _, scores in results} for i, key in enumerate(wanted)}
     return {**corpus, 'tokenizer': tokenizer}, single

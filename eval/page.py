@@ -47,7 +47,7 @@ details ul { margin:4px 0 0; padding-left:18px }
 th,td { padding:10px 11px; text-align:right; white-space:nowrap; border-bottom:1px solid var(--line) }
 th { font-size:11.5px; color:var(--soft); font-weight:600; background:#fafbfc } tr:last-child td { border-bottom:0 }
 th:first-child,td:first-child { text-align:left; font-weight:600 }
-tr.share td { color:var(--soft); font-size:13px; font-weight:400 } figure { margin:0; padding:14px }
+figure { margin:0; padding:14px }
 figure img { width:100% }
 '''
 
@@ -74,11 +74,12 @@ def said(who: str, text: str, right: bool | None) -> str:
     return f'{label}<div class="said{mark(right)}">{html.escape(text) or "&nbsp;"}</div>'
 
 
-def caption_card(path: Path, captions: list[tuple[str, str, bool | None]], references: list[str]) -> str:
-    """A picture with captions (whose, text, right or wrong where known) above its folded references."""
+def caption_card(path: Path, captions: list[tuple[str, str, bool | None]], references: list[str] = ()) -> str:
+    """A picture with captions (whose, text, right or wrong where known) above its references."""
     lines = ''.join(f'<li>{html.escape(text)}</li>' for text in references)
+    listed = f'<details open><summary>references</summary><ul>{lines}</ul></details>' if references else ''
     return (f'<div class="card">{picture(thumbnail(path))}<div class="text">{"".join(said(*c) for c in captions)}'
-            f'<details><summary>references</summary><ul>{lines}</ul></details></div></div>')
+            f'{listed}</div></div>')
 
 
 def picture_hits(query: str, hits: list[tuple[Path, float, bool]]) -> str:
@@ -107,14 +108,11 @@ def figure(png: Path) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows of equal keys; a row whose first value starts with a space is set as a remark on the one above."""
-    head = ''.join(f'<th>{html.escape(str(key))}</th>' for key in rows[0])
-    body = ''
-    for row in rows:
-        cells = [f'{value:.2f}' if isinstance(value, float) else str(value) for value in row.values()]
-        kind = ' class="share"' if cells[0].startswith(' ') else ''
-        body += f'<tr{kind}>{"".join(f"<td>{html.escape(cell)}</td>" for cell in cells)}</tr>'
-    return f'<div class="card scroll"><table><tr>{head}</tr>{body}</table></div>'
+    """Rows of equal keys; the first column names the row."""
+    def line(cells, tag: str) -> str:
+        return f'<tr>{"".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)}</tr>'
+    return (f'<div class="card scroll"><table>{line(rows[0], "th")}{"".join(line(row.values(), "td") for row in rows)}'
+            f'</table></div>')
 
 
 def section(title: str, content: str, note: str = '') -> str:

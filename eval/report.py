@@ -1,16 +1,15 @@
 """Teacher and student side by side: one table, one page of pictures, one contact sheet.
 
-    python -m eval.report --teacher output/teacher/last.pth --retrieval output/retrieval_flickr/best.pth \\
-        --caption output/caption_flickr/best.pth
+    python -m eval.report --teacher save/model_base_retrieval_flickr.pth save/model_base_caption_capfilt_large.pth \\
+        --retrieval output/retrieval_flickr/best.pth --caption output/caption_flickr/best.pth --meteor
 
 Evaluates every net on the test pictures with the settings of the two finetune configs, prints the table and writes
-OUTPUT_DIR/table.json, table.md, report.html and contact_sheet.png. The teacher's file serves both tasks (a
-pre-training checkpoint); `--plain_retrieval` and `--plain_caption` add a student that was trained without a teacher.
+OUTPUT_DIR/table.json, table.md, report.html and contact_sheet.png. The teacher is one checkpoint that serves both tasks
+(a pre-training one) or two; `--plain_retrieval` and `--plain_caption` add a student that was trained without a teacher.
 """
 
 import argparse
-import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,46 +17,40 @@ import torch
 from data.datasets import ImageTextEval
 from data.transforms import eval_transform
 from eval.caption import evaluate_captions
-from eval.common import hardware, tokenizer_option, write_json
+from eval.common import hardware, machine_options, spread, write_json
 from eval.metrics import retrieval_metrics
 from eval.page import caption_card, figure, grid, picture_hits, section, table, write_page
 from eval.retrieval import retrieval_scores, top_pictures
 from eval.sheet import Sheet
-from eval.speed import median_ms
+from eval.speed import NEW_TOKENS, costs
+from eval.table import markdown, shares, side_by_side
 from models.blip import BLIP
-from models.build import count_parameters
 from models.checkpoint import load_model
-from models.generation import generate
 from models.tokenizer import Tokenizer
-from utils import atomic_write, clean_exit, load_config, logger, make_output_dir, setup_process
+from utils import atomic_write, clean_exit, is_main, load_config, logger, make_output_dir, setup_process
 
-TEACHER, PLAIN, STUDENT = 'teacher', 'student, no teacher', 'student, distilled'
+TEACHER, PLAIN, STUDENT = 'teacher', 'undistilled', 'student'
 RETRIEVAL_CONFIG, CAPTION_CONFIG = 'configs/retrieval_flickr.yaml', 'configs/caption_flickr.yaml'
-TIMED_PICTURES = 20
-COLUMNS = {'parameters (M)': '{:.2f}', 'txt R@1': '{:.1f}', 'txt R@5': '{:.1f}', 'txt R@10': '{:.1f}',
-           'img R@1': '{:.1f}', 'img R@5': '{:.1f}', 'img R@10': '{:.1f}', 'CIDEr': '{:.1f}', 'exact %': '{:.1f}',
-           'ms/caption': '{:.1f}', 'ms/image': '{:.1f}'}
 
 
 @dataclass
 class Net:
-    """A retrieval and a caption net that are one row of the table, and what was measured of them."""
+    """A retrieval and a caption net that are one column of the table, and what was measured of them."""
 
-    retrieval: BLIP
-    caption: BLIP
-    tokenizer: Tokenizer
+    retrieval: tuple[BLIP, Tokenizer]
+    caption: tuple[BLIP, Tokenizer]
     scores_t2i: torch.Tensor
     records: list[dict]
-    row: dict[str, float | str]
+    figures: dict[str, float | str]
 
 
 def dataset_for(model: BLIP, data: dict) -> ImageTextEval:
     return ImageTextEval(data['root'], 'test', eval_transform(model.config.image_size), data['max_words'])
 
 
-def evaluate(name: str, retrieval_path: str, caption_path: str, configs: tuple[dict, dict],
-             device: torch.device, vocabulary: str) -> Net:
-    """Retrieval and captions of the test split."""
+def evaluate(name: str, retrieval_path: str, caption_path: str, configs: tuple[dict, dict], device: torch.device,
+             vocabulary: str, **scores) -> Net:
+    """Retrieval and captions of the test split; `scores`: the slow ones of `evaluate_captions`."""
     logger.info('evaluating: %s', name)
     retrieval, tokenizer, _ = load_model(retrieval_path, device, 'retrieval', vocabulary)
     caption, caption_tokenizer, _ = load_model(caption_path, device, 'caption', vocabulary)
@@ -69,77 +62,11 @@ def evaluate(name: str, retrieval_path: str, caption_path: str, configs: tuple[d
     recalls = retrieval_metrics(i2t, t2i, dataset.image_to_texts, dataset.text_to_image)
     said, records = evaluate_captions(caption, caption_tokenizer, dataset_for(caption, for_caption['data']),
                                       device=device, prompt=for_caption['data']['prompt'],
-                                      workers=for_caption['data']['workers'], **for_caption['eval'])
-    with torch.device('meta'):  # the whole net: the parts of both tasks, what they share counted once
-        parameters = count_parameters(BLIP(replace(retrieval.config, task='pretrain')))
-    row = {'model': name, 'parameters (M)': parameters / 1e6,
-           **{f'{way} R@{k}': recalls[f'{way}_r{k}'] for way in ('txt', 'img') for k in (1, 5, 10)},
-           'CIDEr': said['CIDEr'], **({'exact %': said['exact']} if 'exact' in said else {}),
-           'tokenizer': said['tokenizer']}
-    return Net(retrieval, caption, caption_tokenizer, t2i, records, row)
-
-
-def add_times(nets: list[Net], configs: tuple[dict, dict], device: torch.device) -> None:
-    """Median milliseconds per caption and per image embedding, one picture at a time, all nets in turn."""
-    work = {}
-    settings = {key: value for key, value in configs[1]['eval'].items() if key != 'batch_size'}
-    for net in nets:
-        def captioner(net=net):
-            images = itertools.cycle(some_pictures(net.caption, configs[1]['data']))
-            return lambda: generate(net.caption, net.tokenizer, next(images), configs[1]['data']['prompt'], **settings)
-
-        def embedder(net=net):
-            images = itertools.cycle(some_pictures(net.retrieval, configs[0]['data']))
-            return lambda: net.retrieval.image_feat(net.retrieval.encode_image(next(images)))
-        work |= {(net.row['model'], 'ms/caption'): captioner(), (net.row['model'], 'ms/image'): embedder()}
-    for (name, what), value in median_ms(work, device, TIMED_PICTURES).items():
-        next(net for net in nets if net.row['model'] == name).row[what] = value
-
-
-def some_pictures(model: BLIP, data: dict) -> list[torch.Tensor]:
-    """The first test pictures, each [1, 3, S, S] on the net's device."""
-    dataset = dataset_for(model, data)
-    return [dataset[i][None].to(model.device) for i in range(min(TIMED_PICTURES, len(dataset)))]
-
-
-# ---------------------------------------------------------------- the table
-
-def shares(rows: list[dict]) -> list[dict]:
-    """Per later row its numbers in per cent of the first row's, the teacher's (None where that is 0)."""
-    return [{'model': row['model'], **{key: 100 * row[key] / rows[0][key] if rows[0][key] else None
-                                       for key in COLUMNS if key in row}} for row in rows[1:]]
-
-
-def comparison(rows: list[dict]) -> list[dict[str, str]]:
-    """Formatted rows: the teacher, then each student followed by its share of the teacher."""
-    out = []
-    for row, share in zip(rows, [None, *shares(rows)], strict=True):
-        out.append({'model': row['model'], **{key: COLUMNS[key].format(row[key]) for key in COLUMNS if key in row}})
-        if share:
-            out.append({'model': '  share of the teacher', **{
-                key: '-' if share[key] is None else f'{share[key]:.0f}%' for key in COLUMNS if key in share}})
-    return out
-
-
-def markdown(rows: list[dict[str, str]]) -> str:
-    """A Markdown table with aligned columns, fit for a terminal too."""
-    keys = list(rows[0])
-    widths = [max(len(key), *(len(row[key]) for row in rows)) for key in keys]
-
-    def line(cells):
-        return '| ' + ' | '.join(cell.rjust(width) if i else cell.ljust(width)
-                                 for i, (cell, width) in enumerate(zip(cells, widths, strict=True))) + ' |'
-    rule = '|' + '|'.join('-' * (width + 1) + (':' if i else '-') for i, width in enumerate(widths)) + '|'
-    return '\n'.join([line(keys), rule, *(line(row.values()) for row in rows)]) + '\n'
+                                      workers=for_caption['data']['workers'], **scores, **for_caption['eval'])
+    return Net((retrieval, tokenizer), (caption, caption_tokenizer), t2i, records, {**recalls, **said})
 
 
 # ---------------------------------------------------------------- the pictures
-
-def spread(total: int, count: int) -> list[int]:
-    """`count` indices evenly over 0..total - 1: what is shown is not hand-picked."""
-    count = min(count, total)
-    return [i * total // count for i in range(count)]
-
 
 def caption_cards(teacher: Net, student: Net, count: int) -> list[tuple[Path, list[tuple], list[str]]]:
     cards = []
@@ -153,7 +80,7 @@ def caption_cards(teacher: Net, student: Net, count: int) -> list[tuple[Path, li
 
 def text_queries(net: Net, data: dict, count: int = 5) -> list[tuple[str, list[tuple[Path, float, bool]]]]:
     """Captions, each of another picture and another of its phrasings, with their top pictures."""
-    dataset = dataset_for(net.retrieval, data)
+    dataset = dataset_for(net.retrieval[0], data)
     texts = [dataset.image_to_texts[image][i % len(dataset.image_to_texts[image])]
              for i, image in enumerate(spread(len(dataset), count))]
     return [(dataset.texts[text], top_pictures(dataset, net.scores_t2i, text)) for text in texts]
@@ -166,7 +93,7 @@ def write_report(output_dir: Path, rows: list[dict[str, str]], setting: str, car
     marks = 'Evenly spaced held-out pictures.' + (
         ' Green: the whole scene is right; red: something is wrong.' if cards[0][1][0][2] is not None else '')
     asked = 'Captions of held-out pictures as queries; the picture that the caption was written for is framed.'
-    sections = [section('Quality and speed', table(rows), setting),
+    sections = [section('Quality and cost', table(rows), setting),
                 section('Captions', grid([caption_card(*card) for card in cards]), marks),
                 section('Pictures for a text', ''.join(picture_hits(*query) for query in queries), asked)]
     sections += [section(f'Training: {png.parent.name}', figure(png)) for png in curves]
@@ -186,7 +113,8 @@ def write_report(output_dir: Path, rows: list[dict[str, str]], setting: str, car
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--teacher', required=True, help='checkpoint that can do both tasks')
+    parser.add_argument('--teacher', required=True, nargs='+', metavar='CHECKPOINT',
+                        help='checkpoint that can do both tasks, or one for retrieval and one for captions')
     parser.add_argument('--retrieval', required=True, help="the student's retrieval checkpoint")
     parser.add_argument('--caption', required=True, help="the student's caption checkpoint")
     parser.add_argument('--plain_retrieval', help='retrieval checkpoint of a student without a teacher')
@@ -194,10 +122,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--retrieval_config', default=RETRIEVAL_CONFIG, help='default: %(default)s')
     parser.add_argument('--caption_config', default=CAPTION_CONFIG, help='default: %(default)s')
     parser.add_argument('--curves', nargs='*', default=[], type=Path, metavar='PNG', help='loss curves to include')
-    tokenizer_option(parser)
-    parser.add_argument('--output_dir', default='output/report', help='default: %(default)s')
-    parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
+    parser.add_argument('--meteor', action='store_true', help='METEOR too (Java, 25 s per 1,000 pictures and net)')
+    parser.add_argument('--spice', action='store_true', help='SPICE too (Java, 8 GB of memory, a download)')
+    machine_options(parser, 'output/report')
     args = parser.parse_args(argv)
+    if len(args.teacher) > 2:
+        raise ValueError(f'--teacher is one checkpoint, or one for retrieval and one for captions: got {args.teacher}')
     if bool(args.plain_retrieval) != bool(args.plain_caption):
         raise ValueError('--plain_retrieval and --plain_caption make one row of the table: give both or none')
     missing = [str(path) for path in args.curves if not path.is_file()]
@@ -206,25 +136,32 @@ def main(argv: list[str] | None = None) -> None:
     configs = load_config(args.retrieval_config, RETRIEVAL_CONFIG), load_config(args.caption_config, CAPTION_CONFIG)
     device, output_dir = setup_process(args.device), make_output_dir(args.output_dir)
 
-    paths = {TEACHER: (args.teacher, args.teacher)}
+    paths = {TEACHER: (args.teacher[0], args.teacher[-1])}
     if args.plain_retrieval:
         paths[PLAIN] = args.plain_retrieval, args.plain_caption
     paths[STUDENT] = args.retrieval, args.caption
-    nets = [evaluate(name, *pair, configs, device, args.tokenizer) for name, pair in paths.items()]
-    add_times(nets, configs, device)
+    nets = {name: evaluate(name, *pair, configs, device, args.tokenizer, meteor=args.meteor, spice=args.spice)
+            for name, pair in paths.items()}
+    if not is_main():
+        return
+    k_test, num_beams = configs[0]['eval']['k_test'], configs[1]['eval']['num_beams']
+    pairs = {name: {'image': net.retrieval, 'caption': net.caption} for name, net in nets.items()}
+    for name, cost in costs(pairs, device, num_beams, configs[1]['data']['prompt']).items():
+        nets[name].figures |= cost
 
-    teacher, student = nets[0], nets[-1]
+    teacher, student = nets[TEACHER], nets[STUDENT]
     setting = (f'{len(student.records)} held-out pictures, {len(student.scores_t2i)} captions. Recalls with the '
-               f'{configs[0]["eval"]["k_test"]} best re-ranked by matching; captions by beam search of width '
-               f'{configs[1]["eval"]["num_beams"]}, split into words by the {teacher.row["tokenizer"]} tokenizer; '
-               f'times are medians for one picture on {hardware(device)}.')
-    numbers = [net.row for net in nets]
-    rows = comparison(numbers)
+               f'{k_test} best re-ranked by matching; captions by beam search of width {num_beams}, split into words '
+               f'by the {teacher.figures["tokenizer"]} tokenizer. GFLOPs and ms are of one picture, embedded or '
+               f'captioned in {NEW_TOKENS} tokens; ms are medians on {hardware(device)}.')
+    numbers = {name: net.figures for name, net in nets.items()}
+    rows = side_by_side(numbers)
     text = markdown(rows)
     with atomic_write(output_dir / 'table.md') as file:
         file.write(f'{text}\n{setting}\n')
-    write_json(output_dir / 'table.json', {'setting': setting, 'rows': numbers, 'share_of_teacher': shares(numbers),
-                                           'checkpoints': paths})
+    write_json(output_dir / 'table.json', {
+        'setting': setting, 'nets': numbers, 'checkpoints': paths, 'share_of_teacher': {
+            name: shares(teacher.figures, figures) for name, figures in numbers.items() if name != TEACHER}})
     write_report(output_dir, rows, setting, caption_cards(teacher, student, 24),
                  text_queries(student, configs[0]['data']), args.curves)
     print(f'\n{text}\n{setting}\n')

@@ -3,8 +3,9 @@
     python -m eval.retrieval --config configs/retrieval_flickr.yaml --checkpoint output/retrieval_flickr/best.pth
     python -m torch.distributed.run --nproc_per_node=4 -m eval.retrieval --checkpoint ...
 
-Prints the recalls and writes OUTPUT_DIR/retrieval_SPLIT.json and retrieval_SPLIT.html (queries with their top five).
-`eval.k_test=0` ranks by the features alone; any other setting of the config can be overridden too.
+Prints recalls and cost, and writes OUTPUT_DIR/retrieval_SPLIT.json and retrieval_SPLIT.html (queries with their top
+five). `--teacher` sets another checkpoint beside it. `eval.k_test=0` ranks by the features alone; any other setting of
+the config can be overridden too.
 """
 
 import time
@@ -14,15 +15,17 @@ import torch
 
 from data.datasets import ImageTextEval
 from data.transforms import eval_transform
-from eval.common import evaluation_arguments, image_batches, shard, write_json
+from eval.common import compared, evaluation_parser, hardware, image_batches, shard, spread, write_json
 from eval.metrics import retrieval_metrics
 from eval.page import picture_hits, section, table, text_hits, write_page
+from eval.speed import costs
+from eval.table import beside, markdown, side_by_side
 from models.blip import BLIP
-from models.build import count_parameters
 from models.checkpoint import load_model
 from models.tokenizer import Tokenizer
-from utils import clean_exit, gather_objects, is_main, logger, make_output_dir, progress, setup_process
+from utils import clean_exit, gather_objects, is_main, load_config, logger, make_output_dir, progress, setup_process
 
+CONFIG = 'configs/retrieval_flickr.yaml'
 NOT_RANKED = -100.0  # score of what is not among the k_test best, as in BLIP: below every re-ranked score
 
 
@@ -77,6 +80,14 @@ def text_feats(model: BLIP, texts: Texts, indices: range, batch_size: int) -> to
     return feats
 
 
+def nearest(similarity: torch.Tensor, k: int) -> torch.Tensor:
+    """[Q, N] -> bool [Q, N]: the k highest of each row, of equals those of lower index."""
+    chosen = torch.zeros_like(similarity, dtype=torch.bool)
+    for rows, out in zip(similarity.split(1024), chosen.split(1024), strict=True):  # an order takes 8 bytes an item
+        out.scatter_(1, rows.argsort(dim=1, descending=True, stable=True)[:, :k], True)
+    return chosen
+
+
 def matching_logits(model: BLIP, tokens: ImageTokens, texts: Texts, wanted: torch.Tensor,
                     batch_size: int) -> torch.Tensor:
     """ITM match logits of the pairs wanted [images, texts] bool -> [pairs] in row-major order, on the CPU.
@@ -102,8 +113,9 @@ def retrieval_scores(model: BLIP, tokenizer: Tokenizer, dataset, *, device: torc
     """Scores of every caption for every picture, and of every picture for every caption.
 
     With k_test > 0 the k_test best of each query by cosine score (match logit + cosine), all others -100, as in BLIP;
-    a k_test below 10 therefore says little about R@10. Pairs that are candidates in both directions are matched
-    once. Launched on several processes, each works on its share of the pictures and all get the result.
+    a k_test below 10 therefore says little about R@10. Of equal cosines at the border those of lower index are
+    re-ranked. Pairs that are candidates in both directions are matched once. Launched on several processes, each works
+    on its share of the pictures and all get the result.
 
     Args:
         dataset: an `ImageTextEval`.
@@ -111,7 +123,7 @@ def retrieval_scores(model: BLIP, tokenizer: Tokenizer, dataset, *, device: torc
         batch_size: pictures, and pairs, per forward pass.
         max_tokens: a caption is cut to this many tokens.
         workers: processes that load pictures.
-        memory_mb: image tokens kept per process; the pictures beyond it are encoded twice.
+        memory_mb: MiB of image tokens kept per process; the pictures beyond it are encoded twice.
 
     Returns:
         (image to text [images, texts], text to image [texts, images]), float32 on the CPU.
@@ -124,10 +136,7 @@ def retrieval_scores(model: BLIP, tokenizer: Tokenizer, dataset, *, device: torc
     cosine = image @ text.T
     if not k_test:
         return cosine, cosine.T
-    best_texts = cosine.topk(min(k_test, cosine.shape[1]), dim=1).indices
-    best_images = cosine.topk(min(k_test, count), dim=0).indices
-    of_image = torch.zeros_like(cosine, dtype=torch.bool).scatter_(1, best_texts, True)
-    of_text = torch.zeros_like(cosine, dtype=torch.bool).scatter_(0, best_images, True)
+    of_image, of_text = nearest(cosine, k_test), nearest(cosine.T, k_test).T
     either = of_image | of_text
     mine = shard(count)
     logits = matching_logits(model, tokens, texts, either[mine.start:mine.stop], batch_size)
@@ -156,33 +165,38 @@ def top_texts(dataset, scores_i2t: torch.Tensor, image: int, count: int = 5) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, config = evaluation_arguments(__doc__, 'configs/retrieval_flickr.yaml', argv)
+    args = evaluation_parser(__doc__, CONFIG).parse_args(argv)
+    config = load_config(args.config, CONFIG, args.overrides)
     device, output_dir = setup_process(args.device), make_output_dir(args.output_dir)
-    model, tokenizer, _ = load_model(args.checkpoint, device, 'retrieval', args.tokenizer)
-    data = config['data']
-    dataset = ImageTextEval(data['root'], args.split, eval_transform(model.config.image_size), data['max_words'])
-    started = time.perf_counter()
-    i2t, t2i = retrieval_scores(model, tokenizer, dataset, device=device, max_tokens=data['max_tokens'],
-                                workers=data['workers'], **config['eval'])
-    seconds = time.perf_counter() - started
+    data, nets, figures = config['data'], {}, {}
+    for name, checkpoint in compared(args).items():
+        model, tokenizer, _ = load_model(checkpoint, device, 'retrieval', args.tokenizer)
+        dataset = ImageTextEval(data['root'], args.split, eval_transform(model.config.image_size), data['max_words'])
+        started = time.perf_counter()
+        i2t, t2i = retrieval_scores(model, tokenizer, dataset, device=device, max_tokens=data['max_tokens'],
+                                    workers=data['workers'], **config['eval'])
+        figures[name] = {'seconds': round(time.perf_counter() - started, 2),
+                         **retrieval_metrics(i2t, t2i, dataset.image_to_texts, dataset.text_to_image)}
+        nets[name] = {'image': (model, tokenizer)}
     if not is_main():
         return
-    metrics = retrieval_metrics(i2t, t2i, dataset.image_to_texts, dataset.text_to_image)
-    name = f'retrieval_{args.split}'
+    for name, cost in costs(nets, device).items():
+        figures[name] |= cost
+    setting = (f'{args.split} split: {len(dataset)} pictures, {len(dataset.texts)} captions, the '
+               f'{config["eval"]["k_test"]} best re-ranked by matching; ms for one picture on {hardware(device)}')
+    name, rows = f'retrieval_{args.split}', side_by_side(figures)
     write_json(output_dir / f'{name}.json', {
         'checkpoint': args.checkpoint, 'split': args.split, 'pictures': len(dataset), 'captions': len(dataset.texts),
-        'parameters': count_parameters(model), 'seconds': round(seconds, 2), **config['eval'], **metrics})
-    shown = min(12, len(dataset))
-    spread = [i * len(dataset) // shown for i in range(shown)]
+        **config['eval'], **beside(figures, args.teacher)})
+    shown = spread(len(dataset), 12)
     by_text = [picture_hits(dataset.texts[text], top_pictures(dataset, t2i, text))
-               for text in (dataset.image_to_texts[i][0] for i in spread)]
-    by_image = [text_hits(dataset.paths[i], top_texts(dataset, i2t, i)) for i in spread]
+               for text in (dataset.image_to_texts[i][0] for i in shown)]
+    by_image = [text_hits(dataset.paths[i], top_texts(dataset, i2t, i)) for i in shown]
     write_page(output_dir / f'{name}.html', f'Retrieval, {args.split} split',
-               [section('Recall in %', table([metrics])), section('Pictures for a text', ''.join(by_text)),
+               [section('Recall in % and cost', table(rows), setting), section('Pictures for a text', ''.join(by_text)),
                 section('Texts for a picture', ''.join(by_image))], args.checkpoint)
-    logger.info('%s: %d pictures, %d captions, k_test %d, %.1f s\n%s', args.checkpoint, len(dataset),
-                len(dataset.texts), config['eval']['k_test'], seconds,
-                '\n'.join(f'  {key:<11}{value:7.2f}' for key, value in metrics.items()))
+    logger.info('%s\n%s, in %.1f s\n\n%s', args.checkpoint, setting, list(figures.values())[-1]['seconds'],
+                markdown(rows))
     logger.info('wrote %s.json and .html', output_dir / name)
 
 

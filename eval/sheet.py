@@ -66,16 +66,15 @@ class Sheet:
             self.pen.rectangle((x - 5, y - 5, x + side + 4, y + side + 4), outline=frame, width=5)
 
     def table(self, rows: list[dict[str, str]]) -> None:
-        """Rows of equal keys; a first cell that starts with a space marks a remark on the row above."""
-        pitch, keys = 38, list(rows[0])
+        """Rows of equal keys; the first column names the row."""
+        pitch, keys = 34, list(rows[0])
         self.card(MARGIN, self.y, WIDTH - 2 * MARGIN, pitch * (len(rows) + 1))
         step = (WIDTH - 2 * MARGIN - 300) // (len(keys) - 1)
         for i, row in enumerate([dict(zip(keys, keys, strict=True)), *rows]):
-            remark = row[keys[0]].startswith(' ')
             for j, key in enumerate(keys):
                 x = MARGIN + 18 if j == 0 else MARGIN + 282 + j * step
-                self.text(x, self.y + pitch * i + 10, row[key], 15 if i else 13, SOFT if remark or i == 0 else INK,
-                          bold=j == 0 and not remark, right=j > 0)
+                self.text(x, self.y + pitch * i + 8, row[key], 15 if i else 13, INK if i else SOFT, bold=j == 0,
+                          right=j > 0)
         self.y += pitch * (len(rows) + 1) + 36
 
     def captions(self, cards: list[tuple[Path, list[tuple[str, str, bool | None]]]], columns: int = 6) -> None:

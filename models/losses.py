@@ -98,19 +98,6 @@ def logit_kl_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperatur
     return kl * temperature ** 2 / max(1, len(logits))
 
 
-def self_critical_loss(log_probs: torch.Tensor, mask: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
-    """Policy gradient with the mean reward of a picture's other captions as baseline (Luo 2020, arXiv 2003.09971).
-
-    Args:
-        log_probs: [B * K, T] of the tokens of K sampled captions per picture, a picture's captions side by side.
-        mask: [B * K, T], 1 where a token was sampled.
-        rewards: [B, K], K >= 2.
-    """
-    count = rewards.shape[1]
-    advantages = (rewards - rewards.mean(1, keepdim=True)) * (count / (count - 1))  # = reward - mean of the others
-    return -(advantages.flatten() * (log_probs * mask).sum(1)).mean()
-
-
 def top_k_kl_loss(logits: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tensor, rest: torch.Tensor
                   ) -> torch.Tensor:
     """`logit_kl_loss` where of the teacher only its k most probable classes are known, and of the others their sum.
@@ -131,6 +118,19 @@ def top_k_kl_loss(logits: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tens
     others = (logits.sum(1) - top.sum(1)) / max(1, logits.shape[1] - k) - total[:, 0]
     kl = F.kl_div(top - total, log_probs[:, :k], log_target=True, reduction='none').sum(1)
     return (kl + rest.float() - log_probs[:, k].exp() * others).sum() / max(1, len(logits))
+
+
+def self_critical_loss(log_probs: torch.Tensor, mask: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+    """Policy gradient with the mean reward of a picture's other captions as baseline (Luo 2020, arXiv 2003.09971).
+
+    Args:
+        log_probs: [B * K, T] of the tokens of K sampled captions per picture, a picture's captions side by side.
+        mask: [B * K, T], 1 where a token was sampled.
+        rewards: [B, K], K >= 2.
+    """
+    count = rewards.shape[1]
+    advantages = (rewards - rewards.mean(1, keepdim=True)) * (count / (count - 1))  # = reward - mean of the others
+    return -(advantages.flatten() * (log_probs * mask).sum(1)).mean()
 
 
 def cosine_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:

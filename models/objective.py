@@ -23,7 +23,7 @@ TEACHER_TERMS = ('image_tokens', 'image_feat', 'text_feat', 'fused_feat', 'decod
 TERMS = ('ita', 'itm', 'lm', *TEACHER_TERMS)
 VISION = ('image_tokens', 'vision_hidden')  # terms of the vision tower alone
 CONTRASTIVE = ('ita', 'itm', 'ita_soft', 'itm_soft', 'image_feat', 'text_feat', 'text_hidden')  # of both features
-FUSED = ('itm', 'itm_soft', 'fused_feat', 'self_attn', 'cross_attn', 'fused_hidden')  # of the matching pass
+FUSED = ('itm', 'itm_soft', 'fused_feat', 'self_attn', 'cross_attn', 'fused_hidden')  # terms of the matching pass
 DECODER = ('lm', 'lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn', 'decoder_hidden')
 MISSING_IN = {'caption': 'text_encoder', 'retrieval': 'text_decoder', 'pretrain': None}  # part that a task has not
 
@@ -304,8 +304,7 @@ class Objective(nn.Module):
             out['fused_feat'] = losses.cosine_loss(self.fused_map(fused.hidden[:batch, 0]), target.hidden[:batch])
         if self.uses('fused_hidden'):
             pairs = ({layer: state[:batch] for layer, state in output.states.items()} for output in (fused, target))
-            out['fused_hidden'] = token_share(pair_mask, update.tokens) * self.hidden['fused_hidden'](
-                *pairs, pair_mask)
+            out['fused_hidden'] = token_share(pair_mask, update.tokens) * self.hidden['fused_hidden'](*pairs, pair_mask)
         for term in ('self_attn', 'cross_attn'):
             if self.uses(term):
                 name = term.replace('attn', 'map')

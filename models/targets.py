@@ -4,7 +4,9 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
+from data.target_store import LOWEST
 from models import losses
 from models.blip import BLIP, BLIPConfig, select_images
 from utils import all_gather
@@ -154,7 +156,17 @@ class StoredTargets:
         return self.stored['image_feat'].float(), self.stored['text_feat'].float()
 
     def matching(self, ids, mask, image_index, foreign, want_maps) -> Matched:
-        return Matched(*(self.stored.get(name) for name in ('fused_hidden', 'itm_logits', 'self_map', 'cross_map')))
+        found = [self.stored.get(name) for name in ('fused_hidden', 'itm_logits', 'self_map', 'cross_map')]
+        if want_maps:  # texts of other processes may be longer than the own ones
+            found[2:] = [self._widened(name, ids.shape[1]) for name in ('self_map', 'cross_map')]
+        return Matched(*found)
+
+    def _widened(self, name: str, length: int) -> torch.Tensor | None:
+        """A map [B, heads, T, keys] for texts padded to `length`: what is added has no probability."""
+        if name not in self.stored:
+            return None
+        more = length - self.stored[name].shape[2]
+        return F.pad(self.stored[name], (0, more if name == 'self_map' else 0, 0, more), value=LOWEST)
 
     def decoding(self, ids, mask, want_maps) -> Decoded:
         return Decoded(*(self.stored.get(name) for name in ('decoder_hidden', 'decoder_self_map', 'decoder_cross_map')))

@@ -32,6 +32,7 @@ from data.target_store import (
 )
 from data.transforms import normalise
 from models.blip import BLIP, BLIPConfig
+from models.checkpoint import fingerprint
 from models.objective import DECODER, FUSED, TEACHER_TERMS, with_start
 from models.precision import arithmetic
 from models.targets import LiveTargets, StoredTeacher
@@ -139,16 +140,6 @@ def made_of(config: dict, dataset: Captioned, tokenizer: Tokenizer, seed: int, p
             **{f'data.{key}': data[key] for key in ('min_scale', 'randaugment', 'max_words', 'max_tokens')}}
 
 
-def weights_hash(net: BLIP) -> str:
-    """Of the architecture and all weights but the image's position embeddings, which may have been resampled."""
-    hashed = hashlib.sha256(repr(sorted(net.config.to_dict().items())).encode())
-    for name, weight in sorted(net.state_dict().items()):
-        if name != 'visual_encoder.pos_embed':
-            hashed.update(name.encode())
-            hashed.update(weight.cpu().contiguous().numpy())
-    return hashed.hexdigest()
-
-
 def check(folder: Path, manifest: dict, now: dict) -> None:
     """Raises:
         ValueError: the targets in a folder are not those asked for; names what differs.
@@ -181,7 +172,7 @@ def store_teacher(config: dict, teacher: BLIP | None, dataset: Captioned, tokeni
     terms = stored_terms(config['loss'])
     top_k = min(settings.get('top_k', 0), len(tokenizer) - 1)
     fields = fields_of(terms, teacher.config, top_k)
-    now = {'teacher': weights_hash(teacher), **made_of(config, dataset, tokenizer, seed, prompt)}
+    now = {'teacher': fingerprint(teacher), **made_of(config, dataset, tokenizer, seed, prompt)}
     manifest = read_manifest(folder)
     fresh = manifest is None
     if not fresh:
@@ -285,7 +276,7 @@ def with_cache(config: dict, teacher: BLIP | None, dataset: Captioned, tokenizer
     if folder is None:
         return dataset, teacher
     store = TargetStore(folder)
-    now = {'teacher': weights_hash(teacher)} if teacher is not None else {}
+    now = {'teacher': fingerprint(teacher)} if teacher is not None else {}
     now |= made_of(config, dataset, tokenizer, seed, prompt)
     terms = stored_terms(config['loss'])
     for term in terms:

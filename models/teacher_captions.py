@@ -13,9 +13,9 @@ from data.datasets import FlickrPictures
 from data.loader import collate
 from data.transforms import normalise
 from models.blip import BLIP
+from models.checkpoint import fingerprint
 from models.generation import generate
 from models.logs import read_log
-from models.teacher_cache import weights_hash
 from models.tokenizer import Tokenizer
 from utils import atomic_write, gather_objects, is_main, logger, progress, rank, world_size
 
@@ -35,7 +35,7 @@ def teacher_captions(teacher: BLIP, tokenizer: Tokenizer, pictures: FlickrPictur
     Raises:
         ValueError: the file's captions are another teacher's, or were generated with other settings.
     """
-    made_by = {'teacher': weights_hash(teacher), 'image_size': teacher.config.image_size, 'prompt': prompt, **settings}
+    made_by = {'teacher': fingerprint(teacher), 'image_size': teacher.config.image_size, 'prompt': prompt, **settings}
     done = gather_objects(read_captions(file, made_by))[0]
     names = [Path(pictures.pair(i)[0]).name for i in range(len(pictures))]
     left = [i for i, name in enumerate(names) if name not in done]

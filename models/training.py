@@ -303,13 +303,8 @@ class Run:
         self.save()
 
     def finish(self, test: dict) -> None:
-        """Append the test figures to `log.txt`, draw them, and print the table of the run."""
-        if not is_main():
-            return
-        log = self.output_dir / 'log.txt'
-        append_log(log, {**test, 'epoch': self.config['train']['epochs'] - 1})
-        plot_curves([self.output_dir / 'steps.txt', log], self.output_dir / 'curves.png')
-        columns = {key: value for row in read_log(log) for key, value in row.items() if isinstance(value, int | float)}
-        width = max(map(len, columns))
-        logger.info('last values of %s\n%s', log, '\n'.join(f'  {key:<{width}}  {value:.4g}'
-                                                            for key, value in columns.items()))
+        """Append the test figures to `log.txt` and draw them."""
+        if is_main():
+            log = self.output_dir / 'log.txt'
+            append_log(log, {**test, 'epoch': self.config['train']['epochs'] - 1})
+            plot_curves([self.output_dir / 'steps.txt', log], self.output_dir / 'curves.png')

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import NANO
+from conftest import NANO, TESTS, golden
 from ruamel.yaml import YAML
 
 from data.datasets import ImageTextEval
@@ -18,11 +19,12 @@ from data.scene_captions import captions, vocabulary
 from data.scene_layouts import write_flickr_annotation
 from data.scenes import render, sample_split
 from data.transforms import eval_transform
+from eval import caption as caption_script
 from eval import metrics, report, speed
 from eval import retrieval as retrieval_script
-from eval.caption import evaluate_captions, score_captions
+from eval.caption import evaluate_captions, score_captions, server_results
 from eval.metrics import caption_metrics, ranks, recall_at_k, retrieval_metrics
-from eval.retrieval import NOT_RANKED, evaluate_retrieval, retrieval_scores
+from eval.retrieval import NOT_RANKED, evaluate_retrieval, nearest, retrieval_scores
 from models.blip import BLIP, BLIPConfig
 from models.checkpoint import save_checkpoint
 from models.tokenizer import Tokenizer
@@ -135,6 +137,21 @@ def plain_scores(model: BLIP, tokenizer: Tokenizer, dataset, k: int) -> tuple[to
     return i2t, t2i
 
 
+def plain_metrics(i2t: torch.Tensor, t2i: torch.Tensor, dataset) -> dict[str, float]:
+    """BLIP's `itm_eval`: sort each row, look for the right items, count."""
+    result = {}
+    image_of_text = [[image] for image in dataset.text_to_image]
+    for way, scores, right in (('txt', i2t, dataset.image_to_texts), ('img', t2i, image_of_text)):
+        found = []
+        for row, items in zip(scores.numpy(), right, strict=True):
+            order = np.argsort(-row, kind='stable')
+            found.append(min(int(np.where(order == item)[0][0]) for item in items))
+        recalls = [100.0 * len([place for place in found if place < k]) / len(found) for k in (1, 5, 10)]
+        result |= {f'{way}_r{k}': value for k, value in zip((1, 5, 10), recalls, strict=True)}
+        result[f'{way}_r_mean'] = sum(recalls) / 3
+    return result | {'r_mean': (result['txt_r_mean'] + result['img_r_mean']) / 2}
+
+
 def test_reranking_equals_the_plain_loop(dataset, tokenizer):
     model = random_net(tokenizer)
     expected = plain_scores(model, tokenizer, dataset, 4)
@@ -145,8 +162,16 @@ def test_reranking_equals_the_plain_loop(dataset, tokenizer):
             assert torch.equal(ours == NOT_RANKED, plain == NOT_RANKED)
             torch.testing.assert_close(ours, plain, rtol=1e-4, atol=2e-4)
     result = evaluate_retrieval(model, tokenizer, dataset, k_test=4)
-    assert result == retrieval_metrics(*expected, dataset.image_to_texts, dataset.text_to_image)
+    assert result == pytest.approx(plain_metrics(*expected, dataset))
     assert expected[0][expected[0] != NOT_RANKED].std() > 0.1  # the scores do differ
+
+
+def test_of_equal_cosines_the_lower_indices_are_reranked():
+    similarity = torch.tensor([[0.5, 0.7, 0.5, 0.5], [0.1, 0.1, 0.1, 0.1]])
+    assert nearest(similarity, 2).tolist() == [[True, True, False, False], [True, True, False, False]]
+    many = torch.randint(5, (3000, 7), generator=torch.Generator().manual_seed(0))
+    for row, chosen in zip(many.tolist(), nearest(many, 3).tolist(), strict=True):
+        assert [i for i in range(7) if chosen[i]] == sorted(sorted(range(7), key=lambda i: (-row[i], i))[:3])
 
 
 def test_without_reranking_scores_are_cosines(dataset, tokenizer):
@@ -158,14 +183,38 @@ def test_without_reranking_scores_are_cosines(dataset, tokenizer):
 
 
 def test_retrieval_script_on_two_processes(files, tmp_path):
-    options = ['--config', files.retrieval_config, '--checkpoint', files.retrieval, '--device', 'cpu']
+    """Straight after pre-training, without a finetune."""
+    options = ['--config', files.retrieval_config, '--checkpoint', files.pretrain, '--device', 'cpu']
     retrieval_script.main([*options, '--output_dir', str(tmp_path / 'one')])
     subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m',
                     'eval.retrieval', *options, '--output_dir', str(tmp_path / 'two')], cwd=ROOT, check=True,
                    capture_output=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     one, two = (json.loads((tmp_path / name / 'retrieval_test.json').read_text()) for name in ('one', 'two'))
-    assert {**one, 'seconds': 0} == {**two, 'seconds': 0}
+    assert one.keys() == two.keys() and len(one) > 15
+    assert [key for key in one if one[key] != two[key] and key not in ('seconds', 'image_ms')] == []
     assert '<img' in (tmp_path / 'one' / 'retrieval_test.html').read_text()
+
+
+def test_a_teacher_stands_beside_the_student(files, tmp_path, capsys):
+    """An original file as the teacher of a pre-trained net without finetune."""
+    teacher = tmp_path / 'blip.pth'
+    heads = {'vision_heads': 4, 'text_heads': 4}
+    torch.save({'model': golden('blip_caption_tiny.pth')['model'], 'config': heads}, teacher)
+    shared = ['--teacher', str(teacher), '--tokenizer', str(TESTS / 'vocab.txt'), '--output_dir', str(tmp_path),
+              '--device', 'cpu']
+    caption_script.main(['--config', files.caption_config, '--checkpoint', files.pretrain, *shared,
+                         'eval.num_beams=2', '--export'])
+    result = json.loads((tmp_path / 'caption_test.json').read_text())
+    blip = result['teacher']
+    assert result['share_of_teacher']['caption_gflops'] == pytest.approx(
+        100 * result['caption_gflops'] / blip['caption_gflops'])
+    assert blip['parameters_M'] > result['parameters_M'] and {'CIDEr', 'exact', 'caption_ms'} <= blip.keys()
+    assert re.search(r'\| GFLOPs/caption +\| +[\d.]+ \| +[\d.]+ \| +\d+% \|', capsys.readouterr().out)
+    page = (tmp_path / 'caption_test.html').read_text()
+    assert 'TEACHER' in page.upper() and result['captions'][0]['references'][0] in page
+    for record, sent in zip(result['captions'], json.loads((tmp_path / 'caption_test_results.json').read_text()),
+                            strict=True):
+        assert len(record['n_best']) == 2 and record['n_best'][0] == record['caption'] == sent['caption']
 
 
 # ---------------------------------------------------------------- captions
@@ -190,13 +239,56 @@ def test_caption_metrics_equal_pycocoevalcap(words):
         given, wanted = (PTBTokenizer().tokenize({key: [{'caption': text} for text in texts]
                                                   for key, texts in side.items()})
                          for side in ({key: [text] for key, text in HYPOTHESES.items()}, REFERENCES))
-    corpus, single = caption_metrics(HYPOTHESES, REFERENCES, tokenizer=words)
+    corpus, single = caption_metrics(HYPOTHESES, REFERENCES, tokenizer=words, meteor=words == 'ptb')
     bleu, bleus = Bleu(4).compute_score(wanted, given, verbose=0)
     assert [corpus[f'Bleu_{n}'] for n in (1, 2, 3, 4)] == [100 * x for x in bleu]
     assert corpus['CIDEr'] == 100 * Cider().compute_score(wanted, given)[0]
     assert corpus['ROUGE_L'] == 100 * Rouge().compute_score(wanted, given)[0]
     assert corpus['tokenizer'] == words
     assert [single[key]['Bleu_4'] for key in 'abc'] == [100 * x for x in bleus[3]]
+    if words == 'ptb':
+        from pycocoevalcap.meteor.meteor import Meteor
+        meteor, meteors = Meteor().compute_score(wanted, given)
+        assert corpus['METEOR'] == 100 * meteor
+        assert [single[key]['METEOR'] for key in 'abc'] == [100 * x for x in meteors]
+
+
+def test_a_score_that_fails_is_left_out_and_its_needs_are_said(monkeypatch, caplog):
+    def unreachable():
+        raise OSError('no route to nlp.stanford.edu')
+    monkeypatch.setattr('pycocoevalcap.spice.spice.get_stanford_models', unreachable)
+    monkeypatch.setattr(metrics, 'java_works', lambda: True)
+    corpus, single = caption_metrics(HYPOTHESES, REFERENCES, spice=True, tokenizer='simple')
+    assert 'SPICE' not in corpus and corpus['CIDEr'] > 0
+    message, = (r.message for r in caplog.records if 'SPICE' in r.message)
+    assert 'no route to nlp.stanford.edu' in message and '8 GB of memory' in message and 'spice/lib' in message
+
+
+def test_spice_in_the_order_of_the_pictures(monkeypatch):
+    """pycocoevalcap returns it sorted by id."""
+    class Spice:
+        def compute_score(self, references, captions):
+            return 0.5, [{'All': {'f': float(key)}} for key in sorted(references)]
+    monkeypatch.setattr('pycocoevalcap.spice.spice.Spice', Spice)
+    monkeypatch.setattr(metrics, 'java_works', lambda: True)
+    keys = {3: 'a dog', 1: 'a cat', 2: 'a cow'}
+    corpus, single = caption_metrics(keys, {key: [text] for key, text in keys.items()}, spice=True, tokenizer='simple')
+    assert corpus['SPICE'] == 50 and [single[key]['SPICE'] for key in keys] == [300, 100, 200]
+
+
+@pytest.mark.parametrize('names, ids', [
+    (['COCO_val2014_000000391895.jpg', 'val2014/COCO_val2014_000000000042.jpg'], [391895, 42]),
+    (['1007129816.jpg', '000000005.png'], [1007129816, 5]), (['0013ea2087020901.jpg', '12.jpg'], [0, 1]),
+    (['a/7.jpg', 'b/7.jpg'], [0, 1])])
+def test_captions_for_the_servers(names, ids, tmp_path):
+    from pycocotools.coco import COCO
+    results = server_results([{'image': name, 'caption': 'a dog'} for name in names])
+    assert results == [{'image_id': number, 'caption': 'a dog'} for number in ids]
+    (tmp_path / 'results.json').write_text(json.dumps(results))
+    coco = COCO()
+    coco.dataset = {'images': [{'id': number} for number in ids]}
+    coco.createIndex()
+    assert len(coco.loadRes(str(tmp_path / 'results.json')).anns) == 2
 
 
 def test_without_java_the_rest_still_comes_and_the_remedy_is_said_once(monkeypatch, caplog):
@@ -218,9 +310,9 @@ def test_captions_without_a_partner_are_named():
 
 def test_right_captions_score_full_marks(dataset, flickr):
     scenes = sample_split('test', 14, 0, distinct=True)
-    result, records = score_captions(dataset, [captions(scene)[0] for scene in scenes])
+    result, records = score_captions(dataset, [[captions(scene)[0]] for scene in scenes])
     assert result['exact'] == 100.0 and result['Bleu_4'] == pytest.approx(100)
-    wrong, records = score_captions(dataset, ['a picture'] * 13 + [captions(scenes[13])[1]])
+    wrong, records = score_captions(dataset, [['a picture']] * 13 + [captions(scenes[13])[1:]])
     assert wrong['exact'] == pytest.approx(100 / 14) and [r['right'] for r in records] == [False] * 13 + [True]
 
 
@@ -250,16 +342,24 @@ def test_report(files, tmp_path, capsys):
     curves = tmp_path / 'pretrain' / 'curves.png'
     curves.parent.mkdir()
     render(sample_split('test', 1, 0, distinct=True)[0], random.Random(0)).save(curves)
-    report.main(['--teacher', files.pretrain, '--retrieval', files.retrieval, '--caption', files.caption,
+    report.main(['--teacher', files.retrieval, files.caption, '--retrieval', files.pretrain,
+                 '--caption', files.pretrain, '--plain_retrieval', files.retrieval, '--plain_caption', files.caption,
                  '--retrieval_config', files.retrieval_config, '--caption_config', files.caption_config,
                  '--curves', str(curves), '--output_dir', str(tmp_path), '--device', 'cpu'])
     table = json.loads((tmp_path / 'table.json').read_text())
-    assert [row['model'] for row in table['rows']] == ['teacher', 'student, distilled']
-    assert table['share_of_teacher'][0]['parameters (M)'] == 100
-    text = (tmp_path / 'table.md').read_text()
-    assert text.splitlines()[0].count('|') == 13 and text.splitlines()[0] in capsys.readouterr().out
+    assert list(table['nets']) == ['teacher', 'undistilled', 'student']
+    assert table['share_of_teacher']['student']['parameters_M'] == 100
+    assert table['share_of_teacher']['undistilled']['caption_gflops'] == 100
+    lines = (tmp_path / 'table.md').read_text().splitlines()
+    names = [line.split('|')[1].strip() for line in lines if line.startswith('| ')]
+    assert names == ['', *(f'{way} R@{k}' for way in ('txt', 'img') for k in (1, 5, 10)), 'mean recall', 'CIDEr',
+                     'BLEU-4', 'ROUGE-L', 'exact %', 'parameters (M)', 'GFLOPs/image', 'ms/image', 'GFLOPs/caption',
+                     'ms/caption']
+    assert lines[0].count('|') == 7 and lines[0] in capsys.readouterr().out
     page = (tmp_path / 'report.html').read_text()
     assert page.count('<img') == 14 + 25 + 1 and 'src="http' not in page
     assert (tmp_path / 'contact_sheet.png').stat().st_size > 10_000
-    with pytest.raises(ValueError, match='give both or none'):
-        report.main(['--teacher', 'a', '--retrieval', 'b', '--caption', 'c', '--plain_caption', 'd'])
+    for options, message in ((['--teacher', 'a', '--plain_caption', 'd'], 'give both or none'),
+                             (['--teacher', 'a', 'b', 'c'], 'one for retrieval and one for captions')):
+        with pytest.raises(ValueError, match=message):
+            report.main([*options, '--retrieval', 'b', '--caption', 'c'])

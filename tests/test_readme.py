@@ -129,11 +129,29 @@ def test_train_evaluate_use(place, bert_tokenizer, monkeypatch, capsys):
     flickr = f'data.root={place}/datadrive/flickr30k'
     for script in ('train_dlip_retrieval_flickr.py', 'train_dlip_caption_flickr.py'):
         run(*commands(script), place, ROOT, *small, flickr, f'model.init={place}/output/pretrain/last.pth')
-    for script in ('eval.retrieval', 'eval.caption'):
-        run(*commands(script), place, ROOT, f'--output_dir {place}/eval --device cpu', flickr, 'data.workers=0')
+    for name in ('retrieval_flickr', 'caption_capfilt_large'):
+        shutil.copy(save / 'model_base.pth', save / f'model_base_{name}.pth')
+    classes = place / 'datadrive/my_pictures'
+    for i in range(4):
+        (classes / f'class_{i % 2}').mkdir(parents=True, exist_ok=True)
+        shutil.copy(place / f'datadrive/flickr30k/flickr30k-images/test{i:06d}.jpg', classes / f'class_{i % 2}')
+    out, settings = f'--output_dir {place}/eval --device cpu', (flickr, 'data.workers=0')
+    for command in (*commands('eval.retrieval'), *commands('eval.caption')):
+        run(command, place, ROOT, out, *settings)
+    assert 'beam-3 caption' in run(*commands('eval.speed'), place, ROOT, out)
+    assert 'top1' in run(*commands('eval.zeroshot'), place, ROOT, out)
+    for name in ('retrieval', 'caption'):  # the report takes the settings of the configs alone
+        text = (ROOT / f'configs/{name}_flickr.yaml').read_text()
+        for line in (r'workers: .*', r'root: .*'):
+            text = re.sub(line, {'w': 'workers: 0', 'r': f'root: {place}/datadrive/flickr30k'}[line[0]], text)
+        (place / f'{name}.yaml').write_text(text)
+    printed = run(*commands('eval.report'), place, ROOT, out, f'--retrieval_config {place}/retrieval.yaml',
+                  f'--caption_config {place}/caption.yaml')
+    assert re.search(r'\| GFLOPs/caption +\|', printed)
+    names = ('retrieval_test', 'caption_test', 'speed', 'zeroshot')
     assert {path.name for path in (place / 'eval').iterdir()} == {
-        f'{name}_test.{kind}' for name in ('retrieval', 'caption') for kind in ('json', 'html')}
-    assert 'beam-3 caption' in run(*commands('eval.speed'), place, ROOT)
+        *(f'{name}.{kind}' for kind in ('json', 'html') for name in names),
+        'caption_test_results.json', 'table.json', 'table.md', 'report.html', 'contact_sheet.png'}
 
     run(*commands('prod.export'), place, ROOT)
     assert (place / 'save/dlip-caption/model.safetensors').is_file()

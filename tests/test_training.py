@@ -193,8 +193,8 @@ def test_an_epochs_last_update_may_be_smaller(pretrained, tmp_path):
     assert steps == {3}  # 7 batches of 8 pairs: after the 3rd, the 6th and the last
 
 
-def test_the_path_from_pretraining_to_finetuned_students(pretrained, scenes, tmp_path):
-    """Distil a pre-trained net into a smaller one, then finetune both ways; metrics and best.pth come out."""
+def test_the_path_from_pretraining_to_finetuned_students(pretrained, scenes, tmp_path, capsys):
+    """Distil a pre-trained net into a smaller one, then finetune both ways; metrics, table and best.pth come out."""
     _, teacher = pretrained
     weights = {f'loss__{t}': 1.0 for t in ('image_feat', 'text_feat', 'fused_feat', 'decoder_feat', 'ita_soft',
                                           'itm_soft', 'lm_logits', 'self_attn', 'cross_attn', 'decoder_self_attn')}
@@ -203,11 +203,20 @@ def test_the_path_from_pretraining_to_finetuned_students(pretrained, scenes, tmp
                           **shared, **weights)
     run(pretrain_dlip, config, tmp_path / 'student')
     init = {'model__init': str(tmp_path / 'student/last.pth'), 'train__epochs': 1}
-    for script, name, key in ((train_dlip_retrieval_flickr, 'retrieval_flickr', 'test_txt_r1'),
-                              (train_dlip_caption_flickr, 'caption_flickr', 'test_CIDEr')):
+    # the retrieval net that comes out of the first finetune has no decoder to caption with as the second one's teacher
+    for script, name, key, weights, beside in (
+            (train_dlip_retrieval_flickr, 'retrieval_flickr', 'test_txt_r1', teacher / 'last.pth', True),
+            (train_dlip_caption_flickr, 'caption_flickr', 'test_CIDEr', tmp_path / 'retrieval_flickr/best.pth', False)):
         out = tmp_path / name
-        run(script, write_config(tmp_path, name, scenes, **init), out)
+        run(script, write_config(tmp_path, name, scenes, **init, teacher__size='nano', teacher__weights=str(weights)),
+            out)
+        assert ('BLIP has no column' in capsys.readouterr().out) != beside
         assert any(key in row for row in read_log(out / 'log.txt'))
+        table = [line.split('|')[1:-1] for line in (out / 'table.md').read_text().splitlines()]
+        assert [cell.strip() for cell in table[0]] == ['', 'DLIP', *['BLIP'] * beside]
+        values = {line[0].strip(): line[1:] for line in table[2:]}
+        assert {'train_lr', 'train_loss', key} <= values.keys() and not any(name.startswith('val') for name in values)
+        assert all(float(cell) >= 0 for cell in values[key])
         assert load_model(out / 'best.pth')[0].config.task == name.split('_')[0]
 
 
