@@ -92,8 +92,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # self-critical stage: from the best of the epochs before it, without dropout
     if scst['epochs']:
-        if not train['epochs']:
-            run.save_best()  # nothing was trained before: the stage starts from model.init
+        if not train['epochs']:  # nothing was trained before: the stage starts from model.init, and has to beat it
+            run.best = evaluate_captions(student.eval(), tokenizer, held_out['val'], device=device,
+                                         **generation)[0]['CIDEr']
+            run.save_best()
         start, folder = output_dir / 'before_scst.pth', make_output_dir(output_dir / 'scst')
         if is_main() and not start.exists():
             copy(output_dir / 'best.pth', start)
