@@ -12,6 +12,7 @@ resumes from OUTPUT_DIR/last.pth; `--dry_run` says beforehand what the run will 
 
 from data.datasets import PairDataset
 from data.loader import make_loader
+from data.shards import ShardDataset, is_shards
 from data.transforms import train_transform
 from eval.caption import caption_pictures
 from models.build import at_resolution, build_student, build_teacher, loss_weights
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # data
     transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'])
-    dataset = PairDataset(data['train'], transform, data['max_words'], seed=args.seed)
+    source = ShardDataset if is_shards(data['train']) else PairDataset
+    dataset = source(data['train'], transform, data['max_words'], seed=args.seed)
 
     # teacher (frozen), student, momentum twin and queues, losses
     tokenizer = Tokenizer.from_pretrained(config['tokenizer'])
@@ -56,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
                              teacher.config.embed_dim if teacher else 0)
     objective = Objective(student, loss_weights(config['loss'], teacher),
                           (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum, teacher,
-                          negative_all_rank=config['negative_all_rank'])
+                          negative_all_rank=config['negative_all_rank'], hidden_layers=config['hidden_layers'])
 
     # run
     steps = len(dataset) // (train['batch_size'] * world_size())
@@ -73,8 +75,8 @@ def main(argv: list[str] | None = None) -> None:
         return rehearse(run, batches(), data['max_tokens'])
     while run.epoch < train['epochs']:
         stats = run.train_one_epoch(batches(), data['max_tokens'])
-        shown = [dataset.pair(i)[0] for i in range(0, len(dataset), max(1, len(dataset) // 8))][:8]
-        run.end_epoch(stats, caption_pictures(student.eval(), tokenizer, shown) if config['loss']['lm'] else ())
+        samples = caption_pictures(student.eval(), tokenizer, dataset.examples(8)) if config['loss']['lm'] else ()
+        run.end_epoch(stats, samples)
     logger.info('done: %s', output_dir / 'last.pth')
 
 

@@ -1,28 +1,35 @@
-"""Finetune a pre-trained student for captioning on Flickr30K (LM, optionally distilled).
+"""Finetune a pre-trained student for captioning on Flickr30K (LM, optionally distilled and CIDEr-optimised).
 
     python train_dlip_caption_flickr.py --config configs/demo/caption_flickr.yaml
     python -m torch.distributed.run --nproc_per_node=8 train_dlip_caption_flickr.py
 
 Each epoch is evaluated on the validation pictures; the best by CIDEr is kept in OUTPUT_DIR/best.pth and
-measured on the test pictures at the end. Relaunching the same command resumes.
+measured on the test pictures at the end. With `scst.epochs` self-critical training follows, a run of its own in
+OUTPUT_DIR/scst. Relaunching the same command resumes.
 """
 
+import shutil
 from pathlib import Path
 
-from data.datasets import FlickrTrain, ImageTextEval
+from data.datasets import Captioned, FlickrPictures, FlickrTrain, ImageTextEval
 from data.loader import make_loader
 from data.transforms import eval_transform, train_transform
 from eval.caption import evaluate_captions
+from eval.cider import CiderReward
 from models.build import at_resolution, build_student, build_teacher, loss_weights
 from models.checkpoint import load_model
 from models.objective import Objective
 from models.rehearsal import rehearse
+from models.self_critical import SelfCritical, check_samples
 from models.teacher_cache import store_teacher, with_cache
+from models.teacher_captions import teacher_captions
 from models.tokenizer import DEC, Tokenizer
 from models.training import Run
 from utils import (
+    atomic_write,
     barrier,
     clean_exit,
+    is_main,
     logger,
     make_output_dir,
     rank,
@@ -38,11 +45,14 @@ def main(argv: list[str] | None = None) -> None:
     device = setup_process(args.device)
     output_dir = make_output_dir(args.output_dir)
     seed_everything(args.seed)
-    model, data, train = config['model'], config['data'], config['train']
+    model, data, train, scst = config['model'], config['data'], config['train'], config['scst']
+    if scst['epochs']:
+        check_samples(scst['samples'])  # now rather than after the epochs before it
 
     # data
     transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'])
-    dataset = FlickrTrain(data['root'], transform, data['max_words'], seed=args.seed)
+    dataset = FlickrTrain(data['root'], transform, data['max_words'], args.seed, data['teacher_captions'])
+    pictures = FlickrPictures(data['root'], model['image_size'], data['max_words'])
     held_out = {split: ImageTextEval(data['root'], split, eval_transform(model['image_size']), data['max_words'])
                 for split in ('val', 'test')}
 
@@ -57,34 +67,82 @@ def main(argv: list[str] | None = None) -> None:
     prompt_length = tokenizer([data['prompt']], data['max_tokens'], DEC)[0].shape[1] - 1  # without [SEP]
     objective = Objective(student, loss_weights(config['loss'], teacher),
                           (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), teacher=teacher,
-                          prompt_length=prompt_length)
+                          prompt_length=prompt_length, hidden_layers=config['hidden_layers'])
 
     # run
-    steps = len(dataset) // (train['batch_size'] * world_size())
-    run = Run(objective, tokenizer, config, output_dir, device, args.seed, steps)
+    run = Run(objective, tokenizer, config, output_dir, device, args.seed, batches_an_epoch(dataset, train))
     logger.info('%d captions, %d processes x batch %d, %d batches x %d epochs', len(dataset), world_size(),
-                train['batch_size'], steps, train['epochs'])
-    settings = {'prompt': data['prompt'], 'workers': data['workers'], **config['eval']}
-
-    def batches():
-        return make_loader(dataset, train['batch_size'], seed=args.seed, epoch=run.epoch, start_step=run.batch,
-                           workers=data['workers'], rank=rank(), world_size=world_size())
-
+                train['batch_size'], run.steps_per_epoch, train['epochs'])
+    generation = {'prompt': data['prompt'], 'workers': data['workers'], **config['eval']}
     if args.dry_run:
-        return rehearse(run, batches(), data['max_tokens'], data['prompt'])
-    while run.epoch < train['epochs']:
-        stats = run.train_one_epoch(batches(), data['max_tokens'], data['prompt'])
-        val, records = evaluate_captions(student.eval(), tokenizer, held_out['val'], device=device, **settings)
-        stats |= {f'val_{name}': value for name, value in val.items()}
-        logger.info('epoch %d val  CIDEr %.2f  BLEU-4 %.2f', run.epoch - 1, val['CIDEr'], val['Bleu_4'])
-        if val['CIDEr'] > run.best:
-            run.best = val['CIDEr']
-            run.save_best(metrics=val)
-        run.end_epoch(stats, [(Path(record['image']), record['caption']) for record in records[:8]])
+        return rehearse(run, batches(run, dataset), data['max_tokens'], data['prompt'])
+    if data['teacher_captions'] and not teacher:
+        logger.info('teacher.weights is null: data.teacher_captions is off')
+    elif data['teacher_captions']:
+        dataset.teacher_captions = teacher_captions(teacher, tokenizer, pictures, output_dir / 'teacher_captions.jsonl',
+                                                    device=device, **generation)
+    fit(run, dataset, held_out['val'], generation)
     barrier()
+
+    # self-critical stage: from the best of the epochs before it, without dropout
+    if scst['epochs']:
+        if not train['epochs']:
+            run.save_best()  # nothing was trained before: the stage starts from model.init
+        start, folder = output_dir / 'before_scst.pth', make_output_dir(output_dir / 'scst')
+        if is_main() and not start.exists():
+            copy(output_dir / 'best.pth', start)
+        barrier()
+        student = build_student(model | {'init': str(start), 'dropout': 0.0}, tokenizer, 'caption')
+        objective = SelfCritical(student, tokenizer, CiderReward(pictures.references), scst['samples'], data['prompt'],
+                                 config['eval']['max_length'])
+        stage = config | {'optim': config['optim'] | {'lr': scst['lr']}, 'train': train | {'epochs': scst['epochs']}}
+        last = Run(objective, tokenizer, stage, folder, device, args.seed, batches_an_epoch(pictures, train))
+        last.best = max(last.best, run.best)
+        logger.info('self-critical stage: %d pictures, %d captions of each, %d batches x %d epochs', len(pictures),
+                    scst['samples'], last.steps_per_epoch, scst['epochs'])
+        fit(last, pictures, held_out['val'], generation)
+        if is_main() and (folder / 'best.pth').exists():
+            copy(folder / 'best.pth', output_dir / 'best.pth')
+        barrier()
+
     best, _, _ = load_model(output_dir / 'best.pth', device)
-    test, _ = evaluate_captions(best, tokenizer, held_out['test'], device=device, **settings)
+    test, _ = evaluate_captions(best, tokenizer, held_out['test'], device=device, **generation)
     run.finish({f'test_{name}': value for name, value in test.items()})
+
+
+def batches_an_epoch(dataset: Captioned, train: dict) -> int:
+    return len(dataset) // (train['batch_size'] * world_size())
+
+
+def batches(run: Run, dataset: Captioned):
+    """The rest of the epoch that the run is in."""
+    config = run.config
+    return make_loader(dataset, config['train']['batch_size'], seed=run.seed, epoch=run.epoch, start_step=run.batch,
+                       workers=config['data']['workers'], rank=rank(), world_size=world_size())
+
+
+def fit(run: Run, dataset: Captioned, val: ImageTextEval, generation: dict) -> None:
+    """Train to the last epoch; after each one caption the validation pictures and keep the best by CIDEr."""
+    data, student = run.config['data'], run.student
+    while run.epoch < run.config['train']['epochs']:
+        stats = run.train_one_epoch(batches(run, dataset), data['max_tokens'], data['prompt'])
+        found, records = evaluate_captions(student.eval(), run.tokenizer, val, device=run.device, **generation)
+        stats |= {f'val_{name}': value for name, value in found.items()}
+        if generation['num_beams'] > 1:
+            greedy, _ = evaluate_captions(student, run.tokenizer, val, device=run.device,
+                                          **generation | {'num_beams': 1})
+            stats['val_greedy_CIDEr'] = greedy['CIDEr']
+        logger.info('epoch %d val  CIDEr %.2f (greedy %.2f)  BLEU-4 %.2f', run.epoch - 1, found['CIDEr'],
+                    stats.get('val_greedy_CIDEr', found['CIDEr']), found['Bleu_4'])
+        if found['CIDEr'] > run.best:
+            run.best = found['CIDEr']
+            run.save_best(metrics=found)
+        run.end_epoch(stats, [(Path(record['image']), record['caption']) for record in records[:8]])
+
+
+def copy(source: Path, target: Path) -> None:
+    with open(source, 'rb') as theirs, atomic_write(target, 'wb') as file:
+        shutil.copyfileobj(theirs, file)
 
 
 if __name__ == '__main__':

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
                              teacher.config.embed_dim if teacher else 0)
     objective = Objective(student, loss_weights(config['loss'], teacher),
                           (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum, teacher,
-                          negative_all_rank=config['negative_all_rank'])
+                          negative_all_rank=config['negative_all_rank'], hidden_layers=config['hidden_layers'])
 
     # run
     steps = len(dataset) // (train['batch_size'] * world_size())

@@ -4,11 +4,9 @@ Item i of epoch e is a function of (seed, e, i) alone, whatever the number of wo
 run sees what the uninterrupted run saw.
 """
 
-import hashlib
-import json
 import os
 import random
-import tempfile
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,18 +15,21 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from data.captions import clean_caption, is_empty
 from data.flickr import Picture, load_flickr
-from data.transforms import eval_transform, open_image, train_transform
-from utils import atomic_write, logger
+from data.index import COLUMNS, build_index, read_index
+from data.transforms import (
+    BrokenPicture,
+    eval_transform,
+    file_name,
+    open_image,
+    open_part,
+    train_transform,
+    whole_transform,
+)
+from utils import barrier, logger
 
-MAX_TRIES = 20  # items tried in place of a broken picture
-COLUMNS = ('image_root', 'caption', 'id')
-PUNCTUATION = str.maketrans(dict.fromkeys('.!"()*#:;~', ' '))
-
-
-def clean_caption(text: str, max_words: int) -> str:
-    """BLIP's `pre_caption`: lower case, punctuation and runs of white space to one blank, at most `max_words` words."""
-    return ' '.join(text.lower().translate(PUNCTUATION).split()[:max_words])
+MAX_TRIES = 20  # broken pictures in a row that end the run
 
 
 @contextmanager
@@ -45,11 +46,43 @@ def seeded(*parts: int):
         torch.set_rng_state(states[1])
 
 
+def first_readable(pairs: Iterable[tuple], transform: train_transform, max_words: int, *seeds: int) -> dict:
+    """The first of some pairs whose picture can be read, for training.
+
+    An item is a dict of image (uint8 [3, S, S]), caption, id and bad: a (path, kind, message) of each broken picture
+    that was met before it.
+
+    Args:
+        pairs: (path or open file, raw caption, id) in the order in which they stand in for each other.
+        seeds: what the item's randomness is a function of.
+
+    Raises:
+        ValueError: too many pictures in a row are broken; names the first.
+    """
+    bad: dict[str, tuple[str, str, str]] = {}
+    for file, caption, number in pairs:
+        path = file_name(file)
+        if path in bad:  # another caption of a broken picture
+            continue
+        try:
+            with seeded(*seeds):
+                image, caption = transform(open_part(file, transform.crop, transform.image_size),
+                                           clean_caption(caption, max_words))
+            return {'image': image, 'caption': caption, 'id': number, 'bad': list(bad.values())}
+        except FileNotFoundError as error:
+            bad[path] = path, 'missing', str(error)
+        except BrokenPicture as error:
+            bad[path] = path, error.kind, str(error)
+        if len(bad) == MAX_TRIES:
+            break
+    first = next((message for _, _, message in bad.values()), 'no pair has a caption')
+    raise ValueError(f'{len(bad)} pictures in a row cannot be read; the first: {first}')
+
+
 class Captioned(torch.utils.data.Dataset):
     """Pictures with one caption each, for training.
 
-    An item is a dict of image (float32 [3, S, S]), caption, id and bad: the (path, reason) of broken pictures that
-    were met; the next readable pair stands in for them.
+    An item is that of `first_readable`: the next pair with a readable picture stands in for a broken one.
 
     Args:
         table: columns image_root (path), caption and id. Arrow keeps them outside python's reference counting, so
@@ -64,7 +97,7 @@ class Captioned(torch.utils.data.Dataset):
         self.table, self.folder = table, folder
         self.transform, self.max_words, self.seed = transform, max_words, seed
         self.epoch = 0
-        sample = [self.pair(index)[0] for index in range(0, len(self), max(1, len(self) // 16))]
+        sample = self.examples(16)
         if not any(os.path.exists(path) for path in sample):
             raise FileNotFoundError(f'none of {len(sample)} pictures looked for is there, for example {sample[0]}: '
                                     f'were they moved since the annotation was written?')
@@ -78,21 +111,13 @@ class Captioned(torch.utils.data.Dataset):
         return os.path.join(self.folder, path), caption, number
 
     def __getitem__(self, index: int) -> dict:
-        bad: dict[str, str] = {}
-        for offset in range(min(MAX_TRIES, len(self))):
-            path, caption, number = self.pair((index + offset) % len(self))
-            if path in bad:  # another caption of a broken picture
-                continue
-            try:
-                picture = open_image(path, self.transform.min_size)
-                break
-            except (ValueError, FileNotFoundError) as error:
-                bad[path] = str(error)
-        else:
-            raise ValueError(f'{len(bad)} pictures in a row cannot be read; the first: {next(iter(bad.values()))}')
-        with seeded(self.seed, self.epoch, index):
-            image, caption = self.transform(picture, clean_caption(caption, self.max_words))
-        return {'image': image, 'caption': caption, 'id': number, 'bad': list(bad.items())}
+        following = (self.pair((index + offset) % len(self)) for offset in range(len(self)))
+        return first_readable(following, self.transform, self.max_words, self.seed, self.epoch, index)
+
+    def examples(self, count: int) -> list[str]:
+        """Picture files to be looked at, spread over the set."""
+        count = min(count, len(self))
+        return [self.pair(i * len(self) // count)[0] for i in range(count)]
 
 
 class PairDataset(Captioned):
@@ -106,6 +131,9 @@ class PairDataset(Captioned):
         source = Path(all_json)
         if not source.is_file():
             raise FileNotFoundError(f'no {source}: write it with json_dataset.py, or set data.train')
+        if os.environ.get('LOCAL_RANK', '0') == '0':  # one process of a machine builds it, the others wait
+            build_index(source)
+        barrier()
         self.index = build_index(source)
         table = read_index(self.index)
         if not len(table):
@@ -119,55 +147,9 @@ class PairDataset(Captioned):
         self.__dict__.update(state, table=read_index(state['index']))
 
 
-def read_index(index: Path) -> pa.Table:
-    return pa.ipc.open_file(pa.memory_map(str(index))).read_all()
-
-
-def made_from(index: Path) -> bytes | None:
-    """What the index says of the file it was built from; None where there is no index or it is broken."""
-    try:
-        return (read_index(index).schema.metadata or {}).get(b'made_from')
-    except (OSError, pa.ArrowInvalid):
-        return None
-
-
-def build_index(source: Path) -> Path:
-    """The Arrow file with the pairs of `all.json` that have a caption; rebuilt when all.json changed.
-
-    It lies beside all.json, or in the temporary folder when that one cannot be written.
-
-    Raises:
-        ValueError: not a list of {"caption", "image_root", "id"}.
-    """
-    stat = source.stat()
-    stamp = f'{stat.st_size} bytes, {stat.st_mtime_ns} ns'.encode()
-    private = hashlib.sha1(f'{Path.home()} {source.resolve()}'.encode()).hexdigest()[:16]  # of this user and file
-    beside = source.with_name(f'{source.name}.arrow')
-    places = beside, Path(tempfile.gettempdir()) / f'dlip-{private}.arrow'
-    for index in places:
-        if made_from(index) == stamp:
-            return index
-    try:
-        records = json.loads(source.read_text(encoding='utf-8'))
-        columns = {name: [record[name] for record in records] for name in COLUMNS}
-        kept = [bool(clean_caption(caption, 1)) for caption in columns['caption']]
-        schema = pa.schema({'image_root': pa.string(), 'caption': pa.string(), 'id': pa.int64()},
-                           {'made_from': stamp})
-        table = pa.table(columns, schema=schema).filter(pa.array(kept, pa.bool_()))
-    except (ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
-        raise ValueError(f'{source} is not a list of {{"caption", "image_root", "id"}} ({error!r}): '
-                         f'write it with json_dataset.py') from None
-    if not all(kept):
-        logger.info('%s: %d pairs without a caption are left out', source, len(kept) - sum(kept))
-    index = places[not os.access(source.parent, os.W_OK)]
-    with atomic_write(index, 'wb') as file, pa.ipc.new_file(file, schema) as writer:
-        writer.write_table(table)
-    return index
-
-
 def with_captions(pictures: list[Picture], source: str) -> list[Picture]:
     """Leave out empty captions, and pictures that have no other."""
-    kept = [replace(picture, captions=tuple(text for text in picture.captions if clean_caption(text, 1)))
+    kept = [replace(picture, captions=tuple(text for text in picture.captions if not is_empty(text)))
             for picture in pictures]
     empty = sum(len(old.captions) - len(new.captions) for old, new in zip(pictures, kept, strict=True))
     kept = [picture for picture in kept if picture.captions]
@@ -180,14 +162,49 @@ def with_captions(pictures: list[Picture], source: str) -> list[Picture]:
 
 
 class FlickrTrain(Captioned):
-    """Flickr30K's training pictures, one item per caption; the captions of a picture share its id."""
+    """Flickr30K's training pictures, one item per caption; the captions of a picture share its id.
 
-    def __init__(self, root: str | os.PathLike, transform: train_transform, max_words: int, seed: int = 0):
+    Args:
+        teacher_share: the probability that an item has its picture's caption of `teacher_captions` instead of its own,
+            drawn anew each epoch.
+
+    Attributes:
+        teacher_captions: by file name; a picture that is not among them keeps its own captions.
+    """
+
+    def __init__(self, root: str | os.PathLike, transform: train_transform, max_words: int, seed: int = 0,
+                 teacher_share: float = 0.0):
+        if not 0 <= teacher_share <= 1:
+            raise ValueError(f'data.teacher_captions is a probability between 0 and 1, got {teacher_share}')
+        self.teacher_share, self.teacher_captions = teacher_share, {}
         pictures = with_captions(load_flickr(root, 'train'), f'{root}, split train')
         rows = [(str(picture.path), text, number) for number, picture in enumerate(pictures)
                 for text in picture.captions]
-        table = pa.table(dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True)))
-        super().__init__(table, '', transform, max_words, seed)
+        super().__init__(as_table(rows), '', transform, max_words, seed)
+
+    def pair(self, index: int) -> tuple[str, str, int]:
+        path, caption, number = super().pair(index)
+        if self.teacher_captions and random.Random(f'{self.seed} {self.epoch} {index}').random() < self.teacher_share:
+            caption = self.teacher_captions.get(os.path.basename(path), caption)
+        return path, caption, number
+
+
+class FlickrPictures(Captioned):
+    """Flickr30K's training pictures, one item each, whole as evaluation sees them; the id is the picture's number.
+
+    Attributes:
+        references: per picture its captions.
+    """
+
+    def __init__(self, root: str | os.PathLike, image_size: int, max_words: int):
+        pictures = with_captions(load_flickr(root, 'train'), f'{root}, split train')
+        self.references = [list(picture.captions) for picture in pictures]
+        rows = [(str(picture.path), picture.captions[0], number) for number, picture in enumerate(pictures)]
+        super().__init__(as_table(rows), '', whole_transform(image_size), max_words, seed=0)
+
+
+def as_table(rows: list[tuple[str, str, int]]) -> pa.Table:
+    return pa.table(dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True)))
 
 
 class ImageTextEval(torch.utils.data.Dataset):

@@ -1,11 +1,15 @@
 """Batches: the same global batches whatever the number of processes, resumable at any step."""
 
+from collections import Counter
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from data.datasets import Captioned
+from data.shards import ShardDataset, ShardStream
 from data.target_store import WithTargets, pad_targets
+from utils import gather_objects
 
 
 class Batches:
@@ -31,16 +35,17 @@ class Batches:
 
 
 def collate(items: list[dict]) -> dict:
-    """-> image [B, 3, S, S], caption (list), id int64 [B], bad (list of (path, reason)), stored targets if there are"""
+    """-> image uint8 [B, 3, S, S], caption (list), id int64 [B], bad (list of (path, kind, message)), and the stored
+    targets if there are any"""
     stored = {'targets': pad_targets([item['targets'] for item in items])} if 'targets' in items[0] else {}
     return {'image': torch.stack([item['image'] for item in items]),
             'caption': [item['caption'] for item in items],
             'id': torch.tensor([item['id'] for item in items]),
-            'bad': [pair for item in items for pair in item['bad']], **stored}
+            'bad': [broken for item in items for broken in item['bad']], **stored}
 
 
-def make_loader(dataset: Captioned | WithTargets, batch_size: int, *, seed: int, epoch: int, start_step: int,
-                workers: int, rank: int, world_size: int) -> DataLoader:
+def make_loader(dataset: Captioned | WithTargets | ShardDataset, batch_size: int, *, seed: int, epoch: int,
+                start_step: int, workers: int, rank: int, world_size: int) -> DataLoader:
     """The training batches of an epoch from `start_step` on: what was seen before is not read again.
 
     The worker processes start with the iteration and take the dataset's epoch from here, so iterate a loader before
@@ -49,17 +54,21 @@ def make_loader(dataset: Captioned | WithTargets, batch_size: int, *, seed: int,
     Raises:
         ValueError: fewer samples than one global batch.
     """
-    if len(dataset) < batch_size * world_size:
+    steps = len(dataset) // (batch_size * world_size)
+    if not steps:
         raise ValueError(f'{len(dataset)} training samples are less than one batch of {batch_size} x {world_size} '
                          f'processes: lower train.batch_size')
+    options = {'num_workers': workers, 'collate_fn': collate, 'pin_memory': torch.cuda.is_available()}
     dataset.epoch = epoch
+    if isinstance(dataset, ShardDataset):
+        stream = ShardStream(dataset, batch_size, steps, start_step, rank)
+        return DataLoader(stream, batch_size, **options)
     batches = Batches(len(dataset), batch_size, seed, epoch, start_step, rank, world_size)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                      pin_memory=torch.cuda.is_available())
+    return DataLoader(dataset, batch_sampler=batches, **options)
 
 
 class BadImages:
-    """Counts the broken pictures of a run, names each once in the log, and stops when there are too many.
+    """Counts the broken pictures of a run by kind, names each once in the log, and stops when there are too many.
 
     Args:
         max_share: of the pictures met, once they are 200.
@@ -67,20 +76,31 @@ class BadImages:
 
     def __init__(self, max_share: float, logger):
         self.max_share, self.logger = max_share, logger
-        self.met = self.count = 0  # pictures asked for, and how many of them were broken
-        self.reasons: dict[str, str] = {}
+        self.met = 0  # pictures asked for by this process
+        self.kinds: Counter[str] = Counter()  # of those that were broken
+        self.named: dict[str, str] = {}
 
     def update(self, batch: dict) -> None:
-        """Raises:
-            ValueError: too many broken pictures; names the share and the first of them.
-        """
         self.met += len(batch['caption']) + len(batch['bad'])
-        self.count += len(batch['bad'])
-        for path, reason in batch['bad']:
-            if path not in self.reasons:
-                self.reasons[path] = reason
-                self.logger.warning('broken picture skipped: %s', reason)
-        if self.met >= 200 and self.count > self.max_share * self.met:
-            raise ValueError(f'{self.count} of {self.met} pictures ({self.count / self.met:.1%}) cannot be read, more '
-                             f'than data.max_bad_share {self.max_share}; the first: '
-                             f'{"; ".join(list(self.reasons.values())[:3])}')
+        for path, kind, message in batch['bad']:
+            self.kinds[kind] += 1
+            if path not in self.named:
+                self.named[path] = message
+                self.logger.warning('broken picture skipped (%s): %s', kind, message)
+
+    def check(self) -> str:
+        """What all processes met, in words; they call it together, so that none goes on without the others.
+
+        Raises:
+            ValueError: too many broken pictures, on every process; names the share, the kinds and the first of them.
+        """
+        parts = gather_objects((self.met, self.kinds, list(self.named.values())[:3]))
+        met, kinds = sum(part[0] for part in parts), sum((part[1] for part in parts), Counter())
+        count = kinds.total()
+        shown = f'{count} of {met} pictures' + (
+            f' ({", ".join(f"{number} {kind}" for kind, number in kinds.most_common())})' if count else '')
+        if met >= 200 and count > self.max_share * met:
+            first = [message for part in parts for message in part[2]][:3]
+            raise ValueError(f'{shown} cannot be read: {count / met:.1%}, more than data.max_bad_share '
+                             f'{self.max_share}; the first: {"; ".join(first)}')
+        return shown

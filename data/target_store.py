@@ -168,7 +168,7 @@ class WithTargets(torch.utils.data.Dataset):
 
     def __init__(self, dataset, store: TargetStore):
         self.dataset, self.store = dataset, store
-        self.pair = dataset.pair
+        self.pair, self.examples = dataset.pair, dataset.examples
 
     @property
     def epoch(self) -> int:

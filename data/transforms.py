@@ -4,28 +4,50 @@ import math
 import os
 import random
 import re
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from PIL import ExifTags, Image, ImageOps
+from torch.nn.functional import interpolate
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import functional as F
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as BLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
-BICUBIC = InterpolationMode.BICUBIC
+ASPECT = math.log(4 / 3)  # crops are between 3:4 and 4:3
 # White of a grey picture. The modes I and F do not tell theirs: the first of these that no pixel exceeds.
 WHITE = {'I;16': (65535,), 'I;16B': (65535,), 'I;16L': (65535,), 'I;16N': (65535,), 'I': (255, 65535),
          'F': (1, 255, 65535)}
 
 
+class BrokenPicture(ValueError):
+    """A file that no picture can be read from.
+
+    Attributes:
+        kind: 'not a picture', 'damaged' (truncated or corrupt) or 'too large' (a decompression bomb).
+    """
+
+    def __init__(self, message: str, kind: str = 'not a picture'):
+        super().__init__(message)
+        self.kind = kind
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's: 1 is upright, 5 to 8 lie on their side."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # broken EXIF data raise anything: struct.error, SyntaxError ...
+        return 1
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """PIL image of any mode -> upright 8-bit RGB: EXIF applied, alpha on white, 16 bit scaled, first frame."""
-    try:
+    image.load()
+    if orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF data raise anything (struct.error, SyntaxError), as broken pixels do
-        image.load()
     if image.mode in WHITE:
         pixels = np.nan_to_num(np.asarray(image, dtype=np.float32))
         white = next((white for white in WHITE[image.mode] if pixels.max() <= white), pixels.max())
@@ -35,36 +57,85 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ('RGBA', 'LA', 'PA', 'RGBa') or 'transparency' in image.info:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    return image.convert('RGB')
+    return image if image.mode == 'RGB' else image.convert('RGB')
 
 
-def open_image(file: str | os.PathLike | BinaryIO, min_size: int | None = None) -> Image.Image:
-    """Read a picture file as upright RGB.
+def file_name(file: str | os.PathLike | BinaryIO) -> str:
+    """A path, or what an open file says of its own: the attribute `name`."""
+    return os.fspath(file) if isinstance(file, str | os.PathLike) else getattr(file, 'name', str(file))
 
-    Args:
-        min_size: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, which is faster, so long as both sides keep
-            this many pixels.
+
+@contextmanager
+def opened(file: str | os.PathLike | BinaryIO):
+    """A picture file as an image that is not decoded yet; an error in the block is the file's.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: truncated, or not a picture; names the file.
+        BrokenPicture: names the file (see `file_name`) and what is wrong with it.
     """
+    name, kind = file_name(file), 'not a picture'
     try:
         with Image.open(file) as image:
-            if min_size:
-                image.draft(None, (min_size, min_size))
-            image.load()
-            return to_rgb(image)
+            kind = 'damaged'
+            yield image
     except FileNotFoundError:
-        raise FileNotFoundError(f'no picture {file}') from None
+        raise FileNotFoundError(f'no picture {name}') from None
     except Exception as error:  # a decoder may raise anything on a damaged file
-        raise ValueError(f'{file} is not a readable picture: {str(error)[:120]}') from None
+        if isinstance(error, Image.DecompressionBombError | MemoryError):
+            kind = 'too large'
+        raise BrokenPicture(f'{name} is not a readable picture: {str(error)[:120]}', kind) from None
+
+
+def open_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
+    """Read a picture file as upright RGB.
+
+    Raises:
+        FileNotFoundError, BrokenPicture: see `opened`.
+    """
+    with opened(file) as image:
+        return to_rgb(image)
+
+
+def open_part(file: str | os.PathLike | BinaryIO, choose: Callable, side: int) -> torch.Tensor:
+    """Read a part of a picture file -> upright RGB, uint8 [3, h, w]
+
+    Args:
+        choose: from the upright picture's (height, width) to the (top, left, height, width) that are wanted.
+        side: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is faster, where both sides of the part keep this
+            many pixels.
+
+    Raises:
+        FileNotFoundError, BrokenPicture: see `opened`.
+    """
+    with opened(file) as image:
+        if image.format != 'JPEG':  # of others the size may be another after decoding
+            image = to_rgb(image)
+        turn = orientation(image)
+        width, height = image.size[::-1] if turn in (5, 6, 7, 8) else image.size
+        box = choose(height, width)
+        scale = next((scale for scale in (8, 4, 2) if min(box[2:]) >= scale * side), 1)
+        top, left, height, width = (round(value / scale) for value in box)
+        if scale == 1 and turn == 1 and image.format == 'JPEG' and image.mode == 'RGB':
+            with suppress(RuntimeError):  # faster than PIL, which says better what is wrong with a file
+                whole = decode_jpeg(file_bytes(image.fp), ImageReadMode.RGB)
+                return whole[:, top:top + height, left:left + width]
+        image.draft(None, (image.width // scale, image.height // scale))
+        return F.pil_to_tensor(to_rgb(image).crop((left, top, left + width, top + height)))
+
+
+def file_bytes(file: BinaryIO) -> torch.Tensor:
+    file.seek(0)
+    return torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., 3, H, W] -> float32 of the same shape, as the vision tower takes it"""
+    return F.normalize(pixels.float().div_(255), MEAN, STD, inplace=True)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """RGB PIL image -> normalised float32 [3, H, W]"""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
-    return F.normalize(pixels, MEAN, STD, inplace=True)
+    return normalise(F.pil_to_tensor(image).contiguous())
 
 
 MIRRORED = {'left': 'right', 'right': 'left', 'Left': 'Right', 'Right': 'Left'}
@@ -75,32 +146,63 @@ def swap_left_right(caption: str) -> str:
     return re.sub(r'\b([Ll]eft|[Rr]ight)\b', lambda match: MIRRORED[match[0]], caption)
 
 
+def resize(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    """uint8 [3, H, W] -> uint8 [3, side, side]"""
+    pixels = pixels[None].contiguous(memory_format=torch.channels_last)  # for which the resizing is vectorised
+    return interpolate(pixels, [side, side], mode='bicubic', antialias=True)[0]
+
+
 class train_transform:
-    """(RGB PIL image, caption) -> (float32 [3, S, S], caption): random crop, mirror, RandAugment, normalise.
+    """(what `crop` chose of a picture, caption) -> (uint8 [3, S, S], caption): resize, mirror, RandAugment.
 
     As BLIP, except that a mirrored picture's caption exchanges 'left' and 'right', so that it stays true. Draws from
-    python's and torch's global generators.
+    python's global generator. Pixels stay 8-bit until they are on the device (see `normalise`).
 
     Args:
         min_scale: smallest share of the area that the random crop keeps.
         randaugment: apply BLIP's RandAugment(2, 5).
-
-    Attributes:
-        min_size: pixels that both sides of a picture need so that no crop is enlarged (see `open_image`).
     """
 
     def __init__(self, image_size: int, min_scale: float, randaugment: bool):
-        self.crop = RandomResizedCrop(image_size, scale=(min_scale, 1.0), interpolation=BICUBIC, antialias=True)
-        self.randaugment = randaugment
-        self.min_size = math.ceil(image_size / math.sqrt(0.75 * min_scale))  # crops are at most 4:3
+        self.image_size, self.min_scale, self.augment = image_size, min_scale, None
+        if randaugment:
+            from data.augment import rand_augment  # OpenCV, which only training needs
+            self.augment = rand_augment
 
-    def __call__(self, image: Image.Image, caption: str) -> tuple[torch.Tensor, str]:
-        image = self.crop(image)
+    def crop(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """A random part of a picture, drawn as torchvision's RandomResizedCrop does -> (top, left, height, width)"""
+        for _ in range(10):
+            area = height * width * random.uniform(self.min_scale, 1)
+            ratio = math.exp(random.uniform(-ASPECT, ASPECT))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                return random.randint(0, height - h), random.randint(0, width - w), h, w
+        w, h = min(width, round(height * math.exp(ASPECT))), min(height, round(width * math.exp(ASPECT)))
+        return (height - h) // 2, (width - w) // 2, h, w  # the middle of a very long picture
+
+    def __call__(self, pixels: torch.Tensor, caption: str) -> tuple[torch.Tensor, str]:
+        pixels = resize(pixels, self.image_size)
         if random.random() < 0.5:
-            image, caption = ImageOps.mirror(image), swap_left_right(caption)
-        if self.randaugment:
-            image = rand_augment(image)
-        return to_tensor(image), caption
+            pixels, caption = pixels.flip(-1), swap_left_right(caption)
+        if self.augment:
+            pixels = torch.from_numpy(self.augment(pixels.permute(1, 2, 0).numpy())).permute(2, 0, 1)
+        return pixels, caption
+
+
+class whole_transform:
+    """In the place of a `train_transform`, without its randomness: the whole picture, resized, and its caption.
+
+    Pixels are those of `eval_transform` up to rounding, and up to the size at which a large JPEG is decoded.
+    """
+
+    def __init__(self, image_size: int):
+        self.image_size = image_size
+
+    def crop(self, height: int, width: int) -> tuple[int, int, int, int]:
+        return 0, 0, height, width
+
+    def __call__(self, pixels: torch.Tensor, caption: str) -> tuple[torch.Tensor, str]:
+        return resize(pixels, self.image_size), caption
 
 
 class eval_transform:
@@ -111,39 +213,3 @@ class eval_transform:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return to_tensor(image.resize(self.size, Image.Resampling.BICUBIC))
-
-
-# BLIP's ten operations at its magnitude 5 of 10: half of 0.3, 10 pixels and 30 degrees. Its formula for brightness and
-# sharpness, 0.1 + 1.8 * magnitude / 10, gives 1.0 there, which changes nothing.
-GREY = (128, 128, 128)
-SHEAR, TRANSLATE, ROTATE, ENHANCE = 0.15, 5, 15, 1.0
-
-
-def affine(image: Image.Image, *matrix: float) -> Image.Image:
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=GREY)
-
-
-def sign() -> int:
-    return random.choice((-1, 1))
-
-
-OPERATIONS = {
-    'Identity': lambda image: image,
-    'AutoContrast': ImageOps.autocontrast,
-    'Equalize': ImageOps.equalize,
-    'Brightness': lambda image: ImageEnhance.Brightness(image).enhance(ENHANCE),
-    'Sharpness': lambda image: ImageEnhance.Sharpness(image).enhance(ENHANCE),
-    'ShearX': lambda image: affine(image, 1, sign() * SHEAR, 0, 0, 1, 0),
-    'ShearY': lambda image: affine(image, 1, 0, 0, sign() * SHEAR, 1, 0),
-    'TranslateX': lambda image: affine(image, 1, 0, sign() * TRANSLATE, 0, 1, 0),
-    'TranslateY': lambda image: affine(image, 1, 0, 0, 0, 1, sign() * TRANSLATE),
-    'Rotate': lambda image: image.rotate(sign() * ROTATE, Image.Resampling.BILINEAR, fillcolor=GREY),
-}
-
-
-def rand_augment(image: Image.Image, count: int = 2) -> Image.Image:
-    """Apply `count` of BLIP's operations, each drawn uniformly, with probability 1/2 each (BLIP's RandAugment)."""
-    for name in random.choices(list(OPERATIONS), k=count):
-        if random.random() < 0.5:
-            image = OPERATIONS[name](image)
-    return image

@@ -44,10 +44,10 @@ def caption_dataset(model: BLIP, tokenizer: Tokenizer, dataset, *, device: torch
 
 
 @torch.inference_mode()
-def caption_pictures(model: BLIP, tokenizer: Tokenizer, paths: list, prompt: str = '') -> list[tuple[Path, str]]:
-    """Caption a few picture files greedily, to be looked at; those that cannot be read are left out."""
+def caption_pictures(model: BLIP, tokenizer: Tokenizer, paths: list, prompt: str = '') -> list[tuple]:
+    """Caption a few picture files (paths or open) greedily, to be looked at; those that cannot be read are left out."""
     transform, pictures = eval_transform(model.config.image_size), []
-    for path in map(Path, paths):
+    for path in paths:
         with suppress(ValueError, FileNotFoundError):
             pictures.append((path, transform(open_image(path))))
     if not pictures:

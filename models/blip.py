@@ -1,5 +1,6 @@
 """BLIP (Li et al., 2022, arXiv 2201.12086): one class for the teacher and every student."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 import torch
@@ -77,9 +78,13 @@ class BLIP(nn.Module):
     def device(self) -> torch.device:
         return self.visual_encoder.cls_token.device
 
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """images [B, 3, S, S] normalised float -> image tokens [B, N, vision_width]"""
-        return self.visual_encoder(images.to(self.visual_encoder.cls_token.dtype))
+    def encode_image(self, images: torch.Tensor, layers: Collection[int] | None = None):
+        """images [B, 3, S, S] normalised float -> image tokens [B, N, vision_width]
+
+        With `layers` (indices of blocks): (tokens, {layer: its output [B, N, vision_width]}).
+        """
+        images = images.to(self.visual_encoder.cls_token.dtype)
+        return self.visual_encoder(images) if layers is None else self.visual_encoder(images, layers)
 
     def project_image(self, image_tokens: torch.Tensor) -> ImageKV:
         """Image tokens -> cross-attention keys and values, valid for the encoder and the (tied) decoder."""
@@ -90,10 +95,14 @@ class BLIP(nn.Module):
         """image tokens [B, N, vision_width] -> unit-norm float32 embedding [B, embed_dim]"""
         return F.normalize(self.vision_proj(image_tokens[:, 0]).float(), dim=-1)
 
-    def text_feat(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """ids, mask [B, T] starting with [CLS] -> unit-norm float32 embedding [B, embed_dim]"""
-        hidden = self.text_encoder(ids, mask, first_only=True).hidden
-        return F.normalize(self.text_proj(hidden[:, 0]).float(), dim=-1)
+    def text_feat(self, ids: torch.Tensor, mask: torch.Tensor, layers: Collection[int] | None = None):
+        """ids, mask [B, T] starting with [CLS] -> unit-norm float32 embedding [B, embed_dim]
+
+        With `layers`: (embedding, {layer: its output [B, T, text_width]}).
+        """
+        output = self.text_encoder(ids, mask, first_only=True, layers=layers or ())
+        feature = F.normalize(self.text_proj(output.hidden[:, 0]).float(), dim=-1)
+        return feature if layers is None else (feature, output.states)
 
     def match_logits(self, ids: torch.Tensor, mask: torch.Tensor, image_kv: ImageKV,
                      image_index: torch.Tensor | None = None) -> torch.Tensor:

@@ -3,6 +3,7 @@
 Loading is strict: a key that is skipped is named here, everything else must match.
 """
 
+import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,15 @@ def load_weights(model: BLIP, weights: dict[str, torch.Tensor], source: str) -> 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
+
+
+def fingerprint(model: BLIP) -> str:
+    """A hash of a net's architecture and weights: equal for equal nets, wherever their file lies."""
+    digest = hashlib.sha1(repr(sorted(model.config.to_dict().items())).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def save_checkpoint(path: str | os.PathLike, model: BLIP, tokenizer: Tokenizer, config: dict, **state) -> None:

@@ -120,6 +120,19 @@ def top_k_kl_loss(logits: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tens
     return (kl + rest.float() - log_probs[:, k].exp() * others).sum() / max(1, len(logits))
 
 
+def self_critical_loss(log_probs: torch.Tensor, mask: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+    """Policy gradient with the mean reward of a picture's other captions as baseline (Luo 2020, arXiv 2003.09971).
+
+    Args:
+        log_probs: [B * K, T] of the tokens of K sampled captions per picture, a picture's captions side by side.
+        mask: [B * K, T], 1 where a token was sampled.
+        rewards: [B, K], K >= 2.
+    """
+    count = rewards.shape[1]
+    advantages = (rewards - rewards.mean(1, keepdim=True)) * (count / (count - 1))  # = reward - mean of the others
+    return -(advantages.flatten() * (log_probs * mask).sum(1)).mean()
+
+
 def cosine_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """1 - cosine similarity of vectors [..., E], mean over the positions where mask [...] is 1."""
     distance = 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)
@@ -127,6 +140,21 @@ def cosine_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor
         return distance.mean()
     mask = mask.to(distance.dtype)
     return (distance * mask).sum() / mask.sum().clamp(min=1)
+
+
+def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Squared error of layer-normalised states [..., E], mean over E and over the positions where mask [...] is 1.
+
+    TinyBERT's hidden-state loss (arXiv 1909.10351) on states that a layer norm without weights has whitened, as in
+    feature distillation (Wei et al. 2022, arXiv 2205.14141): the residual stream's size, which grows with the layers
+    and differs from token to token, teaches nothing. 0 (equal up to scale and shift) to 4, 2 for unrelated states.
+    """
+    student, teacher = (F.layer_norm(x.float(), x.shape[-1:]) for x in (student, teacher))
+    error = (student - teacher).square().mean(-1)
+    if mask is None:
+        return error.mean()
+    mask = mask.to(error.dtype)
+    return (error * mask).sum() / mask.sum().clamp(min=1)
 
 
 def attention_kl_loss(log_map: torch.Tensor, teacher_log_map: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

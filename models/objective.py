@@ -11,6 +11,7 @@ from torch import nn
 
 from models import losses
 from models.blip import BLIP, select_images
+from models.hidden import STREAMS, HiddenStates, layer_pairs
 from models.linear import Linear
 from models.momentum import MomentumQueue
 from models.originals import HOLDERS
@@ -18,11 +19,12 @@ from models.targets import LiveTargets, LiveTeacher, StoredTargets, StoredTeache
 from utils import all_gather, all_gather_grad, rank, world_size
 
 TEACHER_TERMS = ('image_tokens', 'image_feat', 'text_feat', 'fused_feat', 'decoder_feat', 'ita_soft', 'itm_soft',
-                 'lm_logits', 'self_attn', 'cross_attn', 'decoder_self_attn', 'decoder_cross_attn')
+                 'lm_logits', 'self_attn', 'cross_attn', 'decoder_self_attn', 'decoder_cross_attn', *STREAMS)
 TERMS = ('ita', 'itm', 'lm', *TEACHER_TERMS)
-CONTRASTIVE = ('ita', 'itm', 'ita_soft', 'itm_soft', 'image_feat', 'text_feat')  # terms that need both features
-FUSED = ('itm', 'itm_soft', 'fused_feat', 'self_attn', 'cross_attn')  # terms of the matching pass
-DECODER = ('lm', 'lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn')  # of the decoder pass
+VISION = ('image_tokens', 'vision_hidden')  # terms of the vision tower alone
+CONTRASTIVE = ('ita', 'itm', 'ita_soft', 'itm_soft', 'image_feat', 'text_feat', 'text_hidden')  # of both features
+FUSED = ('itm', 'itm_soft', 'fused_feat', 'self_attn', 'cross_attn', 'fused_hidden')  # terms of the matching pass
+DECODER = ('lm', 'lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn', 'decoder_hidden')
 MISSING_IN = {'caption': 'text_encoder', 'retrieval': 'text_decoder', 'pretrain': None}  # part that a task has not
 
 
@@ -58,6 +60,7 @@ class Objective(nn.Module):
         start_ids: the tokenizer's (cls_id, enc_id, bos_id).
         prompt_length: leading decoder tokens that carry no LM loss (4 for '[DEC] a picture of', 0 in pre-training).
         negative_all_rank: draw ITM negatives over all processes (BLIP's retrieval finetune) or the own batch.
+        hidden_layers: by tower ('vision', 'text') what the hidden-state terms compare (see `layer_pairs`).
 
     Raises:
         ValueError: a term has a weight but the net, teacher or momentum twin it needs is missing.
@@ -65,7 +68,8 @@ class Objective(nn.Module):
 
     def __init__(self, student: BLIP, weights: dict[str, float], start_ids: tuple[int, int, int],
                  momentum: MomentumQueue | None = None, teacher: BLIP | StoredTeacher | None = None,
-                 prompt_length: int = 0, negative_all_rank: bool = False):
+                 prompt_length: int = 0, negative_all_rank: bool = False,
+                 hidden_layers: dict[str, list | None] | None = None):
         super().__init__()
         self.student, self.momentum = student, momentum
         self.frozen = LiveTeacher(teacher) if isinstance(teacher, BLIP) else teacher
@@ -82,29 +86,50 @@ class Objective(nn.Module):
             self.fused_map = Linear(config.text_width, teacher.config.text_width)
         if self.uses('decoder_feat'):
             self.decoder_map = Linear(config.text_width, teacher.config.text_width)
-
+        self.hidden = nn.ModuleDict()  # the hidden-state terms in use
+        for term, tower in STREAMS.items():
+            if self.uses(term):
+                depths, widths = ([getattr(net.config, f'{tower}_{size}') for net in (student, teacher)]
+                                  for size in ('depth', 'width'))
+                pairs = layer_pairs((hidden_layers or {}).get(tower), *depths, tower)
+                self.hidden[term] = HiddenStates(pairs, *widths)
+        if self.teacher is not None:
+            self.frozen.layers = {term: states.theirs for term, states in self.hidden.items()}
         self._freeze_unreached()
 
     def _freeze_unreached(self) -> None:
         """Parts that no weighted term reaches do not train: DDP expects a gradient of everything that does."""
         student, aligned = self.student, ('ita', 'ita_soft')
         encoder, decoder = student.text_encoder, student.text_decoder
-        parts = []
+        texts = ('text_feat', 'text_hidden', *aligned, *FUSED, *DECODER)
+        parts = []  # (part, terms that reach it, number of its layer)
         if encoder is not None:
-            parts += [(student.vision_proj, (*aligned, 'image_feat')), (student.text_proj, (*aligned, 'text_feat')),
-                      (student.itm_head, ('itm', 'itm_soft')), (nn.ParameterList([student.temp]), aligned)]
-            parts += [(layer.attention, (*aligned, 'text_feat', *FUSED)) for layer in encoder.layers]
+            parts += [(student.vision_proj, (*aligned, 'image_feat'), 0),
+                      (student.text_proj, (*aligned, 'text_feat'), 0),
+                      (student.itm_head, ('itm', 'itm_soft'), 0), (nn.ParameterList([student.temp]), aligned, 0)]
+            parts += [(layer.attention, (*aligned, 'text_feat', 'text_hidden', *FUSED), i)
+                      for i, layer in enumerate(encoder.layers)]
         if decoder is not None:
             head = decoder.cls.predictions
-            parts += [(head.transform, ('lm', 'lm_logits')), (nn.ParameterList([head.bias]), ('lm', 'lm_logits'))]
-            parts += [(layer.attention, DECODER) for layer in decoder.bert.layers]
-        parts += [(layer.crossattention, FUSED + DECODER) for layer in (encoder or decoder.bert).layers]
-        for part, terms in parts:
-            if not self.uses(*terms):
+            parts += [(head.transform, ('lm', 'lm_logits'), 0), (nn.ParameterList([head.bias]), ('lm', 'lm_logits'), 0)]
+            parts += [(layer.attention, DECODER, i) for i, layer in enumerate(decoder.bert.layers)]
+        for i, layer in enumerate((encoder or decoder.bert).layers):
+            parts += [(layer.crossattention, FUSED + DECODER, i), (layer.intermediate, texts, i),
+                      (layer.output, texts, i)]
+        for part, terms, layer in parts:
+            if not self.reaches(layer, *terms):
                 part.requires_grad_(False)
 
     def uses(self, *terms: str) -> bool:
         return any(self.weights[term] for term in terms)
+
+    def reaches(self, layer: int, *terms: str) -> bool:
+        """Whether a weighted term is computed from this layer: a hidden-state term ends at its deepest one."""
+        return any(term not in STREAMS or layer <= max(self.hidden[term].ours) for term in terms if self.uses(term))
+
+    def hidden_layers(self, term: str) -> list[int]:
+        """The student's layers whose states a hidden-state term compares; none without a weight."""
+        return self.hidden[term].ours if self.uses(term) else []
 
     @property
     def teacher(self) -> BLIP | None:
@@ -118,7 +143,7 @@ class Objective(nn.Module):
                 net, part = nets[who], 'text_decoder' if term in DECODER else 'text_encoder'
                 if net is None:
                     raise ValueError(f'loss.{term} needs a teacher: set teacher.weights, or loss.{term}: 0')
-                if term != 'image_tokens' and part == MISSING_IN[net.config.task]:
+                if term not in VISION and part == MISSING_IN[net.config.task]:
                     raise ValueError(f'loss.{term} needs a {part}, which the {who} of task {net.config.task!r} does '
                                      f'not have: set loss.{term}: 0, or give one that has it (BLIP: {HOLDERS[part]})')
         if self.uses(*CONTRASTIVE) and self.momentum is None:
@@ -133,9 +158,9 @@ class Objective(nn.Module):
                 raise ValueError(f'attention terms need equal text heads: student {ours.text_heads}, teacher '
                                  f'{theirs.text_heads}')
             patches = [net.image_size // net.patch_size for net in (ours, theirs)]
-            if self.uses('image_tokens', 'cross_attn', 'decoder_cross_attn') and patches[0] != patches[1]:
-                raise ValueError(f'image_tokens and cross-attention terms need equal patch grids: student '
-                                 f'{patches[0]}, teacher {patches[1]} patches a side')
+            if self.uses(*VISION, 'cross_attn', 'decoder_cross_attn') and patches[0] != patches[1]:
+                raise ValueError(f'image_tokens, vision_hidden and cross-attention terms need equal patch grids: '
+                                 f'student {patches[0]}, teacher {patches[1]} patches a side')
             if self.uses('image_feat', 'text_feat') and ours.embed_dim != theirs.embed_dim:
                 raise ValueError(f'image_feat and text_feat need equal embed_dim: student {ours.embed_dim}, '
                                  f'teacher {theirs.embed_dim}')
@@ -154,7 +179,7 @@ class Objective(nn.Module):
             if self.uses(*CONTRASTIVE):
                 ids = with_start(ids, self.cls_id)
                 rows['image'], rows['text'] = self.momentum.encode(images, ids, mask)
-                if self.uses('ita_soft', 'image_feat', 'text_feat'):
+                if self.uses('ita_soft', 'image_feat', 'text_feat', 'text_hidden'):
                     rows['teacher_image'], rows['teacher_text'] = targets[-1].features(ids, mask)
             found.append({name: all_gather(value) for name, value in rows.items()})
             counts.append(all_gather(torch.stack([mask.sum(), mask[:, max(1, self.prompt_length):].sum()])[None]))
@@ -179,12 +204,14 @@ class Objective(nn.Module):
             update = self.prepare([(images, ids, mask, sample_ids)])
         out: dict[str, torch.Tensor] = {}
         targets, update.targets[part] = update.targets[part], None  # its tensors go with this micro-batch
-        tokens = self.student.encode_image(images)
+        tokens, states = self.student.encode_image(images, self.hidden_layers('vision_hidden'))
         if self.uses('image_tokens'):
             out['image_tokens'] = losses.cosine_loss(self.token_map(tokens), targets.image_tokens)
+        if self.uses('vision_hidden'):
+            out['vision_hidden'] = self.hidden['vision_hidden'](states, targets.vision_states)
         negatives = None
         if self.uses(*CONTRASTIVE):
-            negatives = self.contrastive(out, tokens, ids, mask, sample_ids, alpha, step_seed, update, part)
+            negatives = self.contrastive(out, targets, tokens, ids, mask, sample_ids, alpha, step_seed, update, part)
         kv = self.student.project_image(tokens)
         if self.uses(*FUSED):
             self.matching(out, targets, tokens, kv, ids, mask, negatives, update)
@@ -193,11 +220,11 @@ class Objective(nn.Module):
         out['loss'] = sum(self.weights[name] * value for name, value in out.items())
         return out
 
-    def contrastive(self, out, tokens, ids, mask, sample_ids, alpha, step_seed, update, part):
+    def contrastive(self, out, targets, tokens, ids, mask, sample_ids, alpha, step_seed, update, part):
         """ITA and the embedding terms; returns the hard negatives for the matching pass."""
         student, momentum, columns = self.student, self.momentum, update.columns
         image_feat = student.image_feat(tokens)
-        text_feat = student.text_feat(with_start(ids, self.cls_id), mask)
+        text_feat, states = student.text_feat(with_start(ids, self.cls_id), mask, self.hidden_layers('text_hidden'))
         first = (part * world_size() + rank()) * len(ids)
         own = {name: rows[first:first + len(ids)] for name, rows in columns.items()}
         if self.uses('ita'):
@@ -208,6 +235,9 @@ class Objective(nn.Module):
             out['image_feat'] = losses.cosine_loss(image_feat, own['teacher_image'])
         if self.uses('text_feat'):
             out['text_feat'] = losses.cosine_loss(text_feat, own['teacher_text'])
+        if self.uses('text_hidden'):
+            out['text_hidden'] = token_share(mask, update.tokens) * self.hidden['text_hidden'](
+                states, targets.text_states, mask)
         if self.uses('ita_soft'):
             out['ita_soft'] = losses.soft_ita_loss(
                 image_feat, text_feat, columns['image'], columns['text'], student.temp, own['teacher_image'],
@@ -258,12 +288,12 @@ class Objective(nn.Module):
             image_index = torch.cat([own, image_negative, own])
         want_maps = self.uses('self_attn', 'cross_attn')
         fused = self.student.text_encoder(ids, mask, image_kv=select_images(kv, image_index), want_maps=want_maps,
-                                          first_only=not want_maps)
+                                          first_only=not want_maps, layers=self.hidden_layers('fused_hidden'))
         if negatives is not None:
             logits = self.student.itm_head(fused.hidden[:, 0])
             if self.uses('itm'):
                 out['itm'] = losses.itm_loss(logits)
-        if not self.uses('itm_soft', 'fused_feat', 'self_attn', 'cross_attn'):
+        if not self.uses('itm_soft', 'fused_feat', 'self_attn', 'cross_attn', 'fused_hidden'):
             return
         pair_mask = mask[:batch]
         if not self.uses('itm_soft'):  # then the teacher need not see the negatives
@@ -273,6 +303,9 @@ class Objective(nn.Module):
             out['itm_soft'] = losses.logit_kl_loss(logits[:len(target.logits)], target.logits)
         if self.uses('fused_feat'):
             out['fused_feat'] = losses.cosine_loss(self.fused_map(fused.hidden[:batch, 0]), target.hidden[:batch])
+        if self.uses('fused_hidden'):
+            pairs = ({layer: state[:batch] for layer, state in output.states.items()} for output in (fused, target))
+            out['fused_hidden'] = token_share(pair_mask, update.tokens) * self.hidden['fused_hidden'](*pairs, pair_mask)
         for term in ('self_attn', 'cross_attn'):
             if self.uses(term):
                 name = term.replace('attn', 'map')
@@ -286,20 +319,24 @@ class Objective(nn.Module):
         labels[:, :self.prompt_length] = losses.IGNORE
         valid = labels[:, 1:] != losses.IGNORE  # positions whose next token carries a loss
         want_maps = self.uses('decoder_self_attn', 'decoder_cross_attn')
-        decoded = self.student.text_decoder.bert(ids, mask, causal=True, image_kv=kv, want_maps=want_maps)
+        decoded = self.student.text_decoder.bert(ids, mask, causal=True, image_kv=kv, want_maps=want_maps,
+                                                 layers=self.hidden_layers('decoder_hidden'))
         hidden = decoded.hidden[:, :-1]
         if self.uses('lm', 'lm_logits'):
             logits = self.student.text_decoder.logits(hidden[valid])  # the head runs on labelled positions only
         share = token_share(valid, update.labels)
         if self.uses('lm'):
             out['lm'] = share * losses.lm_loss(logits, labels[:, 1:][valid])
-        if not self.uses('lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn'):
+        if not self.uses('lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn', 'decoder_hidden'):
             return
         target = targets.decoding(ids, mask, want_maps)
         if self.uses('lm_logits'):
             out['lm_logits'] = share * targets.logit_loss(logits, target, valid)
         if self.uses('decoder_feat'):
             out['decoder_feat'] = share * losses.cosine_loss(self.decoder_map(hidden), target.hidden, valid)
+        if self.uses('decoder_hidden'):
+            out['decoder_hidden'] = token_share(mask, update.tokens) * self.hidden['decoder_hidden'](
+                decoded.states, target.states, mask)
         for term in ('decoder_self_attn', 'decoder_cross_attn'):
             if self.uses(term):
                 name = term.removeprefix('decoder_').replace('attn', 'map')

@@ -72,7 +72,7 @@ def rehearse(run: Run, loader, max_tokens: int, prompt: str = '') -> None:
             'activations': f'{saved.bytes / 2 ** 30:.2f} GiB kept for the backward pass of a batch',
             'memory': f'{before:.2f} GiB before, {memory_used(run.device):.2f} GiB at most in a step',
             'disk': f'{copies} x {size:.2f} GiB of checkpoints at most, {free:.1f} GiB free',
-            'broken pictures': f'{run.bad_images.count} of {run.bad_images.met} met'}
+            'broken pictures': run.bad_images.check()}
     logger.info('dry run: nothing was written\n%s', '\n'.join(f'  {name:<22}{value}' for name, value in rows.items()))
     if free < copies * size:
         raise ValueError(f'{run.output_dir} has {free:.1f} GiB free, the run needs {copies * size:.1f}: make room, '

@@ -4,10 +4,14 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
+from data.target_store import LOWEST
 from models import losses
 from models.blip import BLIP, BLIPConfig, select_images
 from utils import all_gather
+
+States = dict[int, torch.Tensor]  # outputs [R, T or N, width] of layers, by their index
 
 
 class Matched(NamedTuple):
@@ -17,6 +21,7 @@ class Matched(NamedTuple):
     logits: torch.Tensor | None
     self_map: torch.Tensor | None = None
     cross_map: torch.Tensor | None = None
+    states: States | None = None
 
 
 class Decoded(NamedTuple):
@@ -25,16 +30,20 @@ class Decoded(NamedTuple):
     hidden: torch.Tensor | None
     self_map: torch.Tensor | None = None
     cross_map: torch.Tensor | None = None
+    states: States | None = None
 
 
 class LiveTeacher:
     """Holds a teacher that can neither train nor leave eval mode, outside the module tree.
 
     Not a submodule, so it is neither in the optimizer, nor broadcast by DDP, nor written to checkpoints.
+
+    Attributes:
+        layers: by hidden-state term the layers whose states are asked for.
     """
 
     def __init__(self, model: BLIP):
-        self.model = model.eval().requires_grad_(False)
+        self.model, self.layers = model.eval().requires_grad_(False), {}
 
     @property
     def config(self) -> BLIPConfig:
@@ -45,20 +54,29 @@ class LiveTeacher:
         return self.model.temp
 
     def targets(self, images: torch.Tensor, stored: None = None) -> 'LiveTargets':
-        return LiveTargets(self.model, images)
+        return LiveTargets(self.model, images, self.layers)
 
 
 class LiveTargets:
     """A net's answers on one batch, computed when they are asked for; the image's tokens and keys once."""
 
-    def __init__(self, teacher: BLIP, images: torch.Tensor):
-        self.teacher, self.images = teacher, images
+    def __init__(self, teacher: BLIP, images: torch.Tensor, layers: dict[str, list[int]]):
+        self.teacher, self.images, self.layers = teacher, images, layers
+        self.text_states: States = {}  # of the pass that made the features
 
     @cached_property
     @torch.no_grad()
+    def vision(self) -> tuple[torch.Tensor, States]:
+        return self.teacher.encode_image(self.images, self.layers.get('vision_hidden', ()))
+
+    @property
     def image_tokens(self) -> torch.Tensor:
         """[B, N, vision_width]"""
-        return self.teacher.encode_image(self.images)
+        return self.vision[0]
+
+    @property
+    def vision_states(self) -> States:
+        return self.vision[1]
 
     @cached_property
     @torch.no_grad()
@@ -68,7 +86,8 @@ class LiveTargets:
     @torch.no_grad()
     def features(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """ids, mask [B, T] starting with [CLS] -> unit-norm image and text features [B, embed_dim]"""
-        return self.teacher.image_feat(self.image_tokens), self.teacher.text_feat(ids, mask)
+        text_feat, self.text_states = self.teacher.text_feat(ids, mask, self.layers.get('text_hidden', ()))
+        return self.teacher.image_feat(self.image_tokens), text_feat
 
     @torch.no_grad()
     def matching(self, ids: torch.Tensor, mask: torch.Tensor, image_index: torch.Tensor,
@@ -83,15 +102,16 @@ class LiveTargets:
             more = self.teacher.project_image(all_gather(self.image_tokens)[foreign])
             kv = [(torch.cat([k, k2]), torch.cat([v, v2])) for (k, v), (k2, v2) in zip(kv, more, strict=True)]
         fused = self.teacher.text_encoder(ids, mask, image_kv=select_images(kv, image_index), want_maps=want_maps,
-                                          first_only=not want_maps)
+                                          first_only=not want_maps, layers=self.layers.get('fused_hidden', ()))
         hidden = fused.hidden[:, 0]
-        return Matched(hidden, self.teacher.itm_head(hidden), fused.self_map, fused.cross_map)
+        return Matched(hidden, self.teacher.itm_head(hidden), fused.self_map, fused.cross_map, fused.states)
 
     @torch.no_grad()
     def decoding(self, ids: torch.Tensor, mask: torch.Tensor, want_maps: bool) -> Decoded:
         """ids, mask [B, T] starting with [DEC]"""
-        decoded = self.teacher.text_decoder.bert(ids, mask, causal=True, image_kv=self.image_kv, want_maps=want_maps)
-        return Decoded(decoded.hidden[:, :-1], decoded.self_map, decoded.cross_map)
+        decoded = self.teacher.text_decoder.bert(ids, mask, causal=True, image_kv=self.image_kv, want_maps=want_maps,
+                                                 layers=self.layers.get('decoder_hidden', ()))
+        return Decoded(decoded.hidden[:, :-1], decoded.self_map, decoded.cross_map, decoded.states)
 
     def logit_loss(self, logits: torch.Tensor, decoded: Decoded, valid: torch.Tensor) -> torch.Tensor:
         """KL to the teacher's next-token distribution; logits [M, V] of the M positions where valid [B, T - 1]."""
@@ -125,7 +145,17 @@ class StoredTargets:
         return self.stored['image_feat'].float(), self.stored['text_feat'].float()
 
     def matching(self, ids, mask, image_index, foreign, want_maps) -> Matched:
-        return Matched(*(self.stored.get(name) for name in ('fused_hidden', 'itm_logits', 'self_map', 'cross_map')))
+        found = [self.stored.get(name) for name in ('fused_hidden', 'itm_logits', 'self_map', 'cross_map')]
+        if want_maps:  # texts of other processes may be longer than the own ones
+            found[2:] = [self._widened(name, ids.shape[1]) for name in ('self_map', 'cross_map')]
+        return Matched(*found)
+
+    def _widened(self, name: str, length: int) -> torch.Tensor | None:
+        """A map [B, heads, T, keys] for texts padded to `length`: what is added has no probability."""
+        if name not in self.stored:
+            return None
+        more = length - self.stored[name].shape[2]
+        return F.pad(self.stored[name], (0, more if name == 'self_map' else 0, 0, more), value=LOWEST)
 
     def decoding(self, ids, mask, want_maps) -> Decoded:
         return Decoded(*(self.stored.get(name) for name in ('decoder_hidden', 'decoder_self_map', 'decoder_cross_map')))

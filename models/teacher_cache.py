@@ -30,8 +30,11 @@ from data.target_store import (
     whole,
     write_manifest,
 )
+from data.transforms import normalise
 from models.blip import BLIP, BLIPConfig
+from models.checkpoint import fingerprint
 from models.objective import DECODER, FUSED, TEACHER_TERMS, with_start
+from models.precision import arithmetic
 from models.targets import LiveTargets, StoredTeacher
 from models.tokenizer import Tokenizer
 from utils import atomic_write, barrier, gather_objects, is_main, logger, make_output_dir, progress, rank, world_size
@@ -77,7 +80,7 @@ def answers(teacher: BLIP, images: torch.Tensor, ids: torch.Tensor, mask: torch.
             terms: list[str], top_k: int) -> dict[str, torch.Tensor]:
     """What the terms need of the teacher, as `Objective` asks it: the fields of B pairs, padded to T tokens."""
     cls_id, enc_id, bos_id = start_ids
-    targets, found = LiveTargets(teacher, images), {}
+    targets, found = LiveTargets(teacher, images, {}), {}
 
     def uses(*names: str) -> bool:
         return any(name in terms for name in names)
@@ -118,8 +121,18 @@ def top_k_classes(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Ten
 # ---------------------------------------------------------------- what a cache is of
 
 def made_of(config: dict, dataset: Captioned, tokenizer: Tokenizer, seed: int, prompt: str) -> dict:
-    """Everything but the teacher that the targets depend on."""
+    """Everything but the teacher that the targets depend on.
+
+    Raises:
+        ValueError: the dataset's items are not a function of (epoch, index).
+    """
+    if not isinstance(dataset, Captioned):
+        raise ValueError('teacher.cache needs pairs that have a place: set data.train to an all.json (the samples of '
+                         'tars come in another order with every number of processes), or teacher.cache to null')
     model, data = config['model'], config['data']
+    if data.get('teacher_captions'):
+        raise ValueError('teacher.cache holds targets of the references alone: set data.teacher_captions or '
+                         'teacher.cache to what it is without')
     pairs = pc.binary_join_element_wise(dataset.table['image_root'], dataset.table['caption'],
                                         dataset.table['id'].cast('string'), '\t')
     hashed = hashlib.sha256()
@@ -128,16 +141,6 @@ def made_of(config: dict, dataset: Captioned, tokenizer: Tokenizer, seed: int, p
     return {'data': hashed.hexdigest(), 'vocabulary': hashlib.sha256('\n'.join(tokenizer.vocab).encode()).hexdigest(),
             'seed': seed, 'model.image_size': model['image_size'], 'prompt': prompt,
             **{f'data.{key}': data[key] for key in ('min_scale', 'randaugment', 'max_words', 'max_tokens')}}
-
-
-def weights_hash(net: BLIP) -> str:
-    """Of the architecture and all weights but the image's position embeddings, which may have been resampled."""
-    hashed = hashlib.sha256(repr(sorted(net.config.to_dict().items())).encode())
-    for name, weight in sorted(net.state_dict().items()):
-        if name != 'visual_encoder.pos_embed':
-            hashed.update(name.encode())
-            hashed.update(weight.cpu().contiguous().numpy())
-    return hashed.hexdigest()
 
 
 def check(folder: Path, manifest: dict, now: dict) -> None:
@@ -172,7 +175,7 @@ def store_teacher(config: dict, teacher: BLIP | None, dataset: Captioned, tokeni
     terms = stored_terms(config['loss'])
     top_k = min(settings.get('top_k', 0), len(tokenizer) - 1)
     fields = fields_of(terms, teacher.config, top_k)
-    now = {'teacher': weights_hash(teacher), **made_of(config, dataset, tokenizer, seed, prompt)}
+    now = {'teacher': fingerprint(teacher), **made_of(config, dataset, tokenizer, seed, prompt)}
     manifest = read_manifest(folder)
     fresh = manifest is None
     if not fresh:
@@ -194,6 +197,7 @@ def store_teacher(config: dict, teacher: BLIP | None, dataset: Captioned, tokeni
     if entries:
         logger.info('%s: %d of %d shards of this process are there already', folder, len(entries), len(own))
     teacher.to(device)
+    dtype = arithmetic(config['train']['precision'], device)
     bad, starts = BadImages(config['data']['max_bad_share'], logger), (tokenizer.cls_id, tokenizer.enc_id,
                                                                       tokenizer.bos_id)
     stream = batches(config, dataset, missing)
@@ -205,9 +209,9 @@ def store_teacher(config: dict, teacher: BLIP | None, dataset: Captioned, tokeni
                 batch = next(stream)
                 bad.update(batch)
                 ids, mask = tokenizer([prompt + caption for caption in batch['caption']], config['data']['max_tokens'])
-                inputs = [x.to(device, non_blocking=True) for x in (batch['image'], ids, mask)]
-                with torch.autocast(device.type, torch.bfloat16, enabled=config['train']['precision'] == 'bf16'):
-                    found = answers(teacher, *inputs, starts, terms, top_k)
+                images, ids, mask = (x.to(device, non_blocking=True) for x in (batch['image'], ids, mask))
+                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    found = answers(teacher, normalise(images), ids, mask, starts, terms, top_k)
                 values = {name: value.cpu().numpy() for name, value in found.items() if name in fields}
                 for row, (number, count) in enumerate(zip(batch['id'].tolist(), mask.sum(1).tolist(), strict=True)):
                     writer.add(number, count, {name: value[row] for name, value in values.items()})
@@ -275,7 +279,7 @@ def with_cache(config: dict, teacher: BLIP | None, dataset: Captioned, tokenizer
     if folder is None:
         return dataset, teacher
     store = TargetStore(folder)
-    now = {'teacher': weights_hash(teacher)} if teacher is not None else {}
+    now = {'teacher': fingerprint(teacher)} if teacher is not None else {}
     now |= made_of(config, dataset, tokenizer, seed, prompt)
     terms = stored_terms(config['loss'])
     for term in terms:

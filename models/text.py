@@ -7,6 +7,7 @@ matching pass, the decoder (whose cross-attention is tied), all decode steps and
 """
 
 import math
+from collections.abc import Collection
 from functools import partial
 from typing import NamedTuple
 
@@ -23,11 +24,14 @@ ImageKV = list[tuple[torch.Tensor, torch.Tensor]] | torch.Tensor
 
 
 class TextOutput(NamedTuple):
-    """hidden [R, T, width]; the maps are log-probabilities [R, heads, T, keys] of the last layer, or None."""
+    """hidden [R, T, width]; the maps are log-probabilities [R, heads, T, keys] of the last layer, or None; the states
+    are the outputs [R, T, width] of the layers that were asked for.
+    """
 
     hidden: torch.Tensor
     self_map: torch.Tensor | None = None
     cross_map: torch.Tensor | None = None
+    states: dict[int, torch.Tensor] | None = None
 
 
 class KVCache:
@@ -196,12 +200,13 @@ class TextTower(nn.Module):
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = False,
                 image_kv: ImageKV | None = None, want_maps: bool = False, first_only: bool = False,
-                cache: KVCache | None = None) -> TextOutput:
+                cache: KVCache | None = None, layers: Collection[int] = ()) -> TextOutput:
         """ids [R, T] int64; mask [R, T], 1 = token, 0 = pad (right-padded), None = no pads.
 
         With a cache, `ids` continue the cached positions (causal, no pads). `want_maps` returns the last
         layer's attention maps. `first_only` computes position 0 alone in the last layer (bidirectional; hidden is
-        [R, 1, width]): all that an embedding or a matching score reads.
+        [R, 1, width]): all that an embedding or a matching score reads; not where `layers`, the indices of those whose
+        states are returned, has the last one.
         """
         start = cache.length if cache else 0
         length = ids.shape[1]
@@ -211,14 +216,17 @@ class TextTower(nn.Module):
             attend = past if attend is None else attend & past
         hidden = self.embeddings(ids, start)
         self_map = cross_map = None
+        states = {}
         for i, layer in enumerate(self.layers):
             extend = None if cache is None else (lambda k, v, i=i: cache.extend(i, k, v))
             last = i == len(self.layers) - 1
             hidden, self_map, cross_map = layer(hidden, attend, image_kv[i] if image_kv is not None else None,
-                                                want_maps and last, extend, first_only and last)
+                                                want_maps and last, extend, first_only and last and i not in layers)
+            if i in layers:
+                states[i] = hidden
         if cache is not None:
             cache.length += length
-        return TextOutput(hidden, self_map, cross_map)
+        return TextOutput(hidden, self_map, cross_map, states)
 
 
 class LMHead(nn.Module):

@@ -12,13 +12,18 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import BadImages
+from data.transforms import normalise
 from models.checkpoint import load_weights, save_checkpoint
 from models.keeper import Keeper
 from models.logs import Board, Clock, Meters, append_log, memory_used, plot_curves, read_log
 from models.objective import Objective
 from models.optim import learning_rate, parameter_groups
+from models.precision import arithmetic
+from models.self_critical import SelfCritical
 from models.tokenizer import Tokenizer
 from utils import StopSignal, any_process, atomic_write, barrier, is_main, logger, rank, seed_everything, world_size
+
+NAMES = {'loss': 'train_loss', 'reward': 'train_reward'}  # in the logs; every other value is train_loss_NAME
 
 
 class Run:
@@ -32,18 +37,19 @@ class Run:
     before the last stay beside it, and take its place should it be damaged.
 
     Args:
-        objective: student, losses, momentum twin and teacher.
+        objective: student, losses, momentum twin and teacher; or, of the last stage of captioning, the student alone.
         config: the script's settings (`optim`, `train` and `ita` are read here).
         steps_per_epoch: batches an epoch on each process.
     """
 
-    def __init__(self, objective: Objective, tokenizer: Tokenizer, config: dict, output_dir: Path,
+    def __init__(self, objective: Objective | SelfCritical, tokenizer: Tokenizer, config: dict, output_dir: Path,
                  device: torch.device, seed: int, steps_per_epoch: int):
         self.objective = objective.to(device)
         if objective.teacher is not None:
             objective.teacher.to(device)
         self.tokenizer, self.config, self.output_dir = tokenizer, config, output_dir
         self.device, self.seed, self.steps_per_epoch = device, seed, steps_per_epoch
+        self.dtype = arithmetic(config['train']['precision'], device)  # of the autocast regions
         self.accumulate = config['optim']['accumulate']
         self.updates_per_epoch = -(-steps_per_epoch // self.accumulate)
         self.epoch = self.batch = 0  # the next batch to train on
@@ -126,8 +132,7 @@ class Run:
             self.batch = self.batch * self.steps_per_epoch // state['steps_per_epoch']
             self.interval = Meters()
             logger.info('%d processes and %d batches an epoch, before %d and %d: goes on at the same place of the '
-                        "epoch's order, of which at most one batch is seen twice", world_size(), self.steps_per_epoch,
-                        state['world_size'], state['steps_per_epoch'])
+                        'epoch', world_size(), self.steps_per_epoch, state['world_size'], state['steps_per_epoch'])
         logger.info('resumed %s at epoch %d, batch %d of %d', path, self.epoch, self.batch, self.steps_per_epoch)
 
     # ------------------------------------------------------------ training
@@ -185,7 +190,7 @@ class Run:
             if self.device.type == 'cpu' or log_due:
                 self._check_finite(unchecked)  # on a GPU only now: looking at a loss waits for the device
             self.update()
-            values = {f'train_loss_{name}' if name != 'loss' else 'train_loss': value for name, value in losses.items()}
+            values = {NAMES.get(name, f'train_loss_{name}'): value for name, value in losses.items()}
             self.meters.update(values)
             self.interval.update(values)
             clock.step_done(len(batches), len(batches) * len(batches[0]['id']) * world_size())
@@ -218,7 +223,7 @@ class Run:
             group['lr'] = lr
         seed_everything(self.seed, first, rank())
         parts, means = [self._inputs(batch, max_tokens, prompt) for batch in batches], {}
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=train['precision'] == 'bf16')
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
         with autocast:
             shared = self.objective.prepare(parts)
         for number, inputs in enumerate(parts):
@@ -238,6 +243,7 @@ class Run:
         self.bad_images.update(batch)
         ids, mask = self.tokenizer([prompt + caption for caption in batch['caption']], max_tokens)
         inputs = [x.to(self.device, non_blocking=True) for x in (batch['image'], ids, mask, batch['id'])]
+        inputs[0] = normalise(inputs[0])
         if 'targets' in batch:
             if not torch.equal(batch['targets']['tokens'], mask.sum(1)):
                 raise ValueError('the stored targets are of captions of other lengths: store them again')
@@ -268,9 +274,10 @@ class Run:
             done: batches since the start of the run.
         """
         means, self.interval = self.interval.means(), Meters()
+        broken = self.bad_images.check()
         shown = '  '.join(f'{name.removeprefix("train_")} {value:.3f}' for name, value in means.items())
-        logger.info('epoch %d [%d/%d]  lr %.2e  %s  %s', self.epoch, self.batch, self.steps_per_epoch, lr, shown,
-                    clock.line())
+        logger.info('epoch %d [%d/%d]  lr %.2e  %s  %s%s', self.epoch, self.batch, self.steps_per_epoch, lr, shown,
+                    clock.line(), f'  broken: {broken}' if self.bad_images.kinds else '')
         if is_main():
             place = {'epoch': self.epoch, 'progress': done / self.steps_per_epoch}
             append_log(self.output_dir / 'steps.txt', {**place, 'train_lr': lr, **means})

@@ -1,5 +1,6 @@
 """Vision tower: timm's VisionTransformer, whose parameter names are those of BLIP's checkpoints."""
 
+from collections.abc import Collection
 from functools import partial
 
 import torch
@@ -59,12 +60,20 @@ class VisionTower(VisionTransformer):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, layers: Collection[int] | None = None):
+        """With `layers` (indices of blocks): (tokens, {layer: its output [B, N, width], before the last norm})."""
         plain = prefers_plain_attention(images.device, self.training)
         for block in self.blocks:
             if block.attn.fused_attn == plain:
                 block.attn.fused_attn = not plain
-        return self.forward_features(images)
+        if layers is None:
+            return self.forward_features(images)
+        if not layers:
+            return self.forward_features(images), {}
+        layers = sorted(set(layers))
+        tokens, states = self.forward_intermediates(images, layers, return_prefix_tokens=True, output_fmt='NLC')
+        states = [torch.cat([class_token, patches], 1) for patches, class_token in states]
+        return tokens, dict(zip(layers, states, strict=True))
 
 
 def prefers_plain_attention(device: torch.device, training: bool) -> bool:

@@ -41,8 +41,8 @@ class DLIPProd:
             Face hub. Of an original file the sizes are read from the tensors.
         device: 'cpu', 'cuda', 'cuda:1', 'mps', or 'auto' (the best one there is).
         tokenizer: vocabulary of an original file: a hub name, a folder or a vocab.txt.
-        precision: 'fp32'; 'bf16' where the device is fast at it (features then differ by about 1%); 'int8' is bf16 with
-            all matrices in 8 bits (backend openvino; by about 2%).
+        precision: 'fp32'; 'bf16' (features then differ by about 1%), which is fp32 on a device without instructions for
+            it; 'int8' is bf16 with all matrices in 8 bits (backend openvino; by about 2%).
         backend: 'torch', or 'openvino': on a CPU about twice as fast; each function is compiled at its first use, which
             takes a second or two.
         memory: GiB that the pictures of one batch may take at work; sets the batch size where a call does not.

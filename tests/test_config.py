@@ -71,7 +71,8 @@ def test_a_missing_file_is_named(tmp_path):
 SIZES_AND_PATHS = {'model.size', 'model.image_size', 'model.init', 'model.vit_ckpt_layer', 'tokenizer', 'teacher.size',
                    'teacher.weights', 'ita.queue_size', 'ita.momentum', 'data.train', 'data.root', 'data.max_tokens',
                    'data.workers', 'optim.lr', 'optim.warmup_steps', 'optim.schedule', 'train.epochs',
-                   'train.batch_size', 'train.log_every', 'train.save_every', 'eval.k_test', 'eval.min_length'}
+                   'train.batch_size', 'train.log_every', 'train.save_every', 'scst.lr', 'eval.k_test',
+                   'eval.min_length'}
 BESIDES = {'model.init_vision', 'model.init_text', 'model.dropout', 'data.min_scale', 'data.randaugment', 'data.prompt'}
 
 

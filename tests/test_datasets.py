@@ -11,10 +11,14 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from data import datasets
-from data.datasets import PairDataset, clean_caption
+from data import index
+from data.captions import clean_caption, is_empty, storable
+from data.datasets import PairDataset
+from data.json_list import read_json_list
 from data.loader import BadImages, make_loader
 from data.transforms import train_transform
 
@@ -59,12 +63,37 @@ def rewrite(path: Path, change) -> None:
 
 # ---------------------------------------------------------------- captions
 
-@pytest.mark.parametrize('text', ['A dog.', 'Two (2) "big"  dogs; #1!\n', 'a\tb', 'in-door, left/right ~ *', '...', '',
-                                  'word ' * 5000, "L'été à la plage: 5€"])
-def test_clean_caption_is_blips(text):
-    blip = re.sub(r'([.!\"()*#:;~])', ' ', text.lower())  # BLIP's pre_caption, but for tabs, which it keeps
-    blip = re.sub(r'\s+', ' ', blip).strip().split(' ')
-    assert clean_caption(text, 30) == ' '.join(blip[:30])
+def pre_caption(caption: str, max_words: int) -> str:
+    """BLIP's, as published (data/utils.py)."""
+    caption = re.sub(r"([.!\"()*#:;~])", ' ', caption.lower())
+    caption = re.sub(r"\s{2,}", ' ', caption)
+    caption = caption.rstrip('\n')
+    caption = caption.strip(' ')
+    caption_words = caption.split(' ')
+    if len(caption_words) > max_words:
+        caption = ' '.join(caption_words[:max_words])
+    return caption
+
+
+anything = st.text(st.characters(exclude_categories=()) | st.sampled_from(' \t\n.!"()*#:;~\ud83d\u200d\u3000'))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(anything | st.lists(anything, max_size=40).map(' '.join), st.integers(1, 40))
+@example('Two (2) "big"  dogs; #1!\n', 30)
+@example('a\tb', 1)
+@example("L'ÉTÉ à la plage: 5€ 👩‍👩‍👧 🐕!", 30)
+def test_clean_caption_is_blips_on_any_string(text, max_words):
+    cleaned = clean_caption(text, max_words)
+    assert cleaned == pre_caption(text, max_words)
+    assert is_empty(text) == (not pre_caption(text, 10 ** 6).split())
+    held = storable(text)
+    assert held == ''.join(c for c in text if not '\ud800' <= c <= '\udfff')
+    assert pa.array([held]).to_pylist() == [json.loads(json.dumps(held).encode())] == [held]
+
+
+def test_unicode_survives():
+    assert clean_caption('Straße mit 👩‍👩‍👧 und 🐕 (東京)!', 30) == 'straße mit 👩‍👩‍👧 und 🐕 東京'
 
 
 # ---------------------------------------------------------------- all.json
@@ -76,7 +105,7 @@ def test_pairs_are_those_of_all_json(all_json):
         path, caption, number = dataset.pair(i)
         assert (Path(path), caption, number) == (all_json.parent / f'pictures/{i}.png', f'Picture {i}, left!', i)
     item = dataset[3]
-    assert item['image'].shape == (3, 16, 16) and item['image'].dtype == torch.float32
+    assert item['image'].shape == (3, 16, 16) and item['image'].dtype == torch.uint8
     assert item['caption'] in ('picture 3, left', 'picture 3, right') and item['id'] == 3 and item['bad'] == []
 
 
@@ -92,13 +121,13 @@ def test_empty_captions_are_left_out_and_long_ones_cut(all_json, caplog):
 
 
 def test_index_is_built_once_and_again_when_all_json_changed(all_json):
-    index = pairs(all_json).index
-    assert index == all_json.with_name('all.json.arrow')
-    before = index.stat().st_mtime_ns
+    built = pairs(all_json).index
+    assert built == all_json.with_name('all.json.arrow')
+    before = built.stat().st_mtime_ns
     assert pairs(all_json).index.stat().st_mtime_ns == before
     rewrite(all_json, lambda records: records[:7])
     assert len(pairs(all_json)) == 7
-    index.write_bytes(b'torn')
+    built.write_bytes(b'torn')
     assert len(pairs(all_json)) == 7
     assert sorted(os.listdir(all_json.parent)) == ['all.json', 'all.json.arrow', 'pictures']
 
@@ -106,8 +135,8 @@ def test_index_is_built_once_and_again_when_all_json_changed(all_json):
 def test_index_of_a_read_only_folder_is_in_the_temporary_one(all_json, tmp_path, monkeypatch):
     elsewhere = tmp_path / 'elsewhere'
     elsewhere.mkdir()
-    monkeypatch.setattr(datasets.tempfile, 'gettempdir', lambda: str(elsewhere))
-    monkeypatch.setattr(datasets.os, 'access', lambda path, mode: False)
+    monkeypatch.setattr(index.tempfile, 'gettempdir', lambda: str(elsewhere))
+    monkeypatch.setattr(index.os, 'access', lambda path, mode: False)
     dataset = pairs(all_json)
     assert dataset.index.parent == elsewhere and dataset[1]['id'] == 1
     assert not all_json.with_name('all.json.arrow').exists()
@@ -135,6 +164,42 @@ def test_all_json_that_is_none(all_json, content):
     assert not all_json.with_name('all.json.arrow').exists()
 
 
+values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+                      lambda inner: st.lists(inner, max_size=3)
+                      | st.dictionaries(st.text(max_size=3), inner, max_size=3))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(values, max_size=5), st.sampled_from([None, 1]), st.booleans(), st.integers(1, 30), st.floats(0, 1))
+def test_json_lists_are_read_in_pieces(tmp_path_factory, items, indent, ascii_only, chunk, cut):
+    path, text = tmp_path_factory.getbasetemp() / 'list.json', json.dumps(items, indent=indent, ensure_ascii=ascii_only)
+    path.write_text(text, encoding='utf-8')
+    assert list(read_json_list(path, chunk)) == items
+    for broken in (text[:int(cut * len(text))], text + ']', text + '1', ',' + text):
+        if broken != text:
+            path.write_text(broken, encoding='utf-8')
+            with pytest.raises(ValueError, match='list.json breaks off after'):
+                list(read_json_list(path, chunk))
+
+
+def test_index_is_read_without_a_copy(all_json):
+    built = pairs(all_json).index
+    before = pa.total_allocated_bytes()
+    table = index.read_index(built)
+    assert table.nbytes > 500 and pa.total_allocated_bytes() == before
+
+
+def test_index_of_many_batches(all_json, monkeypatch):
+    monkeypatch.setattr(index, 'BATCH', 3)
+    dataset = pairs(all_json)
+    assert dataset.table['id'].num_chunks == 7 and [dataset.pair(i)[2] for i in range(20)] == list(range(20))
+
+
+def test_half_an_emoji_in_all_json_does_not_stop_it(all_json):
+    rewrite(all_json, lambda records: [{**records[0], 'caption': 'a dog \ud83d'}, *records[1:]])
+    assert pairs(all_json).pair(0)[1] == 'a dog '
+
+
 @pytest.mark.parametrize('content', ['[]', '[{"caption": " ", "id": 1, "image_root": "a"}]'])
 def test_all_json_without_a_pair(all_json, content):
     all_json.write_text(content)
@@ -146,7 +211,7 @@ def test_all_json_or_its_pictures_are_missing(all_json):
     with pytest.raises(FileNotFoundError, match='no .*absent.json: write it with json_dataset.py'):
         pairs(all_json.with_name('absent.json'))
     (all_json.parent / 'pictures').rename(all_json.parent / 'moved')
-    with pytest.raises(FileNotFoundError, match='none of 20 pictures looked for is there, for example .*0.png'):
+    with pytest.raises(FileNotFoundError, match='none of 16 pictures looked for is there, for example .*0.png'):
         pairs(all_json)
 
 
@@ -231,8 +296,9 @@ def test_broken_picture_is_replaced_by_the_next(all_json):
     (all_json.parent / 'pictures/5.png').unlink()
     item = pairs(all_json)[4]
     assert item['id'] == 6 and item['caption'].startswith('picture 6')
-    assert [Path(path).name for path, _ in item['bad']] == ['4.png', '5.png']
-    assert 'not a readable picture' in item['bad'][0][1] and 'no picture' in item['bad'][1][1]
+    assert [(Path(path).name, kind) for path, kind, _ in item['bad']] == [('4.png', 'not a picture'),
+                                                                          ('5.png', 'missing')]
+    assert all(path in message for path, _, message in item['bad'])
     bad = [pair for batch in loader(pairs(all_json), workers=1) for pair in batch['bad']]
     assert len(bad) == 3  # item 4 met both, item 5 the second
 
@@ -244,20 +310,23 @@ def test_no_readable_picture_at_all(all_json):
         pairs(all_json)[3]
 
 
-def batch(good: int, bad: list[str]) -> dict:
-    return {'caption': ['a'] * good, 'bad': [(path, f'{path} is broken') for path in bad]}
+def batch(good: int, bad: list[str], kind: str = 'damaged') -> dict:
+    return {'caption': ['a'] * good, 'bad': [(path, kind, f'{path} is broken') for path in bad]}
 
 
 def test_too_many_broken_pictures_stop_the_run(caplog):
     count = BadImages(0.05, logging.getLogger('dlip'))
-    count.update(batch(4, ['a.jpg', 'b.jpg', 'a.jpg']))  # too few to judge
-    assert caplog.text.count('a.jpg') == 1
-    with pytest.raises(ValueError, match=r'11 of 204 pictures \(5.4%\).*max_bad_share 0.05; the first: a.jpg is'):
-        count.update(batch(189, ['a.jpg', 'b.jpg'] * 4))  # met again: as broken as the first time
+    count.update(batch(4, ['a.jpg', 'b.jpg', 'a.jpg']))
+    assert count.check() == '3 of 7 pictures (3 damaged)'  # too few to judge
+    assert caplog.text.count('broken picture skipped (damaged): a.jpg is broken') == 1
+    count.update(batch(189, ['a.jpg', 'b.jpg'] * 4, 'missing'))  # met again: as broken as the first time
+    with pytest.raises(ValueError, match=r'11 of 204 pictures \(8 missing, 3 damaged\) cannot be read: 5.4%, more than '
+                                         r'data.max_bad_share 0.05; the first: a.jpg is'):
+        count.check()
 
 
 def test_some_broken_pictures_are_tolerated_in_every_epoch():
     count = BadImages(0.05, logging.getLogger('dlip'))
     for _ in range(50):
         count.update(batch(96, ['a.jpg', 'b.jpg', 'c.jpg', 'd.jpg']))
-    assert (count.count, count.met) == (200, 5000)
+    assert count.check() == '200 of 5000 pictures (200 damaged)'

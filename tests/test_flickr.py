@@ -10,7 +10,7 @@ from test_datasets import TRANSFORM, write_pictures
 from data import datasets
 from data.datasets import FlickrTrain, ImageTextEval
 from data.flickr import load_flickr
-from data.transforms import eval_transform, open_image
+from data.transforms import eval_transform, open_part
 
 CAPTIONS = {'train': [['A man.', 'a red DOG', ''], ['two cats']], 'val': [['a bus', 'the bus']],
             'test': [['x one', 'x two'], ['y one'], ['z', 'z z', 'z z z']]}
@@ -53,7 +53,7 @@ def test_broken_flickr_picture_is_met_once_for_its_captions(tmp_path, monkeypatc
     root = flickr(tmp_path, 'blip')
     (root / 'flickr30k-images/train0.jpg').write_bytes(b'')
     train, opened = FlickrTrain(root, TRANSFORM, 30), []
-    monkeypatch.setattr(datasets, 'open_image', lambda path, size: opened.append(path) or open_image(path, size))
+    monkeypatch.setattr(datasets, 'open_part', lambda path, *how: opened.append(path) or open_part(path, *how))
     item = train[0]
     assert item['caption'] == 'two cats' and len(item['bad']) == 1
     assert [Path(path).name for path in opened] == ['train0.jpg', 'train1.jpg']

@@ -9,6 +9,7 @@ from conftest import NANO
 
 from models import losses
 from models.blip import BLIP, BLIPConfig
+from models.hidden import STREAMS, layer_pairs
 from models.momentum import MomentumQueue
 from models.objective import TEACHER_TERMS, TERMS, Objective
 
@@ -82,7 +83,35 @@ def test_attention_kl_ignores_pad_rows_and_masked_keys():
     assert torch.equal(losses.attention_kl_loss(changed, teacher, rows), loss)
 
 
+def test_hidden_loss_compares_directions_not_sizes():
+    torch.manual_seed(0)
+    teacher, other = torch.randn(2, 2, 3, 64)
+    assert float(losses.hidden_loss(3 * teacher + 1, teacher)) == pytest.approx(0, abs=1e-6)
+    assert float(losses.hidden_loss(-teacher, teacher)) == pytest.approx(4, rel=1e-3)
+    student = torch.cat([teacher[:, :1], other[:, 1:]], 1)
+    want = 2 - 2 * torch.corrcoef(torch.stack([student[0, 1], teacher[0, 1]]))[0, 1]  # its closed form
+    assert torch.allclose(losses.hidden_loss(student, teacher, torch.tensor([[0, 1, 0], [0, 0, 0]])), want, atol=1e-4)
+    assert float(losses.hidden_loss(student, teacher, torch.tensor([[1, 0, 0], [1, 0, 0]]))) < 1e-6
+
+
+@pytest.mark.parametrize('chosen, pairs', [
+    (None, [(0, 1), (1, 3), (2, 5)]), ([3], [(2, 5)]), ([2], [(1, 3)]), ([[1, 6], [3, 6]], [(0, 5), (2, 5)])])
+def test_layers_are_matched_by_depth(chosen, pairs):
+    assert layer_pairs(chosen, 3, 6, 'text') == pairs
+
+
+@pytest.mark.parametrize('chosen, message', [
+    ([4], 'the student has the layers 1 to 3, not 4'), ([[3, 7]], 'the teacher has the layers 1 to 6, not 7'),
+    ([], 'at least one'), ([1, 1], 'none of the student twice'), (['last'], "holds 'last'"), ([[1]], 'holds .1.')])
+def test_a_layer_that_is_not_there_is_named(chosen, message):
+    with pytest.raises(ValueError, match=f'hidden_layers.text.* {message}'):
+        layer_pairs(chosen, 3, 6, 'text')
+
+
 # ---------------------------------------------------------------- the objective
+
+MAPPED = ('image_tokens', 'fused_feat', 'decoder_feat', *STREAMS)
+
 
 @pytest.fixture
 def batch(small_tokenizer):
@@ -118,12 +147,12 @@ def test_each_term_alone(small_tokenizer, batch, term):
     alone = objective(small_tokenizer, {term: 2.0})(*batch, 0.4, 0)
     assert set(alone) == {term, 'loss'}
     assert torch.allclose(alone['loss'], 2 * alone[term])
-    if term not in ('image_tokens', 'fused_feat', 'decoder_feat'):  # their learned maps are drawn in another order
+    if term not in MAPPED:  # their learned maps are drawn in another order
         assert torch.allclose(alone[term], together[term], rtol=1e-4)
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(small_tokenizer, batch):
-    terms = [t for t in TEACHER_TERMS if t not in ('image_tokens', 'fused_feat', 'decoder_feat', 'ita_soft')]
+    terms = [t for t in TEACHER_TERMS if t not in (*MAPPED, 'ita_soft')]
     net = objective(small_tokenizer, dict.fromkeys(terms, 1.0))
     net.frozen.model = net.student
     out = net.eval()(*batch, 0.4, 0)
@@ -143,6 +172,41 @@ def test_teacher_cannot_leave_eval_nor_train(small_tokenizer, batch):
     net = objective(small_tokenizer, {'lm_logits': 1.0}).train()
     assert not net.teacher.training and not any(p.requires_grad for p in net.teacher.parameters())
     assert not any('teacher' in key and 'queue' not in key for key in net.state_dict())
+
+
+@pytest.mark.parametrize('term', STREAMS)
+def test_hidden_states_are_those_of_the_chosen_layers(small_tokenizer, batch, term):
+    """Against states recorded by hooks: the first layer beside the teacher's second, pads left out."""
+    net = objective(small_tokenizer, {term: 1.0}, hidden_layers={'vision': [[1, 2]], 'text': [[1, 2]]}).eval()
+    seen = {}
+    for model, layer in ((net.student, 0), (net.teacher, 1)):
+        tower = {'vision_hidden': model.visual_encoder.blocks, 'decoder_hidden': model.text_decoder.bert.layers}.get(
+            term, model.text_encoder.layers)
+        tower[layer].register_forward_hook(lambda module, inputs, out, model=model: seen.update(
+            {model: out if term == 'vision_hidden' else out[0]}))
+    got = net(*batch, 0.4, 0)[term].detach()
+    mask = None if term == 'vision_hidden' else batch[2]
+    want = losses.hidden_loss(net.hidden[term].maps[0](seen[net.student]), seen[net.teacher], mask)
+    assert torch.allclose(got, want, atol=1e-6) and float(got) > 0.1
+    with pytest.raises(ValueError, match='the student has the layers 1 to 2, not 3'):
+        objective(small_tokenizer, {term: 1.0}, hidden_layers={'vision': [3], 'text': [3]})
+
+
+@pytest.mark.parametrize('term', STREAMS)
+def test_layers_above_the_compared_ones_do_not_train(small_tokenizer, batch, term):
+    """Nothing else reaches them: DDP would wait for their gradients."""
+    weights = {term: 1.0, 'image_tokens': 1.0, 'lm': float(term == 'vision_hidden')}
+    net = objective(small_tokenizer, weights, hidden_layers={'vision': [1], 'text': [1]})
+    net(*batch, alpha=0.4, step_seed=0)['loss'].backward()
+    assert [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
+def test_a_copied_layer_starts_at_its_teachers_states(small_tokenizer, batch):
+    """Equal widths: the maps start as the identity."""
+    net = objective(small_tokenizer, {'text_hidden': 1.0, 'decoder_hidden': 1.0}, teacher_width=32)
+    net.frozen.model = net.student
+    out = net.eval()(*batch, 0.4, 0)
+    assert all(abs(float(out[term].detach())) < 1e-5 for term in ('text_hidden', 'decoder_hidden'))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from conftest import NANO, TINY, golden, relative
 from models import losses
 from models.blip import BLIP, BLIPConfig
 from models.checkpoint import load_weights
+from models.momentum import MomentumQueue
 from models.objective import Objective
 from models.text import KVCache
 
@@ -70,7 +71,7 @@ def test_itm_and_lm_equal_the_original(bert_tokenizer, monkeypatch):
     size = dict(image_size=224, vision_width=48, text_width=48, text_ffn=96)
     model = load('pretrain_student_tiny.pth', 'pretrain', **size)
     drawn = torch.tensor(want['neg_idx'])  # the negatives that the original drew: images per text, texts per image
-    objective = Objective(model, {'itm': 1, 'lm': 1}, start_ids(bert_tokenizer), momentum=True)
+    objective = Objective(model, {'itm': 1, 'lm': 1}, start_ids(bert_tokenizer), MomentumQueue(model, 8, 0.9))
     monkeypatch.setattr(objective, 'contrastive', lambda *args: (drawn[:4], drawn[4:]))
     ids, mask = bert_tokenizer(file['captions'], 30)
     out = objective(file['images'], ids, mask, torch.arange(4), 0.0, 0)

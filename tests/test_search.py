@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from test_prod import caption, folder, picture, retrieval  # noqa: F401 (fixtures)
 
+from models import precision
 from models.text import KVCache
 from prod import DLIPProd
 from prod import caption as caption_tool
@@ -114,10 +115,15 @@ def test_caption_scores_are_the_captioners_own_log_probabilities(caption, pictur
     assert float(scores[0, 0]) == pytest.approx(total / (ids.shape[1] - prompt), abs=1e-4)
 
 
-def test_bf16_is_near_fp32(retrieval, folder, picture):  # noqa: F811
+def test_bf16_is_near_fp32(retrieval, folder, picture, monkeypatch, caplog):  # noqa: F811
+    monkeypatch.setattr(precision, 'has_bf16', lambda device: False)
+    plain = DLIPProd('retrieval', folder / 'save/dlip_retrieval_flickr.pth', precision='bf16')
+    assert torch.equal(plain.get_image_feat(picture), retrieval.get_image_feat(picture))
+    assert 'no bfloat16 arithmetic' in caplog.text
+    monkeypatch.setattr(precision, 'has_bf16', lambda device: True)
     half = DLIPProd('retrieval', folder / 'save/dlip_retrieval_flickr.pth', precision='bf16')
     feature = half.get_image_feat(picture)
-    assert feature.dtype == torch.float32
+    assert feature.dtype == torch.float32 and half.model.visual_encoder.cls_token.dtype == torch.bfloat16
     assert float((feature * retrieval.get_image_feat(picture)).sum()) > 0.99
     assert float((half.get_text_feat('a dog') * retrieval.get_text_feat('a dog')).sum()) > 0.99
     with pytest.raises(ValueError, match="unknown precision 'int4': choose one of fp32, bf16, int8"):

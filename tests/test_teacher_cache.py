@@ -18,7 +18,7 @@ from models import losses
 from models.blip import BLIP, BLIPConfig
 from models.logs import read_log
 from models.momentum import MomentumQueue
-from models.objective import TEACHER_TERMS, Objective
+from models.objective import Objective
 from models.targets import StoredTeacher
 from models.teacher_cache import READ_BY, answers, fields_of, top_k_classes
 from utils import ROOT
@@ -32,7 +32,7 @@ def stored(scenes, tmp_path_factory):  # noqa: F811
     negatives no cache can hold.
     """
     folder = tmp_path_factory.mktemp('cache')
-    changes = {f'loss__{term}': 1.0 for term in TEACHER_TERMS if term != 'itm_soft'}
+    changes = {f'loss__{term}': 1.0 for term in READ_BY if term != 'itm_soft'}
     config = write_config(folder, 'pretrain', scenes, model__size='micro', model__image_size=64,
                           teacher__weights=str(TEACHER), data__min_scale=0.2, data__randaugment=True, **changes)
     with pytest.MonkeyPatch.context() as patch:
@@ -53,8 +53,9 @@ def test_training_from_stored_targets_has_the_live_losses(stored, tmp_path):
     run(pretrain_dlip, config, tmp_path / 'stored', f'teacher.cache={folder}', 'teacher.weights=null')
     live, got = (read_log(tmp_path / name / 'steps.txt') for name in ('live', 'stored'))
     assert {'train_loss_cross_attn', 'train_loss_lm_logits', 'train_loss_image_tokens'} <= live[0].keys()
-    for want, row in zip(live, got, strict=True):
-        assert row == pytest.approx(want, rel=1e-3, abs=1e-3)
+    assert got[0] == pytest.approx(live[0], rel=1e-3, abs=1e-3)  # of the same weights
+    for want, row in zip(live, got, strict=True):  # of weights that float16 targets have moved
+        assert row == pytest.approx(want, rel=3e-3, abs=1e-3)
     shared = ('train.epochs=1', 'negative_all_rank=true')
     done = torchrun(config, tmp_path / 'two', 2, *shared, f'teacher.cache={folder}', 'train.batch_size=4')
     assert done.returncode == 0, done.stderr[-2000:]
@@ -77,7 +78,7 @@ def test_two_processes_share_the_storing(stored, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('term', TEACHER_TERMS)
+@pytest.mark.parametrize('term', READ_BY)
 def test_each_term_from_stored_answers(small_tokenizer, term):
     """To 1e-3 with float16 and the 12 most probable of 39 tokens; itm_soft on the pairs alone."""
     torch.manual_seed(0)

@@ -23,6 +23,7 @@ import train_dlip_caption_flickr
 import train_dlip_retrieval_flickr
 from bench.stress import workers_of
 from data import scene_layouts
+from data.loader import Batches
 from models.checkpoint import load_model, read_checkpoint
 from models.logs import read_log
 from models.optim import learning_rate, parameter_groups
@@ -238,6 +239,7 @@ def test_bad_input_is_one_clear_line(pretrained, tmp_path):
     ('model.size=mikro', "unknown model size 'mikro'"),
     ('model.init_text=teacher', 'teacher.weights is null'),
     ('train.batch_size=4096', 'lower train.batch_size'),
+    ('train.precision=fp16', "unknown precision 'fp16': choose one of fp32, bf16"),
     ('optim.lrr=1', 'did you mean "optim.lr"'),
     ('tokenizer=no/such/vocab', "no vocabulary 'no/such/vocab'")])
 def test_bad_settings(pretrained, tmp_path, override, message):
@@ -298,6 +300,29 @@ def test_odd_captions_and_a_broken_picture_do_not_end_a_run(pretrained, scenes, 
     run(pretrain_dlip, pretrained[0], tmp_path / 'out', f'data.train={data}')
     printed = capsys.readouterr().out
     assert 'cut.jpg is not a readable picture' in printed and '1 pairs without a caption' in printed
+
+
+def test_all_processes_stop_when_one_meets_too_many_broken_pictures(pretrained, scenes, tmp_path):
+    """Launched without torchrun, which would end the one that waits for the other."""
+    def edit(records):
+        records *= 6
+        (tmp_path / 'broken.jpg').write_bytes(b'')
+        for row in sum(Batches(len(records), 8, seed=1, epoch=0, start_step=0, rank=1, world_size=2), []):
+            records[row] = records[row] | {'image_root': str(tmp_path / 'broken.jpg')}
+    data = broken_set(scenes, tmp_path, edit)
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, 'pretrain_dlip.py', '--config', str(pretrained[0]), '--output_dir', str(tmp_path),
+               '--device', 'cpu', '--seed', '1', f'data.train={data}']
+    there = {'OMP_NUM_THREADS': '1', 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port)}
+    runs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             env={**os.environ, **there, 'RANK': rank, 'LOCAL_RANK': rank}) for rank in '01']
+    printed = [process.communicate(timeout=120) for process in runs]
+    stops = [re.findall('^error: .*', errors, re.MULTILINE) for _, errors in printed]
+    assert stops[0] == stops[1] and 'not a picture) cannot be read' in stops[0][0], printed
+    assert [process.returncode for process in runs] == [1, 1]
+    assert ['broken.jpg' in output for output, _ in printed] == [False, True]  # that it was met
 
 
 def test_weight_decay_is_for_matrices_only(nano):

@@ -1,0 +1,77 @@
+"""Sequence-level distillation (Kim and Rush 2016, arXiv 1606.07947): the teacher's beam captions of the training
+pictures, generated once, to train on beside the references. A student that learned them says greedily about what its
+own beam search would say."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+
+from data.captions import is_empty
+from data.datasets import FlickrPictures
+from data.loader import collate
+from data.transforms import normalise
+from models.blip import BLIP
+from models.checkpoint import fingerprint
+from models.generation import generate
+from models.logs import read_log
+from models.tokenizer import Tokenizer
+from utils import atomic_write, gather_objects, is_main, logger, progress, rank, world_size
+
+
+def teacher_captions(teacher: BLIP, tokenizer: Tokenizer, pictures: FlickrPictures, file: Path, *,
+                     device: torch.device | str = 'cpu', prompt: str, batch_size: int, workers: int,
+                     **settings) -> dict[str, str]:
+    """The teacher's caption of each training picture by file name, kept in a file that a later call goes on with.
+
+    Launched on several processes, each captions its share of every block and the main one appends it. A picture that
+    cannot be read has no caption. The file's first line says by whom and how the captions were made.
+
+    Args:
+        file: JSON lines, {"image": ..., "caption": ...} or null.
+        settings: of `generate` (num_beams, max_length, min_length).
+
+    Raises:
+        ValueError: the file's captions are another teacher's, or were generated with other settings.
+    """
+    made_by = {'teacher': fingerprint(teacher), 'image_size': teacher.config.image_size, 'prompt': prompt, **settings}
+    done = gather_objects(read_captions(file, made_by))[0]
+    names = [Path(pictures.pair(i)[0]).name for i in range(len(pictures))]
+    left = [i for i, name in enumerate(names) if name not in done]
+    logger.info('%s: %d of %d pictures have a caption of the teacher', file, len(names) - len(left), len(names))
+    if is_main() and not done:
+        with atomic_write(file) as out:
+            out.write(json.dumps(made_by) + '\n')
+    block = batch_size * world_size()
+    mine = [left[start + rank():start + block:world_size()] for start in range(0, len(left), block)]
+    batches = DataLoader(pictures, batch_sampler=mine, num_workers=workers, collate_fn=list)
+    for indices, items in zip(progress(mine, desc='teacher captions'), batches, strict=True):
+        said = {}
+        if items:
+            images = normalise(collate(items)['image'].to(device))
+            texts = generate(teacher, tokenizer, images, prompt, **settings)
+            # in the place of a picture that cannot be read stands another one
+            said = {names[i]: text if item['id'] == i else None
+                    for i, item, text in zip(indices, items, texts, strict=True)}
+        said = {name: text for part in gather_objects(said) for name, text in part.items()}
+        if is_main():
+            with open(file, 'a', encoding='utf-8') as out:
+                out.writelines(json.dumps({'image': name, 'caption': text}) + '\n' for name, text in said.items())
+        done |= said
+    return {name: text for name, text in done.items() if text and not is_empty(text)}
+
+
+def read_captions(file: Path, made_by: dict) -> dict[str, str | None]:
+    """What a file holds so far; a last line that was cut off is dropped from it."""
+    if not file.exists():
+        return {}
+    header, *records = read_log(file) or [made_by]
+    different = [name for name, value in made_by.items() if header.get(name) != value]
+    if different:
+        raise ValueError(f'{file} was made with another {" and ".join(different)}: delete it, so that the teacher '
+                         f'captions the pictures again, or choose another --output_dir')
+    if is_main():
+        with atomic_write(file) as out:
+            out.writelines(json.dumps(line) + '\n' for line in (header, *records))
+    return {record['image']: record['caption'] for record in records}

@@ -1,0 +1,253 @@
+"""Pre-training from img2dataset's tars: what an epoch holds, resume, processes and workers, damage, a run."""
+
+import io
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_training import run, same, scenes, write_config  # noqa: F401
+
+import pretrain_dlip
+from data import shards
+from data.loader import make_loader
+from data.shards import ShardDataset, count_pictures, is_shards, list_shards
+from data.transforms import train_transform
+from models.logs import read_log
+from models.training import Run
+
+TRANSFORM = train_transform(16, 0.5, True)
+SIZES = (13, 5, 8)  # pictures that were downloaded, of each shard
+
+
+def write_tar(path: Path, samples: list[dict[str, bytes]]) -> Path:
+    """A shard as img2dataset's: files KEY.jpg, KEY.json and KEY.txt of one sample after another."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, 'w') as tar:
+        for number, sample in enumerate(samples):
+            for kind, content in sample.items():
+                member = tarfile.TarInfo(f'{path.stem}{number:04d}.{kind}')
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def sample(caption: str, grey: int) -> dict[str, bytes]:
+    file = io.BytesIO()
+    Image.linear_gradient('L').rotate(19 * grey).resize((24, 24)).convert('RGB').save(file, 'JPEG')
+    record = {'caption': caption, 'status': 'success'}
+    return {'jpg': file.getvalue(), 'json': json.dumps(record).encode(), 'txt': caption.encode()}
+
+
+def write_stats(tar: Path, successes: int) -> None:
+    tar.with_name(f'{tar.stem}_stats.json').write_text(json.dumps({'count': successes + 2, 'successes': successes}))
+
+
+@pytest.fixture
+def cc3m(tmp_path) -> Path:
+    """A folder of three shards; sample i of all has the caption 'Picture i, left!'."""
+    total = 0
+    for shard, size in enumerate(SIZES):
+        tar = write_tar(tmp_path / 'cc3m' / f'{shard:05d}.tar',
+                        [sample(f'Picture {total + i}, left!', total + i) for i in range(size)])
+        write_stats(tar, size)
+        total += size
+    return tmp_path / 'cc3m'
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    monkeypatch.setattr(shards, 'WINDOW', 4)
+
+
+def dataset(source, seed: int = 0) -> ShardDataset:
+    return ShardDataset(str(source), TRANSFORM, 30, seed)
+
+
+def epoch(source, batch_size=2, seed=0, epoch=0, start_step=0, workers=0, rank=0, world_size=1) -> list[dict]:
+    return list(make_loader(dataset(source, seed), batch_size, seed=seed, epoch=epoch, start_step=start_step,
+                            workers=workers, rank=rank, world_size=world_size))
+
+
+def ids(batches: list[dict]) -> list[int]:
+    return [number for batch in batches for number in batch['id'].tolist()]
+
+
+# ---------------------------------------------------------------- what an epoch holds
+
+def test_an_epoch_holds_every_sample_once(cc3m):
+    batches = epoch(cc3m)
+    assert len(dataset(cc3m)) == 26 and len(batches) == 13 and sorted(ids(batches)) == list(range(26))
+    assert batches[0]['image'].shape == (2, 3, 16, 16) and batches[0]['image'].dtype == torch.uint8
+    for batch in batches:
+        assert batch['bad'] == []
+        for caption, number in zip(batch['caption'], batch['id'].tolist(), strict=True):
+            assert caption in (f'picture {number}, left', f'picture {number}, right')
+
+
+@pytest.mark.filterwarnings('ignore:This DataLoader will create')
+@pytest.mark.parametrize('world_size, workers', [(1, 3), (2, 0), (2, 2), (5, 2)])
+def test_processes_and_workers_share_an_epoch(cc3m, world_size, workers):
+    """More readers than shards included: every process has as many batches, and no sample is seen twice."""
+    parts = [epoch(cc3m, rank=rank, world_size=world_size, workers=workers) for rank in range(world_size)]
+    assert {len(part) for part in parts} == {26 // (2 * world_size)}
+    seen = ids(sum(parts, []))
+    assert len(set(seen)) == len(seen) == 26 // (2 * world_size) * 2 * world_size
+
+
+def test_order_is_a_function_of_seed_and_epoch(cc3m):
+    orders = [ids(epoch(cc3m, seed=seed, epoch=number)) for seed, number in ((0, 0), (0, 1), (1, 0))]
+    assert orders[0] == ids(epoch(cc3m)) and len(set(map(tuple, orders))) == 3
+    assert {tuple(sorted(order)) for order in orders} == {tuple(range(26))}
+    neighbours = np.abs(np.diff(orders[0]))
+    assert (neighbours == 1).sum() < 15 and neighbours.max() > 15  # within a window, and from shard to shard
+
+
+def test_a_sample_is_transformed_as_its_seed_epoch_and_number_say(cc3m):
+    def pictures(batches):
+        return {number: batch['image'][i] for batch in batches for i, number in enumerate(batch['id'].tolist())}
+    here, there = pictures(epoch(cc3m)), pictures(epoch(cc3m, world_size=2, rank=1, workers=1))
+    assert there and all(torch.equal(here[number], there[number]) for number in there)
+    later = pictures(epoch(cc3m, epoch=1))
+    assert not any(torch.equal(here[number], later[number]) for number in here)
+
+
+@pytest.mark.filterwarnings('ignore:This DataLoader will create')
+@pytest.mark.parametrize('workers, starts', [(0, range(1, 14)), (2, (1, 6, 13)), (3, (4, 12))])
+def test_a_resumed_epoch_is_the_rest_of_it(cc3m, workers, starts):
+    whole = epoch(cc3m, workers=workers)
+    for start in starts:
+        assert same(whole[start:], epoch(cc3m, workers=workers, start_step=start)), start
+
+
+def test_resume_opens_only_the_shards_that_are_left(cc3m, monkeypatch):
+    opened, read = [], shards.read_shard
+    monkeypatch.setattr(shards, 'read_shard', lambda url: opened.append(Path(url).name) or read(url))
+    epoch(cc3m)
+    whole, first = opened[:], opened[0]
+    opened.clear()
+    epoch(cc3m, start_step=11)
+    assert len(whole) == 3 and first not in opened and opened == whole[-len(opened):]
+
+
+# ---------------------------------------------------------------- sources
+
+def test_one_setting_names_the_shards(cc3m, tmp_path):
+    write_tar(tmp_path / 'sbu/00007.tar', [sample('a', 1)])
+    pattern = f'{cc3m}/{{00000..00002}}.tar'
+    assert [Path(url).name for url in list_shards(pattern)] == ['00000.tar', '00001.tar', '00002.tar']
+    assert list_shards(str(cc3m)) == list_shards(pattern)
+    assert list_shards(f'{pattern} :: {tmp_path}/sbu') == [*list_shards(pattern), f'{tmp_path}/sbu/00007.tar']
+    assert is_shards(pattern) and is_shards(str(cc3m)) and not is_shards(f'{tmp_path}/all.json')
+
+
+def test_shards_through_a_command(cc3m):
+    """What is not on a disk: webdataset runs the command, for the statistics too."""
+    urls = f'pipe:cat {cc3m}/{{00000..00002}}.tar'
+    assert same(epoch(urls), epoch(cc3m))
+    (cc3m / '00001_stats.json').unlink()
+    assert len(dataset(urls)) == 26
+
+
+def test_pictures_are_counted_without_statistics(cc3m):
+    for path in cc3m.glob('*_stats.json'):
+        path.unlink()
+    assert [count_pictures(url) for url in list_shards(str(cc3m))] == list(SIZES)
+    whole = (cc3m / '00000.tar').read_bytes()
+    (cc3m / '00000.tar').write_bytes(whole[:len(whole) // 2])  # a download that was killed
+    assert 0 < count_pictures(str(cc3m / '00000.tar')) < 13
+    (cc3m / '00000.tar').write_bytes(b'<html>')
+    with pytest.raises(ValueError, match='00000.tar is not a readable tar .*download it again'):
+        dataset(cc3m)
+
+
+def test_captions_from_the_json_file_where_there_is_no_text(tmp_path):
+    write_tar(tmp_path / '0.tar', [{kind: part for kind, part in sample(f'Dog {i}', i).items() if kind != 'txt'}
+                                   for i in range(4)])
+    assert sorted(text for batch in epoch(tmp_path) for text in batch['caption']) == [f'dog {i}' for i in range(4)]
+
+
+def test_shards_that_are_not_there(cc3m, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    for source, error, message in ((f'{cc3m}/{{00000..00004}}.tar', FileNotFoundError, '2 of the 5 shards .*00003.tar'),
+                                   (tmp_path / 'empty', FileNotFoundError, 'empty holds no .tar: .*webdataset')):
+        with pytest.raises(error, match=message):
+            dataset(source)
+    write_stats(write_tar(tmp_path / 'failed/0.tar', []), 0)
+    with pytest.raises(ValueError, match='holds no picture: its downloads failed'):
+        dataset(tmp_path / 'failed')
+    with pytest.raises(ValueError, match='26 training samples are less than one batch of 27'):
+        epoch(cc3m, batch_size=27)
+
+
+# ---------------------------------------------------------------- damage
+
+def test_broken_and_captionless_samples_are_replaced_and_the_former_counted(tmp_path):
+    samples = [sample(f'Picture {i}', i) for i in range(12)]
+    samples[3]['jpg'], samples[7]['jpg'] = b'', samples[7]['jpg'][:-100]
+    samples[5] = {'jpg': samples[5]['jpg'], 'txt': b' ...'}
+    samples[6] = {'txt': b'no picture'}  # not one of img2dataset's samples at all
+    write_tar(tmp_path / '00000.tar', samples)
+    batches = epoch(tmp_path, batch_size=1)
+    assert len(batches) == 11 and set(ids(batches)) == {0, 1, 2, 4, 7, 8, 9, 10}  # numbered are those with a picture
+    bad = {(Path(path).name, kind) for batch in batches for path, kind, _ in batch['bad']}
+    assert bad == {('000000003.jpg', 'not a picture'), ('000000007.jpg', 'damaged')}
+    assert same(batches[5:], epoch(tmp_path, batch_size=1, start_step=5))
+
+
+def test_a_shard_that_breaks_off_is_filled_from_others(cc3m):
+    whole = (cc3m / '00000.tar').read_bytes()
+    (cc3m / '00000.tar').write_bytes(whole[:len(whole) // 2])
+    batches = epoch(cc3m)
+    lost = [entry for batch in batches for entry in batch['bad']]
+    there = 13 - len(lost)
+    assert len(batches) == 13 and 0 < there < 13 and set(ids(batches)) == {*range(there), *range(13, 26)}
+    assert {entry[:2] for entry in lost} == {(f'{cc3m}/00000.tar', 'damaged')}
+    assert f'{len(lost)} samples of {cc3m}/00000.tar are lost: ' in lost[0][2]
+    assert same(batches[6:], epoch(cc3m, start_step=6))
+    for tar in cc3m.glob('*.tar'):
+        tar.unlink()
+        tar.touch()
+    with pytest.raises(ValueError, match='none of the 3 shards can be read: 1?[358] samples of'):
+        next(dataset(cc3m).rows([0, 1, 2], 0, 1))
+
+
+# ---------------------------------------------------------------- a run
+
+def as_shards(scenes: Path, folder: Path) -> Path:  # noqa: F811
+    """The scene set's downloads in the other of img2dataset's layouts."""
+    for number, source in enumerate(('cc3m', 'mscoco', 'sbu')):
+        keys = sorted(path.stem for path in (scenes / source / '00000').glob('*.jpg'))
+        tar = write_tar(folder / f'{number:05d}.tar', [
+            {kind: (scenes / source / '00000' / f'{key}.{kind}').read_bytes() for kind in ('jpg', 'json', 'txt')}
+            for key in keys])
+        for kind in ('.parquet', '_stats.json'):
+            shutil.copy(scenes / source / f'00000{kind}', tar.with_name(f'{tar.stem}{kind}'))
+    return folder
+
+
+def test_a_run_from_shards_resumes_bit_exactly(scenes, tmp_path, monkeypatch):  # noqa: F811
+    source = as_shards(scenes, tmp_path / 'shards')
+    config = write_config(tmp_path, 'pretrain', scenes, data__train=f'{source}/{{00000..00002}}.tar',
+                          data__workers=2, train__epochs=1)
+    want = run(pretrain_dlip, config, tmp_path / 'whole')
+    assert want['steps_per_epoch'] == len(dataset(source)) // 8 and (tmp_path / 'whole/samples.png').exists()
+    assert read_log(tmp_path / 'whole/log.txt')[0]['train_loss'] > 0
+    saves, save = [], Run.save
+
+    def killed(self):
+        save(self)
+        saves.append(self.batch)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(Run, 'save', killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(pretrain_dlip, config, tmp_path / 'broken')
+    monkeypatch.undo()
+    monkeypatch.setattr(shards, 'WINDOW', 4)
+    got = run(pretrain_dlip, config, tmp_path / 'broken')
+    assert saves == [2, 4] and same(got['model'], want['model'])
