@@ -103,8 +103,8 @@ class Shard:
         return ValueError(f'{self.path} is damaged: {how}. Delete it and store the targets again (--store_teacher); '
                           f'the other shards are kept')
 
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
-        """The fields of a pair, its 'id' and 'tokens'.
+    def __getitem__(self, row: int) -> tuple[int, dict[str, np.ndarray]]:
+        """(id, fields) of a pair; its 'tokens' are one of them.
 
         Raises:
             ValueError: its bytes are not those that were written.
@@ -119,7 +119,7 @@ class Shard:
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize
             values[name] = data[place:place + size].view(dtype).reshape(shape)
             place += size
-        return {'id': int(entry['id']), 'tokens': np.int64(tokens), **values}
+        return int(entry['id']), {'tokens': np.int64(tokens), **values}
 
 
 class TargetStore:
@@ -154,8 +154,8 @@ class TargetStore:
         return Shard(self.folder / place.name, place.pairs, self.manifest['fields'],
                      self.manifest['shards'][place.name])
 
-    def __call__(self, epoch: int, index: int) -> dict[str, np.ndarray]:
-        """The fields of pair `index` as it was in an epoch below `epochs`, its 'id' and 'tokens'."""
+    def __call__(self, epoch: int, index: int) -> tuple[int, dict[str, np.ndarray]]:
+        """(id, fields) of pair `index` as it was in an epoch below `epochs`; its 'tokens' are one of them."""
         number, row = divmod(index, self.manifest['shard'])
         return self.shard(epoch * len(self.places) // self.epochs + number)[row]
 
@@ -185,8 +185,8 @@ class WithTargets(torch.utils.data.Dataset):
         """Raises:
             ValueError: another pair stands here now than when the targets were stored, or they are damaged.
         """
-        item, targets = self.dataset[index], self.store(self.epoch, index)
-        if targets.pop('id') != item['id']:
+        item, (number, targets) = self.dataset[index], self.store(self.epoch, index)
+        if number != item['id']:
             raise ValueError(f'pair {index} has stored targets of another pair: a picture was broken when they were '
                              f'stored, or is now ({item["bad"] or "none now"}). Store the targets again')
         return item | {'targets': targets}

@@ -3,6 +3,9 @@
 import shutil
 import statistics
 import time
+from contextlib import nullcontext
+
+import torch
 
 from models.build import count_parameters
 from models.logs import memory_used
@@ -12,6 +15,28 @@ from utils import logger, world_size
 STEPS = 3
 
 
+class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """Within it, counts the bytes that forward passes keep for their backward passes, beside parameters and buffers.
+
+    What is recomputed (`vit_ckpt_layer`) is not kept, and not counted.
+
+    Attributes:
+        bytes: so far; a storage counts once however many tensors view it.
+    """
+
+    def __init__(self, *nets: torch.nn.Module):
+        self.seen = {tensor.untyped_storage().data_ptr() for net in nets for tensor in net.state_dict().values()}
+        self.bytes = 0
+        super().__init__(self.keep, lambda tensor: tensor)
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.seen:
+            self.seen.add(storage.data_ptr())
+            self.bytes += storage.nbytes()
+        return tensor.detach()  # the tensor itself would hold the graph that holds it
+
+
 def rehearse(run: Run, loader, max_tokens: int, prompt: str = '') -> None:
     """Train a few steps, write nothing, and print parameters, batch arithmetic, hours, memory and disk.
 
@@ -19,11 +44,13 @@ def rehearse(run: Run, loader, max_tokens: int, prompt: str = '') -> None:
         ValueError: the disk has no room for the run's checkpoints.
     """
     train, nets = run.config['train'], run.objective
-    before, seconds = memory_used(run.device), []
+    before, seconds, saved = memory_used(run.device), [], SavedTensors(nets)
     run.parallel.train()
     for number, batches in zip(range(STEPS + 1), run.updates(loader), strict=False):
         started = time.perf_counter()
-        _, losses = run.train_step(batches, number * run.accumulate, max_tokens, prompt)
+        batches = batches if number else batches[:1]  # of one batch what it keeps: accumulated ones do not add to it
+        with nullcontext() if number else saved:
+            _, losses = run.train_step(batches, number * run.accumulate, max_tokens, prompt)
         run.update()
         losses['loss'].item()  # waits for the device
         seconds.append((time.perf_counter() - started) / len(batches))
@@ -42,6 +69,7 @@ def rehearse(run: Run, loader, max_tokens: int, prompt: str = '') -> None:
             'a batch after it': f'{rate:.2f} s ({samples / rate:.1f} pairs/s), loading not counted',
             'the whole run': f'{rate * batches / 3600:.1f} hours without evaluation',
             'loss of the last one': f'{losses["loss"]:.3f}',
+            'activations': f'{saved.bytes / 2 ** 30:.2f} GiB kept for the backward pass of a batch',
             'memory': f'{before:.2f} GiB before, {memory_used(run.device):.2f} GiB at most in a step',
             'disk': f'{copies} x {size:.2f} GiB of checkpoints at most, {free:.1f} GiB free',
             'broken pictures': run.bad_images.check()}

@@ -161,7 +161,8 @@ def store_teacher(config: dict, teacher: BLIP | None, dataset: Captioned, tokeni
     Shards that an earlier call finished are kept.
 
     Raises:
-        ValueError: no teacher or folder is named, the folder holds other targets, or the disk has no room.
+        ValueError: no teacher or folder is named, the folder holds other targets, the disk has no room, or too many
+            pictures are broken.
     """
     settings = config['teacher']
     if teacher is None or settings['cache'] is None:
@@ -194,9 +195,17 @@ def store_teacher(config: dict, teacher: BLIP | None, dataset: Captioned, tokeni
     if entries:
         logger.info('%s: %d of %d shards of this process are there already', folder, len(entries), len(own))
     teacher.to(device)
-    dtype = arithmetic(config['train']['precision'], device)
-    bad, starts = BadImages(config['data']['max_bad_share'], logger), (tokenizer.cls_id, tokenizer.enc_id,
-                                                                      tokenizer.bos_id)
+    dtype, bad = arithmetic(config['train']['precision'], device), BadImages(config['data']['max_bad_share'], logger)
+    starts = tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id
+
+    def ask(batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        bad.update(batch)
+        ids, mask = tokenizer([prompt + caption for caption in batch['caption']], config['data']['max_tokens'])
+        inputs = [x.to(device, non_blocking=True) for x in (batch['image'], ids, mask)]
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            found = answers(teacher, normalise(inputs[0]), *inputs[1:], starts, terms, top_k)
+        return mask, {name: found[name].cpu() for name in fields}
+
     stream = batches(config, dataset, missing)
     others, tokens = 0.0, 0  # probability beyond the top k, summed over the tokens
     for place in missing:
@@ -204,19 +213,16 @@ def store_teacher(config: dict, teacher: BLIP | None, dataset: Captioned, tokeni
             writer = ShardWriter(file, place.pairs, fields)
             while writer.done < place.pairs:
                 batch = next(stream)
-                bad.update(batch)
-                ids, mask = tokenizer([prompt + caption for caption in batch['caption']], config['data']['max_tokens'])
-                images, ids, mask = (x.to(device, non_blocking=True) for x in (batch['image'], ids, mask))
-                with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    found = answers(teacher, normalise(images), ids, mask, starts, terms, top_k)
-                values = {name: value.cpu().numpy() for name, value in found.items() if name in fields}
+                mask, found = ask(batch)
                 for row, (number, count) in enumerate(zip(batch['id'].tolist(), mask.sum(1).tolist(), strict=True)):
-                    writer.add(number, count, {name: value[row] for name, value in values.items()})
-                if 'lm_logits' in terms:
+                    writer.add(number, count, {name: found[name][row].numpy() for name in fields})
+                if 'lm_log_probs' in fields:
                     others += float(found['lm_log_probs'][..., -1].exp()[mask[:, 1:].bool()].sum())
                     tokens += int(mask[:, 1:].sum())
-                need_room(folder, writer, sum(place.pairs for place in places(manifest)))
-        entries[place.name] = Shard(folder / place.name, place.pairs, fields).entry
+        shard = Shard(folder / place.name, place.pairs, fields)
+        entries[place.name] = shard.entry
+        need_room(folder, shard.entry['bytes'] / place.pairs * len(dataset) * epochs)
+    bad.check()
     parts = gather_objects((entries, others, tokens))
     if is_main():
         for entries, *_ in parts:
@@ -247,16 +253,15 @@ def batches(config: dict, dataset: Captioned, missing: list[Place]) -> Iterator[
     bar.close()
 
 
-def need_room(folder: Path, writer: ShardWriter, pairs: int) -> None:
+def need_room(folder: Path, size: float) -> None:
     """Raises:
-        ValueError: at the bytes a pair so far, the disk will not hold them all.
+        ValueError: the disk will not hold targets of `size` bytes in all.
     """
-    need, there = writer.end / writer.done * pairs / 2 ** 30, sum(
-        path.stat().st_size for path in folder.glob('*.targets*')) / 2 ** 30
-    free = shutil.disk_usage(folder).free / 2 ** 30
-    if free + there < need:
-        raise ValueError(f'{folder} needs about {need:.1f} GiB and the disk has {free + there:.1f}: make room, store '
-                         f'fewer epochs, or set terms of many bytes to 0 (image_tokens, attention maps, decoder_feat)')
+    room = shutil.disk_usage(folder).free + sum(path.stat().st_size for path in folder.glob('*.targets*'))
+    if room < size:
+        raise ValueError(f'{folder} needs {size / 2 ** 30:.1f} GiB and the disk has {room / 2 ** 30:.1f}: make room, '
+                         f'store fewer epochs, or set terms of many bytes to 0 (image_tokens, decoder_feat, attention '
+                         f'maps); what is stored is kept')
 
 
 # ---------------------------------------------------------------- reading

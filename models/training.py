@@ -73,12 +73,13 @@ class Run:
 
     def _optimizer(self, optim: dict) -> torch.optim.Optimizer:
         groups = parameter_groups(self.objective, optim['weight_decay'])
+        settings = {'lr': optim['lr'], 'fused': self.device.type in ('cuda', 'cpu')}
         if optim['shard']:
             if world_size() == 1:
                 raise ValueError('optim.shard spreads the optimizer over processes: launch several, or set it to false')
             from fairscale.optim.oss import OSS
-            return OSS(groups, optim=torch.optim.AdamW, lr=optim['lr'])
-        return torch.optim.AdamW(groups, lr=optim['lr'], fused=self.device.type in ('cuda', 'cpu'))
+            return OSS(groups, optim=torch.optim.AdamW, **settings)
+        return torch.optim.AdamW(groups, **settings)
 
     def _parallel(self) -> torch.nn.Module:
         if world_size() == 1:

@@ -375,7 +375,8 @@ def test_a_dry_run_measures_and_writes_nothing(pretrained, scenes, tmp_path, cap
     out = tmp_path / 'out'
     pretrain_dlip.main(['--config', str(config), '--output_dir', str(out), '--device', 'cpu', '--dry_run'])
     printed = capsys.readouterr().out
-    for line in ('student 0.1M, momentum twin', '8 x 1 processes = 8 pairs', '7 x 2 epochs = 14', 'GiB free'):
+    for line in ('student 0.1M, momentum twin', '8 x 1 processes = 8 pairs', '7 x 2 epochs = 14', 'GiB free',
+                 'GiB kept for the backward pass of a batch'):
         assert line in printed
     assert re.search(r'the whole run +[\d.]+ hours', printed) and not list(out.iterdir())
     for script, name in ((train_dlip_retrieval_flickr, 'retrieval_flickr'),
@@ -439,6 +440,37 @@ def test_two_nodes_one_of_which_dies_and_comes_back(pretrained, tmp_path):
     got, want = (read_checkpoint(folder / 'last.pth') for folder in (out, tmp_path / 'unhurt'))
     for part in ('model', 'objective', 'optimizer'):
         assert same(got[part], want[part]), part
+
+
+def test_processes_exchange_gradients_once_an_update_and_agree_on_everything(pretrained, tmp_path):
+    """Weights, twin and queues are the same to the bit on both; buffers are not broadcast, no parameter is unused."""
+    config, _ = pretrained
+    code = tmp_path / 'watched.py'
+    code.write_text(f"""import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, pretrain_dlip
+from torch.nn.parallel import DistributedDataParallel as Parallel
+from models.training import Run
+alone, quiet, end_epoch = [], Parallel.no_sync, Run.end_epoch
+Parallel.no_sync = lambda self: alone.append(1) or quiet(self)
+def watched(self, *args):
+    net = self.parallel
+    settings = net.find_unused_parameters, net.gradient_as_bucket_view, net.will_sync_module_buffers()
+    torch.save([self.objective.state_dict(), settings, len(alone)], {str(tmp_path)!r} + f'/rank{{os.environ["RANK"]}}')
+    end_epoch(self, *args)
+Run.end_epoch = watched
+pretrain_dlip.main()
+""")
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(code),
+               '--config', str(config), '--output_dir', str(tmp_path / 'out'), '--device', 'cpu', 'train.epochs=1',
+               'train.batch_size=4', 'optim.accumulate=2']
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (torch.load(tmp_path / f'rank{rank}') for rank in (0, 1))
+    assert same(first[0], second[0]) and 'momentum.image_queue' in first[0]
+    assert first[1] == (False, True, False)
+    assert first[2] == 3  # 7 batches of each process are 3 updates of two and one of one
 
 
 def test_a_failure_on_any_rank_ends_the_job_with_its_traceback(pretrained, tmp_path):

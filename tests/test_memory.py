@@ -1,0 +1,67 @@
+"""What saves memory changes nothing else: recomputed activations, sharded optimizer state."""
+
+import pytest
+import torch
+from test_training import broken_set, pretrained, run, same, scenes, torchrun, write_config  # noqa: F401
+
+import pretrain_dlip
+from models.checkpoint import read_checkpoint
+from models.rehearsal import SavedTensors
+from models.vit import VisionTower
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_recomputed_blocks_have_the_same_gradients_and_keep_less(precision):
+    torch.manual_seed(0)
+    towers = [VisionTower(32, 8, 48, depth=4, heads=3, checkpoint_layers=layers).train() for layers in (0, 2, 4)]
+    images, kept = torch.randn(2, 3, 32, 32), []
+    for tower in towers:
+        tower.load_state_dict(towers[0].state_dict())
+        saved = SavedTensors(tower)
+        with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'), saved:
+            loss = tower(images).float().square().mean()
+        loss.backward()
+        kept.append(saved.bytes)
+    for tower in towers[1:]:
+        for ours, theirs in zip(tower.parameters(), towers[0].parameters(), strict=True):
+            assert torch.equal(ours.grad, theirs.grad)
+    assert kept[0] > 1.5 * kept[1] > 2 * kept[2]
+
+
+def test_saved_tensors_by_hand():
+    """Of x * w the input x is kept, the parameter w is there anyway; a view of x adds nothing."""
+    layer = torch.nn.Linear(4, 4, bias=False)
+    x = torch.randn(8, 4, requires_grad=True)
+    with SavedTensors(layer) as none, torch.no_grad():
+        layer(x)
+    saved = SavedTensors(layer)
+    with saved:
+        y = layer(x) + layer(x[:])
+    y.sum().backward()
+    assert none is None and saved.bytes == 8 * 4 * 4 and x.grad is not None
+
+
+def test_sharded_optimizer_state_equals_the_whole_and_moves_to_other_processes(pretrained, scenes, tmp_path):  # noqa: F811
+    """Two processes with OSS end as two without; their checkpoint goes on in one process without it, and one process's
+    in two with it, as a run that stayed the same.
+    """
+    config, _ = pretrained
+    pairs = broken_set(scenes, tmp_path, lambda records: records.__delitem__(slice(48, None)))
+    shared = (f'data.train={pairs}', 'negative_all_rank=true', 'optim.schedule=step')
+    for name, *overrides in (('whole', 'train.epochs=1'), ('sharded', 'train.epochs=1', 'optim.shard=true')):
+        done = torchrun(config, tmp_path / name, 2, *shared, 'train.batch_size=4', *overrides)
+        assert done.returncode == 0, done.stderr[-2000:]
+    whole, sharded = (read_checkpoint(tmp_path / name / 'last.pth') for name in ('whole', 'sharded'))
+    assert same(sharded['model'], whole['model'])
+    assert same(sharded['optimizer']['state'], whole['optimizer']['state'])
+    unbroken = run(pretrain_dlip, config, tmp_path / 'one', *shared)
+    to_one = run(pretrain_dlip, config, tmp_path / 'sharded', *shared)
+    run(pretrain_dlip, config, tmp_path / 'back', *shared, 'train.epochs=1')
+    done = torchrun(config, tmp_path / 'back', 2, *shared, 'train.batch_size=4', 'optim.shard=true')
+    assert done.returncode == 0, done.stderr[-2000:]
+    for got in (to_one, read_checkpoint(tmp_path / 'back/last.pth')):
+        assert got['epoch'] == 2
+        for key, value in unbroken['model'].items():
+            assert torch.allclose(got['model'][key], value, atol=1e-4), key
+        assert got['optimizer']['state'].keys() == unbroken['optimizer']['state'].keys()
+        assert {int(entry['step']) for entry in got['optimizer']['state'].values()} == {12}
