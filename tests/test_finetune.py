@@ -164,7 +164,7 @@ def test_a_broken_picture_has_no_caption(pictures, teachers, tokenizer, tmp_path
 def test_a_share_of_the_items_has_the_teachers_caption(scenes):  # noqa: F811
     """Decided by seed, epoch and item; without a share items are what they were."""
     def captions(share, epoch=0):
-        data = FlickrTrain(scenes / 'flickr30k', whole_transform(32), 30, 0, share)
+        data = FlickrTrain(scenes / 'flickr30k', whole_transform(32), 30, 0, teacher_share=share)
         data.teacher_captions = {data.pair(i)[0]: 'said by the teacher' for i in range(20)}
         data.epoch = epoch
         return [data[i]['caption'] == 'said by the teacher' for i in range(len(data))]
