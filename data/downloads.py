@@ -82,8 +82,8 @@ def find_shards(folder: Path) -> list[Path]:
             for shard in sorted(entry.iterdir()) if shard.name.isdigit() and shard.is_dir()]
     if not shards and not more:
         if any(entry.suffix == '.tar' for entry in entries):
-            raise ValueError(f'{folder} holds webdataset shards (.tar): pre-training reads them as they are (README, '
-                             f'"Data"), without all.json; leave {folder.name} out with --sources')
+            raise ValueError(f'{folder} holds webdataset shards (.tar): pre-training reads them without all.json, '
+                             f'by data.train={folder}; leave {folder.name} out with --sources')
         raise ValueError(f'{folder} holds no img2dataset shards (00000, 00001, ...): download with '
                          f'--output_format files into it')
     return more + shards
