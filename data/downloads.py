@@ -116,7 +116,8 @@ def read_shard(shard: Path) -> Part:
                 'empty caption': int((success & there & ~said).sum())}
     pictures = [prefix + name for name in compress(names, kept)]
     sides = np.stack([np.minimum(table[a], table[b])[kept] for a, b in (SIZES[:2], SIZES[2:])], 1)
-    failed = [url or '' for url in compress(table['url'], ~success)], list(compress(captions, ~success))
+    again = ~success & np.fromiter(map(bool, table['url']), bool, len(success))  # without an address it cannot be
+    failed = list(compress(table['url'], again)), list(compress(captions, again))
     addresses = [url or picture for url, picture in zip(compress(table['url'], kept), pictures, strict=True)]
     return make_part(list(compress(captions, kept)), pictures, addresses, dropped, sides, failed, note)
 
