@@ -82,8 +82,8 @@ def find_shards(folder: Path) -> list[Path]:
             for shard in sorted(entry.iterdir()) if shard.name.isdigit() and shard.is_dir()]
     if not shards and not more:
         if any(entry.suffix == '.tar' for entry in entries):
-            raise ValueError(f'{folder} holds webdataset shards (.tar): pre-training reads them as they are (README, '
-                             f'"Data"), without all.json; leave {folder.name} out with --sources')
+            raise ValueError(f'{folder} holds webdataset shards (.tar): pre-training reads them without all.json, '
+                             f'by data.train={folder}; leave {folder.name} out with --sources')
         raise ValueError(f'{folder} holds no img2dataset shards (00000, 00001, ...): download with '
                          f'--output_format files into it')
     return more + shards
@@ -116,7 +116,8 @@ def read_shard(shard: Path) -> Part:
                 'empty caption': int((success & there & ~said).sum())}
     pictures = [prefix + name for name in compress(names, kept)]
     sides = np.stack([np.minimum(table[a], table[b])[kept] for a, b in (SIZES[:2], SIZES[2:])], 1)
-    failed = [url or '' for url in compress(table['url'], ~success)], list(compress(captions, ~success))
+    again = ~success & np.fromiter(map(bool, table['url']), bool, len(success))  # without an address it cannot be
+    failed = list(compress(table['url'], again)), list(compress(captions, again))
     addresses = [url or picture for url, picture in zip(compress(table['url'], kept), pictures, strict=True)]
     return make_part(list(compress(captions, kept)), pictures, addresses, dropped, sides, failed, note)
 

@@ -12,13 +12,16 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
+import time
 from pathlib import Path
 
 import pandas
 import pytest
 from conftest import NANO, TESTS
 
+import json_dataset
 from data import scene_layouts
 from data.scene_captions import captions
 from data.scenes import render, sample_split
@@ -31,7 +34,8 @@ README = (ROOT / 'README.md').read_text(encoding='utf-8')
 BLOCKS = re.findall(r'^```(\w*)\n(.*?)^```', README, re.DOTALL | re.MULTILINE)
 COMMANDS = [line for kind, block in BLOCKS if not kind for line in block.replace('\\\n', '').splitlines()
             if line.startswith(('sed ', 'img2dataset ', 'python '))]
-PAIRS = 6  # of each downloaded source, one of which is missing on the server
+PAIRS = 9  # of each downloaded source
+BAD = {0: 'missing', 1: 'corrupt', 2: 'no picture'}  # those that cannot be downloaded, by number
 
 
 @pytest.fixture(scope='module')
@@ -49,18 +53,22 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def address():
-    """A loopback server of rendered pictures; the first of each source answers 404."""
+    """A loopback server of rendered pictures, some of them as a web of many years has them."""
     scenes = sample_split('train', PAIRS, 0, distinct=True)
+    sizes = {3: (1, 1), 4: (5000, 4000)}
 
     class Pictures(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             number = int(re.findall(r'\d+', self.path)[-1])
-            self.send_response(200 if number else 404)
+            self.send_response(404 if BAD.get(number) == 'missing' else 200)
             self.end_headers()
-            if number:
-                file = io.BytesIO()
-                render(scenes[number], random.Random(number)).save(file, 'JPEG')
-                self.wfile.write(file.getvalue())
+            picture, file = render(scenes[number], random.Random(number)), io.BytesIO()
+            picture.resize(sizes.get(number, picture.size)).save(file, 'JPEG')
+            content = {0: b'', 1: file.getvalue()[:20] + random.Random(0).randbytes(3000),
+                       2: b'<!doctype html><title>This picture was removed</title>'}.get(number, file.getvalue())
+            if number == 5:
+                time.sleep(1.5)  # slow, but within img2dataset's 10 s
+            self.wfile.write(content)
 
         def log_message(self, *args):
             pass
@@ -73,7 +81,7 @@ def address():
 
 def run(command: str, place: Path, cwd: Path, *overrides: str) -> str:
     """Run a command of the README with this folder's paths and few processes."""
-    for there in ('/datadrive', 'output/', 'save/'):
+    for there in ('/datadrive', '/tars', 'output/', 'save/'):
         command = command.replace(f' {there}', f' {place / there.strip("/")}{"/" if there[-1] == "/" else ""}')
     command = re.sub(r'(--processes_count|--nproc_per_node)(.)\d+', r'\1\g<2>1', command)
     command = command.replace('torch.distributed.run', 'torch.distributed.run --standalone')
@@ -103,13 +111,30 @@ def test_downloads_and_all_json(place, address):
     for command in [*commands('sed '), *commands('img2dataset ')]:
         run(command, place, place)
     printed = run(*commands('json_dataset.py'), place, ROOT)
-    assert re.search(rf'sbu +{PAIRS - 1} +1\b', printed)
+    assert re.search(rf'sbu +{PAIRS - len(BAD)} +{len(BAD)}\b', printed)
+    failed = pandas.read_parquet(place / 'datadrive/dataloader/cc3m_failed.parquet')
+    assert sorted(failed['url']) == [f'{server}/a/{number}.jpg' for number in BAD]
     pairs = json.loads((place / 'datadrive/dataloader/all.json').read_text())
     assert [pair['id'] for pair in pairs] == list(range(len(pairs)))
     for source in ('cc3m', 'mscoco', 'sbu'):
         kept = [pair for pair in pairs if f'/{source}/' in pair['image_root']]
-        assert sorted(pair['caption'] for pair in kept) == sorted(texts[1:])
+        assert sorted(pair['caption'] for pair in kept) == sorted(texts[len(BAD):])
         assert all(Path(pair['image_root']).is_file() for pair in kept)
+
+
+def test_download_as_webdataset(place, address):
+    """The same command with `--output_format webdataset` leaves tars, of which `json_dataset.py` says what to do."""
+    server, texts = address
+    rows = [(f'{server}/d/{i}.jpg', text) for i, text in enumerate(texts)]
+    pandas.DataFrame(rows, columns=['URL', 'TEXT']).to_parquet(place / 'mscoco.parquet')
+    command, = commands('mscoco.parquet')
+    run(command.replace('output_format files', 'output_format webdataset').replace('/datadrive', '/tars'), place, place)
+    with tarfile.open(place / 'tars/mscoco/00000.tar') as tar:
+        stems = [Path(name).stem for name in tar.getnames() if name.endswith('.jpg')]
+        assert len(stems) == PAIRS - len(BAD)
+        assert sorted(tar.getnames()) == sorted(f'{stem}.{kind}' for stem in stems for kind in ('jpg', 'json', 'txt'))
+    with pytest.raises(ValueError, match='mscoco holds webdataset shards'):
+        json_dataset.main(['--root', str(place / 'tars'), '--out', str(place / 'tars/dataloader')])
 
 
 def test_train_evaluate_use(place, bert_tokenizer, monkeypatch, capsys):
