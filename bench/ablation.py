@@ -1,78 +1,227 @@
-"""What a setting does to the demo's student: pre-train it once per variant and compare on validation scenes.
+"""What each part of the distillation is worth, on the demo's scenes: every variant with three seeds, under equal steps.
 
-    make demo    # once, for the data
-    python -m bench.ablation --variant '' --variant loss.image_tokens=0 --variant model.init_vision=null
+    make demo                                       # once, for the data
+    python -m bench.ablation                        # hours; goes on where it stopped, two runs side by side
+    python -m bench.ablation --only 'all' 'no *'    # some of the variants (shell patterns)
+    python -m bench.ablation --report               # the table and the plot of the runs there are
 
-Each variant is the demo's pre-training with those settings overridden; it is measured right after pre-training, with
-no finetune. Recalls are by the embeddings alone and with the best 10 re-ranked by matching. A variant whose output is
-there already is not trained again. Prints a Markdown table, also written to OUTPUT_DIR/ablation.md.
+A run trains on PAIRS of the demo's pairs, one thread each, and is measured on the validation scenes: a pre-training run
+at five points on its way (the learning curve), a finetune at its end. Times are CPU seconds of one core, evaluation not
+counted, so that another run beside it matters little. A finished run is a line of bench/ablation.jsonl and is not
+repeated; the table is written to bench/ablation_table.md and the plot to bench/ablation.png.
 """
 
 import argparse
+import fnmatch
+import json
 import os
+import random
+import shutil
+import statistics
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bench.ablation_plan import PLAN, SEEDS, STUDENTS, Variant
 from data.datasets import ImageTextEval
 from data.transforms import eval_transform
 from eval.caption import evaluate_captions
-from eval.report import markdown
 from eval.retrieval import evaluate_retrieval
 from models.checkpoint import load_model
-from models.logs import read_log
-from utils import ROOT, atomic_write, clean_exit, load_config, make_output_dir
+from models.logs import pyplot, read_log
+from utils import ROOT, atomic_write, clean_exit, make_output_dir, progress, read_yaml
 
-CONFIGS = ROOT / 'configs'
-
-
-def train(overrides: list[str], folder: Path) -> float:
-    """Pre-train a variant on two processes; returns the minutes it took (0 when it was there)."""
-    started = time.perf_counter()
-    if not (folder / 'done').exists():
-        command = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'pretrain_dlip.py', '--config',
-                   'configs/demo/pretrain.yaml', '--output_dir', str(folder), *overrides]
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-        (folder / 'done').write_text(f'{(time.perf_counter() - started) / 60:.1f}')
-    return float((folder / 'done').read_text())
+PAIRS, BATCH, POINTS = 2400, 16, 5
+SCRIPTS = {'pretrain': ('pretrain_dlip.py', 'pretrain'),
+           'retrieval': ('train_dlip_retrieval_flickr.py', 'retrieval_flickr'),
+           'caption': ('train_dlip_caption_flickr.py', 'caption_flickr')}
+MEASURES = {'txt_r1': 'txt R@1', 'img_r1': 'img R@1', 'CIDEr': 'CIDEr', 'exact': 'exact %',
+            'greedy_CIDEr': 'greedy CIDEr'}
+RESULTS, TABLE, PLOT = (ROOT / 'bench' / name for name in ('ablation.jsonl', 'ablation_table.md', 'ablation.png'))
 
 
-def measure(folder: Path) -> dict[str, str]:
-    """Validation figures of a pre-trained student."""
-    retrieval = load_config(CONFIGS / 'demo/retrieval_flickr.yaml', 'configs/retrieval_flickr.yaml')
-    caption = load_config(CONFIGS / 'demo/caption_flickr.yaml', 'configs/caption_flickr.yaml')
-    model, tokenizer, _ = load_model(folder / 'last.pth')
-    data = retrieval['data']
-    dataset = ImageTextEval(data['root'], 'val', eval_transform(model.config.image_size), data['max_words'],
-                            data['split'])
-    row = {}
-    for k_test, label in ((0, ''), (10, ' re-ranked')):
-        scores = evaluate_retrieval(model, tokenizer, dataset, max_tokens=data['max_tokens'],
-                                    **retrieval['eval'] | {'k_test': k_test})
-        row |= {f'{way} R@1{label}': f'{scores[f"{way}_r1"]:.1f}' for way in ('txt', 'img')}
-    said, _ = evaluate_captions(model, tokenizer, dataset, prompt=caption['data']['prompt'], **caption['eval'])
-    last = read_log(folder / 'log.txt')[-1]
-    return row | {'CIDEr': f'{said["CIDEr"]:.1f}', 'exact %': f'{said["exact"]:.1f}',
-                  'LM loss': f'{last["train_loss_lm"]:.3f}'}
+@dataclass
+class Result:
+    """A finished run. `curve` holds a dict of figures a point: steps, seconds (CPU) and the names of `MEASURES`."""
+
+    variant: str
+    seed: int
+    curve: list[dict]
+
+
+# ---------------------------------------------------------------- training and measuring
+
+def choose_pairs(path: Path) -> None:
+    """The same PAIRS pairs for every run."""
+    pairs = json.loads((ROOT / read_yaml(ROOT / 'configs/demo/pretrain.yaml')['data']['train']).read_text())
+    with atomic_write(path) as file:
+        json.dump(random.Random(0).sample(pairs, PAIRS), file)
+
+
+def train(variant: Variant, seed: int, folder: Path, place: Path) -> float:
+    """Run the script of a variant in a process of one thread -> its CPU seconds."""
+    script, config = SCRIPTS[variant.stage]
+    settings = [f'train.batch_size={BATCH}', 'train.precision=fp32', *variant.settings]
+    if variant.stage == 'pretrain':
+        settings = [f'data.train={place / "pairs.json"}', 'train.epochs=1', f'train.keep={POINTS}',
+                    f'train.save_every={PAIRS // BATCH // POINTS}', *settings]
+    else:
+        settings = [f'model.init={place / variant.start / str(seed) / "last.pth"}', 'train.epochs=1', *settings]
+    with open(folder / 'output.txt', 'w', encoding='utf-8') as output:
+        process = subprocess.Popen(
+            [sys.executable, script, '--config', f'configs/demo/{config}.yaml', '--output_dir', str(folder), '--device',
+             'cpu', '--seed', str(seed), *settings], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
+            env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f'{variant.name}, seed {seed}: the run failed, see {folder / "output.txt"}')
+    return usage.ru_utime + usage.ru_stime
+
+
+def measure(checkpoint: Path) -> dict[str, float]:
+    """Validation figures of a pre-trained student: recalls by the embeddings alone, captions by greedy search."""
+    model, tokenizer, _ = load_model(checkpoint)
+    data = read_yaml(ROOT / 'configs/demo/retrieval_flickr.yaml')['data']
+    held_out = ImageTextEval(ROOT / data['root'], 'val', eval_transform(model.config.image_size), data['max_words'])
+    recalls = evaluate_retrieval(model, tokenizer, held_out, max_tokens=data['max_tokens'], k_test=0)
+    said, _ = evaluate_captions(model, tokenizer, held_out, prompt='', num_beams=1, min_length=5)
+    return {'txt_r1': recalls['txt_r1'], 'img_r1': recalls['img_r1'], 'CIDEr': said['CIDEr'], 'exact': said['exact']}
+
+
+def run(variant: Variant, seed: int, place: Path) -> Result:
+    folder = place / variant.folder / str(seed)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was cut off
+    folder.mkdir(parents=True)
+    seconds = train(variant, seed, folder, place)
+    if variant.stage != 'pretrain':
+        last = read_log(folder / 'log.txt')[-2]  # the last one holds the test figures, at which nobody looks here
+        return Result(variant.name, seed, [{'seconds': seconds} | {
+            name: last[f'val_{name}'] for name in MEASURES if f'val_{name}' in last}])
+    points = []
+    for path in sorted(folder.glob('epoch*_batch*.pth'), key=lambda path: path.stat().st_mtime_ns):
+        epoch, batch = (int(part.strip('epochbat')) for part in path.stem.split('_'))
+        points.append((epoch * (PAIRS // BATCH) + batch, path))
+    points.append((variant.epochs * (PAIRS // BATCH), folder / 'last.pth'))
+    curve = [{'steps': steps, 'seconds': seconds * steps / points[-1][0], **measure(path)} for steps, path in points]
+    for _, path in points[:-1]:
+        path.unlink()
+    return Result(variant.name, seed, curve)
+
+
+def read_results() -> list[Result]:
+    return [Result(**row) for row in read_log(RESULTS)]
+
+
+def work(plan: list[Variant], place: Path, workers: int) -> None:
+    """Do what is missing; students that finetunes start from come first."""
+    done = {(result.variant, result.seed) for result in read_results()}
+    for wave in (True, False):
+        jobs = [(variant, seed) for seed in SEEDS for variant in plan if (variant.stage == 'pretrain') is wave
+                and ((variant.name, seed) not in done
+                     or variant.folder in STUDENTS and not (place / variant.folder / str(seed) / 'last.pth').exists())]
+        with ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(run_apart, variant, seed, place) for variant, seed in jobs]
+            for future in progress(as_completed(futures), len(jobs), 'runs'):
+                result = future.result()
+                if (result.variant, result.seed) not in done:
+                    with open(RESULTS, 'a', encoding='utf-8') as file:
+                        file.write(json.dumps(asdict(result)) + '\n')
+
+
+def run_apart(variant: Variant, seed: int, place: Path) -> Result:
+    """`run` in a process of its own: measuring is python, of which one thread at a time runs."""
+    command = [sys.executable, '-m', 'bench.ablation', '--one', variant.name, str(seed), '--output_dir', str(place)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    if done.returncode:
+        raise RuntimeError(f'{variant.name}, seed {seed} failed: {done.stderr[-800:]}')
+    return Result(**json.loads(done.stdout.splitlines()[-1]))
+
+
+# ---------------------------------------------------------------- the table and the plot
+
+def spread(values: list[float]) -> str:
+    """Mean, and half the distance between the extremes where there are several."""
+    half = (max(values) - min(values)) / 2
+    return f'{statistics.mean(values):.1f}' + (f' ± {half:.1f}' if len(values) > 1 else '')
+
+
+def table(results: list[Result], plan: list[Variant]) -> str:
+    """A Markdown table for each group of variants: figures at the end of the run, over the seeds."""
+    lines: list[str] = []
+    group = None
+    for variant in plan:
+        ends = [result.curve[-1] for result in results if result.variant == variant.name]
+        if not ends:
+            continue
+        names = [name for name in MEASURES if name in ends[0]]
+        if variant.group != group:
+            group = variant.group
+            lines += ['', f'### {group}', '', '| variant | seeds | ' + ' | '.join(MEASURES[name] for name in names)
+                      + ' | CPU s |', '|---|---:|' + '---:|' * (len(names) + 1)]
+        cells = [spread([end[name] for end in ends]) for name in names]
+        cells.append(f'{statistics.mean(end["seconds"] for end in ends):.0f}')
+        lines.append(f'| {variant.name} | {len(ends)} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines[1:]) + '\n'
+
+
+def plot(results: list[Result], plan: list[Variant], png: Path) -> None:
+    """Exact captions and recall against steps and against CPU time, of the variants that are marked for it."""
+    plt = pyplot()
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), sharey='row')
+    for variant in (variant for variant in plan if variant.plotted):
+        curves = [result.curve for result in results if result.variant == variant.name]
+        if not curves:
+            continue
+        for row, name in enumerate(('exact', 'txt_r1')):
+            for column, x in enumerate(('steps', 'seconds')):
+                points = [[statistics.mean(point[key] for point in at) for key in (x, name)]
+                          for at in zip(*curves, strict=True)]
+                axes[row, column].plot(*zip(*points, strict=True), marker='o', markersize=3, label=variant.name)
+    for row, label in enumerate(('exact captions (%)', 'text R@1 (%)')):
+        axes[row, 0].set_ylabel(label)
+    axes[1, 0].set_xlabel(f'steps of {BATCH} pairs')
+    axes[1, 1].set_xlabel('CPU seconds of one core')
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    with atomic_write(png, 'wb') as file:
+        figure.savefig(file, dpi=110, format='png')
+    plt.close(figure)
+
+
+def report() -> str:
+    results = read_results()
+    text = table(results, PLAN)
+    with atomic_write(TABLE) as file:
+        file.write(text)
+    plot(results, PLAN, PLOT)
+    return text
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--variant', action='append', required=True, metavar="'KEY=VALUE ...'",
-                        help="settings to override, '' for none; give it once per variant")
-    parser.add_argument('--shared', nargs='*', default=[], metavar='KEY=VALUE', help='overridden in every variant')
+    parser.add_argument('--only', nargs='+', metavar='PATTERN', default=['*'], help='names of variants')
+    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='runs side by side (default: %(default)s)')
+    parser.add_argument('--report', action='store_true', help='train nothing')
     parser.add_argument('--output_dir', default='output/ablation', help='default: %(default)s')
+    parser.add_argument('--one', nargs=2, help=argparse.SUPPRESS)  # a variant and a seed: what a worker does
     args = parser.parse_args(argv)
-    output_dir, rows = make_output_dir(args.output_dir), []
-    for variant in args.variant:
-        overrides = [*args.shared, *variant.split()]
-        folder = make_output_dir(output_dir / ('_'.join(overrides).replace('/', '-') or 'demo'))
-        minutes = train(overrides, folder)
-        rows.append({'variant': variant or 'the demo', **measure(folder), 'minutes': f'{minutes:.1f}'})
-        with atomic_write(output_dir / 'ablation.md') as file:
-            file.write(markdown(rows))
-        print(markdown(rows), flush=True)
+    place = make_output_dir(args.output_dir)
+    if args.one:
+        name, seed = args.one
+        variant = next(variant for variant in PLAN if variant.name == name)
+        print(json.dumps(asdict(run(variant, int(seed), place))))
+        return
+    if not args.report:
+        plan = [variant for variant in PLAN if any(fnmatch.fnmatch(variant.name, pattern) for pattern in args.only)]
+        if not plan:
+            raise ValueError(f'no variant is called {" or ".join(args.only)}: {", ".join(v.name for v in PLAN)}')
+        choose_pairs(place / 'pairs.json')
+        work(plan, place, args.workers)
+    print(report())
 
 
 if __name__ == '__main__':

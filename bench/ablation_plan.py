@@ -1,0 +1,74 @@
+"""The variants of bench.ablation: what each changes of the demo's configs."""
+
+from dataclasses import dataclass
+
+SEEDS = (1, 2, 3)
+# The twelve terms between last layers, as weighed when all are on.
+TERMS = {'image_tokens': 5, 'image_feat': 1, 'text_feat': 1, 'fused_feat': 1, 'decoder_feat': 1, 'ita_soft': 1,
+         'itm_soft': 1, 'lm_logits': 1, 'self_attn': 1, 'cross_attn': 1, 'decoder_self_attn': 1,
+         'decoder_cross_attn': 1}
+HIDDEN = {'vision_hidden': 1, 'text_hidden': 1, 'fused_hidden': 1, 'decoder_hidden': 1}
+SCRATCH = ('model.init_vision=null', 'model.init_text=null')
+NO_TEACHER = ('teacher.weights=null',)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Args:
+        settings: overrides of the demo's config of the stage ('pretrain', 'retrieval' or 'caption').
+        epochs: passes over the pairs of a pre-training run.
+        start: name of the pre-training run that a finetune starts from.
+        plotted: whether its learning curve is drawn.
+    """
+
+    name: str
+    group: str
+    settings: tuple[str, ...] = ()
+    stage: str = 'pretrain'
+    epochs: int = 1
+    start: str = ''
+    plotted: bool = False
+
+    @property
+    def folder(self) -> str:
+        return self.name.replace(' ', '_').replace('/', '-').replace(',', '')
+
+
+def terms(*names: str, **more: float) -> tuple[str, ...]:
+    """Settings that give these terms their weight, and all others of the teacher 0."""
+    weights = {name: 0 for name in (*TERMS, *HIDDEN)} | {name: TERMS[name] for name in names} | more
+    return tuple(f'loss.{name}={weight}' for name, weight in weights.items())
+
+
+PRETRAINING, START = 'Pre-training, from layers of the teacher', 'Where the student starts'
+SIZES, STEPS, CAPTION = 'Sizes of the student', 'More steps', 'Caption finetune'
+RETRIEVAL, DEMO = 'Retrieval finetune', "What the demo's configs leave out of the real ones"
+
+PLAN = [
+    Variant('the demo', PRETRAINING, plotted=True),
+    Variant('no distillation term', PRETRAINING, terms(), plotted=True),
+    Variant('all', PRETRAINING, terms(*TERMS), plotted=True),
+    Variant('all, hidden layers too', PRETRAINING, terms(*TERMS, **HIDDEN)),
+    Variant('hidden layers alone', PRETRAINING, terms(**HIDDEN)),
+    *(Variant(f'{name} alone', PRETRAINING, terms(name)) for name in TERMS),
+    *(Variant(f'all but {name}', PRETRAINING, terms(*(other for other in TERMS if other != name))) for name in TERMS),
+    Variant('from scratch, the demo', START, SCRATCH, plotted=True),
+    Variant('from scratch, no teacher', START, SCRATCH + NO_TEACHER, plotted=True),
+    Variant('first layers', START, ('model.init_layers=first',)),
+    Variant('no distillation term, 3 times the steps', STEPS, (*terms(), 'train.epochs=3'), epochs=3),
+    Variant('the demo, 3 times the steps', STEPS, ('train.epochs=3',), epochs=3),
+    Variant('from scratch, no teacher, 3 times the steps', STEPS, (*SCRATCH, *NO_TEACHER, 'train.epochs=3'), epochs=3),
+    *(Variant(f'1/{part}', SIZES, (f'model.size=mini_{part}', 'train.epochs=3'), epochs=3) for part in (2, 4, 6, 10)),
+    Variant('RandAugment', DEMO, ('data.randaugment=true',)),
+    Variant('crops down to 20%', DEMO, ('data.min_scale=0.2',)),
+    Variant('lr by steps, 0.9 an epoch', DEMO, ('optim.schedule=step',)),
+    *(Variant(f'caption: {name}', CAPTION, settings, 'caption', start='the demo') for name, settings in {
+        'the demo': (), 'no teacher': NO_TEACHER,
+        "half of the captions are the teacher's": ('data.teacher_captions=0.5',),
+        "all captions are the teacher's": ('data.teacher_captions=1',),
+        'self-critical epoch after it': ('scst.epochs=1',)}.items()),
+    *(Variant(f'retrieval: {name}', RETRIEVAL, settings, 'retrieval', start='the demo') for name, settings in {
+        'the demo': (), 'no teacher': NO_TEACHER, 'no itm_soft': ('loss.itm_soft=0',),
+        'no image_tokens': ('loss.image_tokens=0',)}.items()),
+]
+STUDENTS = {variant.start for variant in PLAN if variant.start}
