@@ -8,7 +8,7 @@ import torch
 from models.blip import BLIP
 from models.checkpoint import architecture, build, load_weights, read_checkpoint, stored_config
 from models.inherit import inherit_text, inherit_vision, load_bert, load_timm
-from models.objective import TEACHER_TERMS
+from models.terms import TEACHER_TERMS
 from models.tokenizer import Tokenizer
 from utils import logger
 

@@ -14,18 +14,9 @@ from models.blip import BLIP, select_images
 from models.hidden import STREAMS, HiddenStates, layer_pairs
 from models.linear import Linear
 from models.momentum import MomentumQueue
-from models.originals import HOLDERS
 from models.targets import LiveTargets, LiveTeacher, StoredTargets, StoredTeacher
+from models.terms import CONTRASTIVE, DECODER, FUSED, TERMS, check_terms
 from utils import all_gather, all_gather_grad, rank, world_size
-
-TEACHER_TERMS = ('image_tokens', 'image_feat', 'text_feat', 'fused_feat', 'decoder_feat', 'ita_soft', 'itm_soft',
-                 'lm_logits', 'self_attn', 'cross_attn', 'decoder_self_attn', 'decoder_cross_attn', *STREAMS)
-TERMS = ('ita', 'itm', 'lm', *TEACHER_TERMS)
-VISION = ('image_tokens', 'vision_hidden')  # terms of the vision tower alone
-CONTRASTIVE = ('ita', 'itm', 'ita_soft', 'itm_soft', 'image_feat', 'text_feat', 'text_hidden')  # of both features
-FUSED = ('itm', 'itm_soft', 'fused_feat', 'self_attn', 'cross_attn', 'fused_hidden')  # terms of the matching pass
-DECODER = ('lm', 'lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn', 'decoder_hidden')
-MISSING_IN = {'caption': 'text_encoder', 'retrieval': 'text_decoder', 'pretrain': None}  # part that a task has not
 
 
 @dataclass
@@ -77,7 +68,8 @@ class Objective(nn.Module):
         self.cls_id, self.enc_id, self.bos_id = start_ids
         self.prompt_length = prompt_length
         self.negative_all_rank = negative_all_rank
-        self._check()
+        check_terms({term for term in TERMS if self.uses(term)}, student.config, teacher and teacher.config,
+                    momentum is not None)
         config = student.config
         if self.uses('image_tokens'):
             same = config.vision_width == teacher.config.vision_width  # then the student speaks the teacher's own space
@@ -134,35 +126,6 @@ class Objective(nn.Module):
     def teacher(self) -> BLIP | None:
         """The teacher's net; None without a teacher or where its answers are stored."""
         return getattr(self.frozen, 'model', None)
-
-    def _check(self) -> None:
-        nets = {'student': self.student, 'teacher': self.frozen}
-        for term in (term for term in TERMS if self.uses(term)):
-            for who in ('student', 'teacher') if term in TEACHER_TERMS else ('student',):
-                net, part = nets[who], 'text_decoder' if term in DECODER else 'text_encoder'
-                if net is None:
-                    raise ValueError(f'loss.{term} needs a teacher: set teacher.weights, or loss.{term}: 0')
-                if term not in VISION and part == MISSING_IN[net.config.task]:
-                    raise ValueError(f'loss.{term} needs a {part}, which the {who} of task {net.config.task!r} does '
-                                     f'not have: set loss.{term}: 0, or give one that has it (BLIP: {HOLDERS[part]})')
-        if self.uses(*CONTRASTIVE) and self.momentum is None:
-            raise ValueError('the contrastive terms need a momentum twin')
-        if self.frozen is not None:
-            ours, theirs = self.student.config, self.frozen.config
-            if ours.vocab_size != theirs.vocab_size:
-                raise ValueError(f'student and teacher have vocabularies of {ours.vocab_size} and '
-                                 f'{theirs.vocab_size} tokens: use the teacher\'s tokenizer')
-            maps = ('self_attn', 'cross_attn', 'decoder_self_attn', 'decoder_cross_attn')
-            if self.uses(*maps) and ours.text_heads != theirs.text_heads:
-                raise ValueError(f'attention terms need equal text heads: student {ours.text_heads}, teacher '
-                                 f'{theirs.text_heads}')
-            patches = [net.image_size // net.patch_size for net in (ours, theirs)]
-            if self.uses(*VISION, 'cross_attn', 'decoder_cross_attn') and patches[0] != patches[1]:
-                raise ValueError(f'image_tokens, vision_hidden and cross-attention terms need equal patch grids: '
-                                 f'student {patches[0]}, teacher {patches[1]} patches a side')
-            if self.uses('image_feat', 'text_feat') and ours.embed_dim != theirs.embed_dim:
-                raise ValueError(f'image_feat and text_feat need equal embed_dim: student {ours.embed_dim}, '
-                                 f'teacher {theirs.embed_dim}')
 
     @torch.no_grad()
     def prepare(self, batches: list[tuple]) -> Update:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from models.objective import TEACHER_TERMS
+from models.terms import TEACHER_TERMS
 from utils import ROOT, flat_keys, load_config, read_yaml
 
 SCHEMAS = {'pretrain': ['pretrain', 'demo/teacher', 'demo/pretrain'],

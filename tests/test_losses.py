@@ -11,7 +11,8 @@ from models import losses
 from models.blip import BLIP, BLIPConfig
 from models.hidden import STREAMS, layer_pairs
 from models.momentum import MomentumQueue
-from models.objective import TEACHER_TERMS, TERMS, Objective
+from models.objective import Objective
+from models.terms import TEACHER_TERMS, TERMS
 
 
 def test_ita_of_perfect_features_is_the_entropy_floor():
