@@ -45,7 +45,7 @@ THEIRS = """
 import sys, time
 from bench.json_dataset import original
 started = time.perf_counter()
-original(*sys.argv[1:])
+original(f'{sys.argv[1]}/cc3m', sys.argv[2])  # not the folder with its own output
 print(time.perf_counter() - started)
 """
 
