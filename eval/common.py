@@ -30,9 +30,13 @@ def checkpoint_parser(description: str, output_dir: str = 'output/eval') -> argp
     return parser
 
 
-def machine_options(parser: argparse.ArgumentParser, output_dir: str) -> None:
+def tokenizer_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--tokenizer', default=VOCABULARY, help='vocabulary of a BLIP or dlip-v2 file, which carries '
                         'none: hub name, folder or vocab.txt (default: %(default)s)')
+
+
+def machine_options(parser: argparse.ArgumentParser, output_dir: str) -> None:
+    tokenizer_option(parser)
     parser.add_argument('--output_dir', default=output_dir, help='default: %(default)s')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
 
