@@ -1,4 +1,4 @@
-# make demo   the whole path on one machine, 8 to 9 minutes on 2 cores after installation
+# make demo   the whole path on one machine (README: how long it takes)
 # make test   the test suite
 PYTHON ?= python3
 PY := .venv/bin/python
