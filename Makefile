@@ -70,8 +70,9 @@ demo-teacher: setup
 	  model.init=$(DEMO)/teacher/captions/last.pth optim.schedule=cosine train.epochs=3
 	$(PY) -m prod.export $(DEMO)/teacher/all/last.pth $(TEACHER) --half
 
+# Two files at a time, each in order: most of a test's time is one process that waits or computes alone.
 test: setup
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(PY) -m ruff check .

@@ -195,8 +195,9 @@ def test_retrieval_script_on_two_processes(files, tmp_path):
     assert '<img' in (tmp_path / 'one' / 'retrieval_test.html').read_text()
 
 
-def test_a_teacher_stands_beside_the_student(files, tmp_path, capsys):
+def test_a_teacher_stands_beside_the_student(files, tmp_path, capsys, monkeypatch):
     """An original file as the teacher of a pre-trained net without finetune."""
+    monkeypatch.setattr(metrics, 'java_works', lambda: False)  # METEOR would take most of the time
     teacher = tmp_path / 'blip.pth'
     heads = {'vision_heads': 4, 'text_heads': 4}
     torch.save({'model': golden('blip_caption_tiny.pth')['model'], 'config': heads}, teacher)
