@@ -33,7 +33,7 @@ THEIRS = """
 import json
 import torch
 from data.captions import clean_caption
-from data.transforms import open_image, train_transform
+from data.transforms import open_part, train_transform
 class Pairs(torch.utils.data.Dataset):
     def __init__(self):
         self.pairs, self.transform = json.load(open(path)), train_transform(16, 0.5, False)
@@ -41,7 +41,8 @@ class Pairs(torch.utils.data.Dataset):
         return len(self.pairs)
     def __getitem__(self, i):
         pair = self.pairs[i]
-        return self.transform(open_image(pair['image_root']), clean_caption(pair['caption'], 30))[0], pair['caption']
+        pixels = open_part(pair['image_root'], self.transform.crop, self.transform.image_size)
+        return self.transform(pixels, clean_caption(pair['caption'], 30))[0], pair['caption']
 loader = torch.utils.data.DataLoader(Pairs(), 64, shuffle=True, drop_last=True, num_workers=4)
 """
 CHILD = """
