@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from conftest import NANO
 from pycocoevalcap.cider.cider import Cider
 from test_losses import objective
-from test_training import run, same, scenes, write_config  # noqa: F401 (scenes is a fixture)
+from test_training import run, same, scenes, stop_in_step, write_config  # noqa: F401 (scenes is a fixture)
 
 import train_dlip_caption_flickr
 import train_dlip_retrieval_flickr
@@ -26,7 +25,6 @@ from models.blip import BLIP, BLIPConfig
 from models.checkpoint import load_model, read_checkpoint, save_checkpoint
 from models.generation import generate
 from models.logs import read_log
-from models.optim import learning_rate
 from models.self_critical import SelfCritical
 from models.teacher_captions import teacher_captions
 from models.tokenizer import Tokenizer
@@ -294,15 +292,7 @@ def test_a_caption_run_with_teacher_captions_and_self_critical_stage(finished):
 def test_a_stop_in_either_stage_changes_nothing(finished, tmp_path, monkeypatch, stop_after):
     """Of 20 steps of distillation and 2 x 4 of the stage after it."""
     config, reference = finished
-    steps = 0
-
-    def counted(*args, **kwargs):
-        nonlocal steps
-        steps += 1
-        if steps == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return learning_rate(*args, **kwargs)
-    monkeypatch.setattr('models.training.learning_rate', counted)
+    stop_in_step(monkeypatch, stop_after)
     with pytest.raises(SystemExit):
         run(train_dlip_caption_flickr, config, tmp_path)
     run(train_dlip_caption_flickr, config, tmp_path)

@@ -100,22 +100,27 @@ def test_a_run_leaves_checkpoint_logs_and_curves(pretrained):
     assert not list(out.glob('*.tmp*'))
 
 
+def stop_in_step(monkeypatch, number: int) -> list:
+    """SIGTERM arrives in this step of a run; returns a list that grows by one a step."""
+    steps = []
+
+    def counted(*args, **kwargs):
+        steps.append(args)
+        if len(steps) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learning_rate(*args, **kwargs)
+    monkeypatch.setattr('models.training.learning_rate', counted)
+    return steps
+
+
 @pytest.mark.parametrize('stop_after', [1, 3, 9])
 def test_a_stopped_run_resumes_bit_exactly(pretrained, tmp_path, monkeypatch, stop_after):
     """SIGTERM after some steps saves and exits with 0; the same command then ends where the unbroken run ended."""
     config, reference = pretrained
-    steps = 0
-
-    def counted(*args, **kwargs):
-        nonlocal steps
-        steps += 1
-        if steps == stop_after:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return learning_rate(*args, **kwargs)
-    monkeypatch.setattr('models.training.learning_rate', counted)
+    steps = stop_in_step(monkeypatch, stop_after)
     with pytest.raises(SystemExit) as stop:
         run(pretrain_dlip, config, tmp_path)
-    assert stop.value.code == 0 and steps == stop_after
+    assert stop.value.code == 0 and len(steps) == stop_after
     got, want = run(pretrain_dlip, config, tmp_path), read_checkpoint(reference / 'last.pth')
     for part in ('model', 'objective', 'optimizer', 'epoch', 'batch'):
         assert same(got[part], want[part]), part
