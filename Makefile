@@ -24,13 +24,15 @@ setup: .venv/installed
 	else $(PY) -m pip install $(REQUIREMENTS); fi
 	touch $@
 
-# The README's path on rendered scenes. A step that was finished is not repeated; `make clean` starts over.
+# The README's path on rendered scenes. A step that was finished is not repeated; `make clean` starts over. The test
+# pictures are left to eval.report, which measures student and teacher once.
 demo: setup
 	$(PY) -m data.scene_layouts --out $(DATA) --flickr_train 800
 	$(PY) json_dataset.py --root $(DATA) --out $(DATA)/dataloader
 	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/pretrain.yaml --output_dir $(DEMO)/pretrain
-	$(TORCHRUN) train_dlip_retrieval_flickr.py --config $(CONFIGS)/retrieval_flickr.yaml --output_dir $(DEMO)/retrieval
-	$(TORCHRUN) train_dlip_caption_flickr.py --config $(CONFIGS)/caption_flickr.yaml --output_dir $(DEMO)/caption
+	$(TORCHRUN) train_dlip_retrieval_flickr.py --config $(CONFIGS)/retrieval_flickr.yaml --output_dir $(DEMO)/retrieval \
+	  --no_test
+	$(TORCHRUN) train_dlip_caption_flickr.py --config $(CONFIGS)/caption_flickr.yaml --output_dir $(DEMO)/caption --no_test
 	$(PY) -m eval.report --teacher $(TEACHER) --retrieval $(DEMO)/retrieval/best.pth --caption $(DEMO)/caption/best.pth \
 	  $(REPORT_CONFIGS) --curves $(DEMO)/pretrain/curves.png --output_dir $(DEMO)
 	$(PY) -m prod.try_it --retrieval $(DEMO)/retrieval/best.pth --caption $(DEMO)/caption/best.pth \
@@ -45,9 +47,9 @@ demo-compare: demo
 	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/pretrain.yaml --output_dir $(DEMO)/plain/pretrain $(PLAIN) \
 	  model.init_vision=null model.init_text=null
 	$(TORCHRUN) train_dlip_retrieval_flickr.py --config $(CONFIGS)/retrieval_flickr.yaml --output_dir $(DEMO)/plain/retrieval \
-	  $(PLAIN) model.init=$(DEMO)/plain/pretrain/last.pth
+	  --no_test $(PLAIN) model.init=$(DEMO)/plain/pretrain/last.pth
 	$(TORCHRUN) train_dlip_caption_flickr.py --config $(CONFIGS)/caption_flickr.yaml --output_dir $(DEMO)/plain/caption \
-	  $(PLAIN) model.init=$(DEMO)/plain/pretrain/last.pth
+	  --no_test $(PLAIN) model.init=$(DEMO)/plain/pretrain/last.pth
 	$(PY) -m eval.report --teacher $(TEACHER) --retrieval $(DEMO)/retrieval/best.pth --caption $(DEMO)/caption/best.pth \
 	  --plain_retrieval $(DEMO)/plain/retrieval/best.pth --plain_caption $(DEMO)/plain/caption/best.pth \
 	  $(REPORT_CONFIGS) --curves $(DEMO)/pretrain/curves.png $(DEMO)/plain/pretrain/curves.png \

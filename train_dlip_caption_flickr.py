@@ -4,8 +4,9 @@
     python -m torch.distributed.run --nproc_per_node=8 train_dlip_caption_flickr.py
 
 Each epoch is evaluated on the validation pictures; the best by CIDEr is kept in OUTPUT_DIR/best.pth and
-measured on the test pictures at the end, with the teacher beside it in OUTPUT_DIR/table.md. With `scst.epochs`
-self-critical training follows, a run of its own in OUTPUT_DIR/scst. Relaunching the same command resumes.
+measured on the test pictures at the end, with the teacher beside it in OUTPUT_DIR/table.md (`--no_test`: it is not).
+With `scst.epochs` self-critical training follows, a run of its own in OUTPUT_DIR/scst. Relaunching the same command
+resumes.
 """
 
 import shutil
@@ -42,7 +43,7 @@ from utils import (
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, config = script_arguments(__doc__, 'configs/caption_flickr.yaml', 'output/caption_flickr', argv)
+    args, config = script_arguments(__doc__, 'configs/caption_flickr.yaml', 'output/caption_flickr', argv, tests=True)
     device = setup_process(args.device)
     output_dir = make_output_dir(args.output_dir)
     seed_everything(args.seed)
@@ -113,6 +114,8 @@ def main(argv: list[str] | None = None) -> None:
             copy(folder / 'best.pth', output_dir / 'best.pth')
         barrier()
 
+    if args.no_test:
+        return
     best, _, _ = load_model(output_dir / 'best.pth', device)
     test, _ = evaluate_captions(best, tokenizer, held_out['test'], device=device, **generation)
     run.finish({f'test_{name}': value for name, value in test.items()})

@@ -4,8 +4,8 @@
     python -m torch.distributed.run --nproc_per_node=8 train_dlip_retrieval_flickr.py
 
 Each epoch is evaluated on the validation pictures; the best by mean recall is kept in OUTPUT_DIR/best.pth and
-measured on the test pictures at the end, with the teacher beside it in OUTPUT_DIR/table.md. Relaunching the same
-command resumes.
+measured on the test pictures at the end, with the teacher beside it in OUTPUT_DIR/table.md (`--no_test`: it is not).
+Relaunching the same command resumes.
 """
 
 from data.datasets import FlickrTrain, ImageTextEval
@@ -35,7 +35,8 @@ from utils import (
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, config = script_arguments(__doc__, 'configs/retrieval_flickr.yaml', 'output/retrieval_flickr', argv)
+    args, config = script_arguments(__doc__, 'configs/retrieval_flickr.yaml', 'output/retrieval_flickr', argv,
+                                    tests=True)
     device = setup_process(args.device)
     output_dir = make_output_dir(args.output_dir)
     seed_everything(args.seed)
@@ -86,6 +87,8 @@ def main(argv: list[str] | None = None) -> None:
             run.save_best(metrics=val)
         run.end_epoch(stats)
     barrier()
+    if args.no_test:
+        return
     best, _, _ = load_model(output_dir / 'best.pth', device)
     test = evaluate_retrieval(best, tokenizer, held_out['test'], device=device, **settings)
     run.finish({f'test_{name}': value for name, value in test.items()})

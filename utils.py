@@ -109,8 +109,13 @@ def load_config(path: str | os.PathLike, schema: str | os.PathLike, overrides: l
     return config
 
 
-def script_arguments(description: str, config: str, output_dir: str, argv: list[str] | None = None) -> tuple:
-    """Parse the options that every training script takes -> (namespace, config checked against the default)."""
+def script_arguments(description: str, config: str, output_dir: str, argv: list[str] | None = None,
+                     tests: bool = False) -> tuple:
+    """Parse the options that every training script takes -> (namespace, config checked against the default).
+
+    Args:
+        tests: the script ends with the test pictures, which an option leaves alone.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', default=config, help='YAML file (default: %(default)s)')
     parser.add_argument('--output_dir', default=output_dir, help='checkpoints and logs (default: %(default)s); '
@@ -121,6 +126,9 @@ def script_arguments(description: str, config: str, output_dir: str, argv: list[
                         'print what the run will take')
     parser.add_argument('--store_teacher', type=int, metavar='EPOCHS', help="write the teacher's targets of this many "
                         'epochs to the folder teacher.cache, which is then trained from without the teacher')
+    if tests:
+        parser.add_argument('--no_test', action='store_true', help='leave the test pictures alone, as for choosing '
+                            'settings; eval.report and its like measure best.pth later')
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='override a setting, e.g. optim.lr=1e-4')
     args = parser.parse_args(argv)
     return args, load_config(args.config, config, args.overrides)
@@ -174,7 +182,8 @@ def setup_process(device: str = 'auto') -> torch.device:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if 'RANK' in os.environ and not dist.is_initialized():
         store, number, count = next(dist.rendezvous('env://', timeout=TIMEOUT))
-        dist.init_process_group('nccl' if chosen.type == 'cuda' else 'gloo', timeout=TIMEOUT, rank=number,
+        backend = 'cpu:gloo,cuda:nccl' if chosen.type == 'cuda' else 'gloo'  # what the host knows, no GPU waits for
+        dist.init_process_group(backend, timeout=TIMEOUT, rank=number,
                                 world_size=count, store=unwritten_store(store, number, count))
     logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', stream=sys.stdout, force=True,
                         level=logging.WARNING)

@@ -5,10 +5,11 @@
     python -m bench.ablation --only 'all' 'no *'    # some of the variants (shell patterns)
     python -m bench.ablation --report               # the table and the plot of the runs there are
 
-A run trains on PAIRS of the demo's pairs, one thread each, and is measured on the validation scenes: a pre-training run
-at five points on its way (the learning curve), a finetune at its end. Times are CPU seconds of one core, evaluation not
-counted, so that another run beside it matters little. A finished run is a line of bench/ablation.jsonl and is not
-repeated; the table is written to bench/ablation_table.md and the plot to bench/ablation.png.
+A run trains on PAIRS of the demo's pairs, one thread each, and is measured on the validation scenes at its end; the
+variants whose learning curve is drawn, at POINTS points on their way too. Times are CPU seconds of one core, evaluation
+and the storing of targets not counted, so that another run beside it matters little. A finished run is a line of
+bench/ablation.jsonl and is not repeated; the table is written to bench/ablation_table.md and the plot to
+bench/ablation.png.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from models.checkpoint import load_model
 from models.logs import pyplot, read_log
 from utils import ROOT, atomic_write, clean_exit, make_output_dir, progress, read_yaml
 
-PAIRS, BATCH, POINTS = 2400, 16, 5
+PAIRS, BATCH, POINTS = 1200, 8, 5
 SCRIPTS = {'pretrain': ('pretrain_dlip.py', 'pretrain'),
            'retrieval': ('train_dlip_retrieval_flickr.py', 'retrieval_flickr'),
            'caption': ('train_dlip_caption_flickr.py', 'caption_flickr')}
@@ -65,18 +66,28 @@ def train(variant: Variant, seed: int, folder: Path, place: Path) -> float:
     script, config = SCRIPTS[variant.stage]
     settings = [f'train.batch_size={BATCH}', 'train.precision=fp32', *variant.settings]
     if variant.stage == 'pretrain':
-        settings = [f'data.train={place / "pairs.json"}', 'train.epochs=1', f'train.keep={POINTS}',
-                    f'train.save_every={PAIRS // BATCH // POINTS}', *settings]
+        settings = [f'data.train={place / "pairs.json"}', 'train.epochs=1', *settings]
+        if variant.plotted:
+            settings += [f'train.keep={POINTS}', f'train.save_every={PAIRS // BATCH // POINTS}']
     else:
-        settings = [f'model.init={place / variant.start / str(seed) / "last.pth"}', 'train.epochs=1', *settings]
-    with open(folder / 'output.txt', 'w', encoding='utf-8') as output:
+        start = place / variant.start / str(seed) / 'last.pth'
+        settings = ['--no_test', f'model.init={start}', 'train.epochs=1', *settings]
+    if variant.stored:
+        settings.append(f'teacher.cache={folder / "targets"}')
+        launch(script, config, folder, seed, [*settings, '--store_teacher', '1'])
+    return launch(script, config, folder, seed, settings)
+
+
+def launch(script: str, config: str, folder: Path, seed: int, settings: list[str]) -> float:
+    """Run a script to its end -> CPU seconds."""
+    with open(folder / 'output.txt', 'a', encoding='utf-8') as output:
         process = subprocess.Popen(
             [sys.executable, script, '--config', f'configs/demo/{config}.yaml', '--output_dir', str(folder), '--device',
              'cpu', '--seed', str(seed), *settings], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT,
             env={**os.environ, 'OMP_NUM_THREADS': '1'})
         _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise RuntimeError(f'{variant.name}, seed {seed}: the run failed, see {folder / "output.txt"}')
+        raise RuntimeError(f'the run failed, see {folder / "output.txt"}')
     return usage.ru_utime + usage.ru_stime
 
 
@@ -96,17 +107,19 @@ def run(variant: Variant, seed: int, place: Path) -> Result:
     folder.mkdir(parents=True)
     seconds = train(variant, seed, folder, place)
     if variant.stage != 'pretrain':
-        last = read_log(folder / 'log.txt')[-2]  # the last one holds the test figures, at which nobody looks here
+        last = read_log(folder / 'log.txt')[-1]
         return Result(variant.name, seed, [{'seconds': seconds} | {
             name: last[f'val_{name}'] for name in MEASURES if f'val_{name}' in last}])
     points = []
-    for path in sorted(folder.glob('epoch*_batch*.pth'), key=lambda path: path.stat().st_mtime_ns):
+    kept = sorted(folder.glob('epoch*_batch*.pth'), key=lambda path: path.stat().st_mtime_ns)
+    for path in kept if variant.plotted else ():
         epoch, batch = (int(part.strip('epochbat')) for part in path.stem.split('_'))
         points.append((epoch * (PAIRS // BATCH) + batch, path))
     points.append((variant.epochs * (PAIRS // BATCH), folder / 'last.pth'))
     curve = [{'steps': steps, 'seconds': seconds * steps / points[-1][0], **measure(path)} for steps, path in points]
-    for _, path in points[:-1]:
+    for path in kept:
         path.unlink()
+    shutil.rmtree(folder / 'targets', ignore_errors=True)
     return Result(variant.name, seed, curve)
 
 

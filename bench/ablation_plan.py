@@ -17,8 +17,9 @@ class Variant:
     """Args:
         settings: overrides of the demo's config of the stage ('pretrain', 'retrieval' or 'caption').
         epochs: passes over the pairs of a pre-training run.
-        start: name of the pre-training run that a finetune starts from.
+        start: folder of the pre-training run that a finetune starts from.
         plotted: whether its learning curve is drawn.
+        stored: the teacher's targets are stored first, and the run trains without it.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Variant:
     epochs: int = 1
     start: str = ''
     plotted: bool = False
+    stored: bool = False
 
     @property
     def folder(self) -> str:
@@ -47,6 +49,7 @@ RETRIEVAL, DEMO = 'Retrieval finetune', "What the demo's configs leave out of th
 PLAN = [
     Variant('the demo', PRETRAINING, plotted=True),
     Variant('no distillation term', PRETRAINING, terms(), plotted=True),
+    Variant('the demo from stored targets', PRETRAINING, stored=True),
     Variant('all', PRETRAINING, terms(*TERMS), plotted=True),
     Variant('all, hidden layers too', PRETRAINING, terms(*TERMS, **HIDDEN)),
     Variant('hidden layers alone', PRETRAINING, terms(**HIDDEN)),
@@ -62,12 +65,12 @@ PLAN = [
     Variant('RandAugment', DEMO, ('data.randaugment=true',)),
     Variant('crops down to 20%', DEMO, ('data.min_scale=0.2',)),
     Variant('lr by steps, 0.9 an epoch', DEMO, ('optim.schedule=step',)),
-    *(Variant(f'caption: {name}', CAPTION, settings, 'caption', start='the demo') for name, settings in {
+    *(Variant(f'caption: {name}', CAPTION, settings, 'caption', start='the_demo') for name, settings in {
         'the demo': (), 'no teacher': NO_TEACHER,
         "half of the captions are the teacher's": ('data.teacher_captions=0.5',),
         "all captions are the teacher's": ('data.teacher_captions=1',),
         'self-critical epoch after it': ('scst.epochs=1',)}.items()),
-    *(Variant(f'retrieval: {name}', RETRIEVAL, settings, 'retrieval', start='the demo') for name, settings in {
+    *(Variant(f'retrieval: {name}', RETRIEVAL, settings, 'retrieval', start='the_demo') for name, settings in {
         'the demo': (), 'no teacher': NO_TEACHER, 'no itm_soft': ('loss.itm_soft=0',),
         'no image_tokens': ('loss.image_tokens=0',)}.items()),
 ]

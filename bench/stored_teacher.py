@@ -21,6 +21,7 @@ from bench.train_step import CLS, DEC, ENC, VOCABULARY, OurStep, random_batch
 from data.target_store import ROW, Fields, Shard, ShardWriter, pad_targets, sides
 from models.blip import BLIP
 from models.checkpoint import architecture
+from models.objective import MicroBatch
 from models.targets import StoredTeacher
 from models.teacher_cache import answers, fields_of
 from models.terms import TEACHER_TERMS
@@ -42,7 +43,8 @@ class StoredStep(OurStep):
         self.number += 1
         stored = pad_targets([self.shard[row][1] for row in range(self.rows)])
         with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == 'bf16'):
-            update = self.objective.prepare([(*batch, {name: x.to(self.device) for name, x in stored.items()})])
+            stored = {name: x.to(self.device) for name, x in stored.items()}
+            update = self.objective.prepare([MicroBatch(*batch, None, stored)])
             return self.objective(*batch, 0.4, self.number, update)['loss']
 
 

@@ -183,7 +183,7 @@ class OurStep:
         self.optimizer = torch.optim.AdamW(parameter_groups(self.objective, 0.05), lr=lr, fused=True)
         if compiled:
             for net in (student, teacher):
-                net.visual_encoder.compile()
+                net.compile_towers()
 
     def forward(self, batch) -> torch.Tensor:
         self.number += 1

@@ -78,6 +78,17 @@ class BLIP(nn.Module):
     def device(self) -> torch.device:
         return self.visual_encoder.cls_token.device
 
+    def compile_towers(self, **options) -> None:
+        """torch.compile of the vision and text towers, in place; texts of every length share a compiled form.
+
+        Args:
+            options: torch.compile's.
+        """
+        self.visual_encoder.compile(**options)
+        for tower in (self.text_encoder, self.text_decoder and self.text_decoder.bert):
+            if tower is not None:
+                tower.compile(dynamic=True, **options)
+
     def encode_image(self, images: torch.Tensor, layers: Collection[int] | None = None):
         """images [B, 3, S, S] normalised float -> image tokens [B, N, vision_width]
 
@@ -121,7 +132,8 @@ class BLIP(nn.Module):
 
     def next_logits(self, ids: torch.Tensor, image_kv: ImageKV, cache: KVCache) -> torch.Tensor:
         """Feed the decoder ids [R, T] after the cached positions -> float32 logits [R, V] of the token after them."""
-        hidden = self.text_decoder.bert(ids, causal=True, image_kv=image_kv, cache=cache).hidden
+        # Called so, it is not the compiled form, which a cache of every length would have compiled again.
+        hidden = self.text_decoder.bert.forward(ids, causal=True, image_kv=image_kv, cache=cache).hidden
         return self.text_decoder.logits(hidden[:, -1]).float()
 
 

@@ -50,9 +50,9 @@ class Linear(nn.Linear):
     """nn.Linear, which it equals up to float32 rounding."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (x.device.type == 'cpu' and x.dtype == self.weight.dtype == torch.float32 and prefers_onednn()) \
-                or x.ndim < 2 or not x.numel() or torch.is_autocast_enabled('cpu') or torch.jit.is_tracing() \
-                or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled('cpu') \
+                or not (x.device.type == 'cpu' and x.dtype == self.weight.dtype == torch.float32 and prefers_onednn()) \
+                or x.ndim < 2 or not x.numel():
             return F.linear(x, self.weight, self.bias)
         if torch.is_grad_enabled():
             return OneDNNLinear.apply(x, self.weight, self.bias)

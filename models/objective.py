@@ -5,6 +5,7 @@ It is what DistributedDataParallel wraps; every trainable parameter gets a gradi
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +20,20 @@ from models.terms import CONTRASTIVE, DECODER, FUSED, TERMS, check_terms
 from utils import all_gather, all_gather_grad, rank, world_size
 
 
+class MicroBatch(NamedTuple):
+    """images [B, 3, S, S]; ids, mask [B, T], right-padded; sample_ids [B]; with a stored teacher, its answers.
+
+    `lengths` are the tokens of each text on the host; None: they are read from the mask, for which a GPU is waited for.
+    """
+
+    images: torch.Tensor
+    ids: torch.Tensor
+    mask: torch.Tensor
+    sample_ids: torch.Tensor
+    lengths: list[int] | None = None
+    stored: dict[str, torch.Tensor] | None = None
+
+
 @dataclass
 class Update:
     """What the micro-batches of one optimizer step share, computed before all of them and without gradient.
@@ -28,6 +43,8 @@ class Update:
 
     Attributes:
         targets: the teacher's, one for each micro-batch; None without a teacher.
+        lengths: tokens of each text of a micro-batch, known to the host; nothing in the step waits for the device.
+        widths: of each micro-batch, the most tokens of a text on any process.
         ids: [N]
         columns: by name of the queue, unit-norm features [N + queue, E], the update's followed by the queue's.
         column_ids: [N + queue]
@@ -35,6 +52,8 @@ class Update:
     """
 
     targets: list[LiveTargets | StoredTargets | None]
+    lengths: list[list[int]]
+    widths: list[int]
     ids: torch.Tensor
     columns: dict[str, torch.Tensor]
     column_ids: torch.Tensor | None
@@ -128,15 +147,12 @@ class Objective(nn.Module):
         return getattr(self.frozen, 'model', None)
 
     @torch.no_grad()
-    def prepare(self, batches: list[tuple]) -> Update:
-        """Encode what the micro-batches of an update share.
-
-        Args:
-            batches: of each (images, ids, mask, sample_ids) as `forward` takes them, and the stored targets if any.
-        """
-        targets, found, counts = [], [], []
-        for images, ids, mask, sample_ids, *stored in batches:
-            targets.append(self.frozen.targets(images, *stored) if self.frozen else None)
+    def prepare(self, batches: list[MicroBatch]) -> Update:
+        """Encode what the micro-batches of an update share."""
+        targets, lengths, found, counts = [], [], [], []
+        for images, ids, mask, sample_ids, tokens, stored in batches:
+            targets.append(self.frozen.targets(images, stored) if self.frozen else None)
+            lengths.append(mask.sum(1).tolist() if tokens is None else tokens)
             rows = {'ids': sample_ids}
             if self.uses(*CONTRASTIVE):
                 ids = with_start(ids, self.cls_id)
@@ -148,9 +164,10 @@ class Objective(nn.Module):
         features = {name: torch.cat([rows[name] for rows in found]) for name in found[0]}
         ids = features.pop('ids')
         tokens, labels = torch.cat(counts).float().mean(0)
+        widths = all_gather(torch.tensor([[batch.ids.shape[1] for batch in batches]])).amax(0).tolist()
         columns = self.momentum.behind(**features) if features else {}
         column_ids = torch.cat([ids, self.momentum.id_queue]) if features else None
-        return Update(targets, ids, columns, column_ids, tokens, labels)
+        return Update(targets, lengths, widths, ids, columns, column_ids, tokens, labels)
 
     def forward(self, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, sample_ids: torch.Tensor,
                 alpha: float, step_seed: int, update: Update | None = None, part: int = 0) -> dict[str, torch.Tensor]:
@@ -163,7 +180,7 @@ class Objective(nn.Module):
             unweighted terms by name (scalars, float32) and 'loss', their weighted sum.
         """
         if update is None:
-            update = self.prepare([(images, ids, mask, sample_ids)])
+            update = self.prepare([MicroBatch(images, ids, mask, sample_ids)])
         out: dict[str, torch.Tensor] = {}
         targets, update.targets[part] = update.targets[part], None  # its tensors go with this micro-batch
         tokens, states = self.student.encode_image(images, self.hidden_layers('vision_hidden'))
@@ -176,9 +193,9 @@ class Objective(nn.Module):
             negatives = self.contrastive(out, targets, tokens, ids, mask, sample_ids, alpha, step_seed, update, part)
         kv = self.student.project_image(tokens)
         if self.uses(*FUSED):
-            self.matching(out, targets, tokens, kv, ids, mask, negatives, update)
+            self.matching(out, targets, tokens, kv, ids, mask, negatives, update, part)
         if self.uses(*DECODER):
-            self.decoding(out, targets, kv, ids, mask, update)
+            self.decoding(out, targets, kv, ids, mask, update, part)
         out['loss'] = sum(self.weights[name] * value for name, value in out.items())
         return out
 
@@ -221,7 +238,7 @@ class Objective(nn.Module):
         size, total = len(sample_ids), world_size() * len(sample_ids)
         mine = slice(rank() * size, (rank() + 1) * size)
         noise = torch.rand(2, total, total, generator=torch.Generator().manual_seed(step_seed)).clamp_(1e-9, 1 - 1e-7)
-        noise = noise[:, mine].to(image_feat.device)
+        noise = noise[:, mine].to(image_feat.device, non_blocking=True)
         pool = slice(None) if self.negative_all_rank else mine
         images, texts, pool_ids = (rows[part * total:(part + 1) * total][pool] for rows in (
             update.columns['image'], update.columns['text'], update.ids))
@@ -230,7 +247,7 @@ class Objective(nn.Module):
         text_index = losses.hard_negatives(image_feat @ texts.T / temp, sample_ids, pool_ids, noise[1][:, pool])
         return image_index, text_index
 
-    def matching(self, out, targets, tokens, kv, ids, mask, negatives, update):
+    def matching(self, out, targets, tokens, kv, ids, mask, negatives, update, part):
         """ITM on [pairs; text, negative image; negative text, image], one pass of 3B rows, and its distillation."""
         batch = len(ids)
         ids = with_start(ids, self.enc_id)
@@ -240,7 +257,7 @@ class Objective(nn.Module):
             image_negative, text_negative = negatives
             all_ids, all_mask = ids, mask
             if self.negative_all_rank and world_size() > 1:
-                all_ids, all_mask = gather_texts(ids, mask)
+                all_ids, all_mask = (all_gather(pad_to(rows, update.widths[part])) for rows in (ids, mask))
                 foreign = image_negative
                 kv = concat_images(kv, self.student.project_image(all_gather_grad(tokens)[foreign]))
                 image_negative = own + batch
@@ -274,26 +291,29 @@ class Objective(nn.Module):
                 out[term] = token_share(pair_mask, update.tokens) * losses.attention_kl_loss(
                     getattr(fused, name)[:batch], getattr(target, name)[:batch], pair_mask)
 
-    def decoding(self, out, targets, kv, ids, mask, update):
+    def decoding(self, out, targets, kv, ids, mask, update, part):
         """LM on the teacher-forced caption, and the distillation of the decoder."""
-        ids = with_start(ids, self.bos_id)
-        labels = ids.masked_fill(mask == 0, losses.IGNORE)
-        labels[:, :self.prompt_length] = losses.IGNORE
-        valid = labels[:, 1:] != losses.IGNORE  # positions whose next token carries a loss
+        ids, before = with_start(ids, self.bos_id), max(0, self.prompt_length - 1)
+        valid = mask[:, 1:].bool()  # positions whose next token carries a loss
+        valid[:, :before] = False
         want_maps = self.uses('decoder_self_attn', 'decoder_cross_attn')
         decoded = self.student.text_decoder.bert(ids, mask, causal=True, image_kv=kv, want_maps=want_maps,
                                                  layers=self.hidden_layers('decoder_hidden'))
         hidden = decoded.hidden[:, :-1]
-        if self.uses('lm', 'lm_logits'):
-            logits = self.student.text_decoder.logits(hidden[valid])  # the head runs on labelled positions only
         share = token_share(valid, update.labels)
+        if self.uses('lm', 'lm_logits'):
+            # The head runs on those positions only. They are found on the host: a mask as index waits for the device.
+            rows = torch.tensor([row * valid.shape[1] + place for row, length in enumerate(update.lengths[part])
+                                 for place in range(before, length - 1)], dtype=torch.long)
+            rows = rows.to(ids.device, non_blocking=True)
+            logits = self.student.text_decoder.logits(hidden.flatten(0, 1)[rows])
         if self.uses('lm'):
-            out['lm'] = share * losses.lm_loss(logits, labels[:, 1:][valid])
+            out['lm'] = share * losses.lm_loss(logits, ids[:, 1:].flatten()[rows])
         if not self.uses('lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn', 'decoder_hidden'):
             return
         target = targets.decoding(ids, mask, want_maps)
         if self.uses('lm_logits'):
-            out['lm_logits'] = share * targets.logit_loss(logits, target, valid)
+            out['lm_logits'] = share * targets.logit_loss(logits, target, rows)
         if self.uses('decoder_feat'):
             out['decoder_feat'] = share * losses.cosine_loss(self.decoder_map(hidden), target.hidden, valid)
         if self.uses('decoder_hidden'):
@@ -327,9 +347,3 @@ def pad_to(rows: torch.Tensor, width: int) -> torch.Tensor:
 
 def concat_images(kv, more):
     return [(torch.cat([k, k2]), torch.cat([v, v2])) for (k, v), (k2, v2) in zip(kv, more, strict=True)]
-
-
-def gather_texts(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Texts of all processes [W * B, T'], padded to the longest of any."""
-    width = int(all_gather(torch.tensor([ids.shape[1]], device=ids.device)).max())
-    return all_gather(pad_to(ids, width)), all_gather(pad_to(mask, width))

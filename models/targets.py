@@ -1,10 +1,11 @@
 """What the teacher says of a batch: asked of the net in training (live), or read from what it said before (stored)."""
 
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 
 from data.target_store import LOWEST
 from models import losses
@@ -33,6 +34,18 @@ class Decoded(NamedTuple):
     self_map: torch.Tensor | None = None
     cross_map: torch.Tensor | None = None
     states: dict[int, torch.Tensor] | None = None
+
+
+def asked(method):
+    """A method that runs a teacher: in inference mode, its answer copied, as no loss can keep an inference tensor
+    for its backward pass.
+    """
+    @wraps(method)
+    def run(*args):
+        with torch.inference_mode():
+            answer = method(*args)
+        return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, answer)
+    return run
 
 
 class LiveTeacher:
@@ -75,7 +88,7 @@ class LiveTargets:
         self.text_states: dict[int, torch.Tensor] = {}
 
     @cached_property
-    @torch.no_grad()
+    @asked
     def encoded(self) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         return self.teacher.encode_image(self.images, self.layers.get('vision_hidden', ()))
 
@@ -90,17 +103,18 @@ class LiveTargets:
         return self.encoded[1]
 
     @cached_property
-    @torch.no_grad()
+    @torch.inference_mode()
     def image_kv(self):
+        """Keys and values, which no loss sees."""
         return self.teacher.project_image(self.image_tokens)
 
-    @torch.no_grad()
+    @asked
     def features(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """ids, mask [B, T] starting with [CLS] -> unit-norm image and text features [B, embed_dim]"""
         text, self.text_states = self.teacher.text_feat(ids, mask, self.layers.get('text_hidden', ()))
         return self.teacher.image_feat(self.image_tokens), text
 
-    @torch.no_grad()
+    @asked
     def matching(self, ids: torch.Tensor, mask: torch.Tensor, image_index: torch.Tensor,
                  foreign: torch.Tensor | None, want_maps: bool) -> Matched:
         """Texts [R, T] starting with [ENC], each with image `image_index` [R].
@@ -117,18 +131,21 @@ class LiveTargets:
         hidden = fused.hidden[:, 0]
         return Matched(hidden, self.teacher.itm_head(hidden), fused.self_map, fused.cross_map, fused.states)
 
-    @torch.no_grad()
+    @asked
     def decoding(self, ids: torch.Tensor, mask: torch.Tensor, want_maps: bool) -> Decoded:
         """ids, mask [B, T] starting with [DEC]"""
         decoded = self.teacher.text_decoder.bert(ids, mask, causal=True, image_kv=self.image_kv, want_maps=want_maps,
                                                  layers=self.layers.get('decoder_hidden', ()))
         return Decoded(decoded.hidden[:, :-1], decoded.self_map, decoded.cross_map, decoded.states)
 
-    def logit_loss(self, logits: torch.Tensor, decoded: Decoded, valid: torch.Tensor) -> torch.Tensor:
-        """KL to the teacher's next-token distribution; logits [M, V] of the M positions where valid [B, T - 1]."""
-        with torch.no_grad():
-            target = self.teacher.text_decoder.logits(decoded.hidden[valid])
-        return losses.logit_kl_loss(logits, target)
+    def logit_loss(self, logits: torch.Tensor, decoded: Decoded, rows: torch.Tensor) -> torch.Tensor:
+        """KL to the teacher's next-token distribution; logits [M, V] of the positions `rows` [M] of B * (T - 1)."""
+        return losses.logit_kl_loss(logits, self.next_logits(decoded.hidden.flatten(0, 1)[rows]))
+
+    @asked
+    def next_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [M, width] -> logits [M, V]"""
+        return self.teacher.text_decoder.logits(hidden)
 
 
 class StoredTeacher:
@@ -171,7 +188,7 @@ class StoredTargets:
     def decoding(self, ids, mask, want_maps) -> Decoded:
         return Decoded(*(self.stored.get(name) for name in ('decoder_hidden', 'decoder_self_map', 'decoder_cross_map')))
 
-    def logit_loss(self, logits: torch.Tensor, decoded: Decoded, valid: torch.Tensor) -> torch.Tensor:
+    def logit_loss(self, logits: torch.Tensor, decoded: Decoded, rows: torch.Tensor) -> torch.Tensor:
         """The same, of the teacher's k most probable tokens and the sum of all others."""
-        ids, log_probs, rest = (self.stored[name][valid] for name in ('lm_ids', 'lm_log_probs', 'lm_rest'))
+        ids, log_probs, rest = (self.stored[name].flatten(0, 1)[rows] for name in ('lm_ids', 'lm_log_probs', 'lm_rest'))
         return losses.top_k_kl_loss(logits, ids, log_probs, rest)

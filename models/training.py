@@ -16,7 +16,7 @@ from data.transforms import normalise
 from models.checkpoint import load_weights, save_checkpoint
 from models.keeper import Keeper
 from models.logs import Board, Clock, Meters, append_log, memory_used, plot_curves, read_log
-from models.objective import Objective
+from models.objective import MicroBatch, Objective
 from models.optim import learning_rate, parameter_groups
 from models.precision import arithmetic
 from models.self_critical import SelfCritical
@@ -62,7 +62,7 @@ class Run:
         if config['train']['compile']:
             for net in (objective.student, objective.teacher):
                 if net is not None:
-                    net.visual_encoder.compile()
+                    net.compile_towers()
         self.parallel = self._parallel()
         self.board: Board | None = None
         self.stop: StopSignal | None = None
@@ -238,17 +238,17 @@ class Run:
                 means[name] = means.get(name, 0.0) + value.detach() / len(parts)
         return lr, means
 
-    def _inputs(self, batch: dict, max_tokens: int, prompt: str) -> tuple:
-        """What `Objective.prepare` takes of a batch, on the device."""
+    def _inputs(self, batch: dict, max_tokens: int, prompt: str) -> MicroBatch:
+        """A batch on the device."""
         self.bad_images.update(batch)
         ids, mask = self.tokenizer([prompt + caption for caption in batch['caption']], max_tokens)
-        inputs = [x.to(self.device, non_blocking=True) for x in (batch['image'], ids, mask, batch['id'])]
-        inputs[0] = normalise(inputs[0])
-        if 'targets' in batch:
-            if not torch.equal(batch['targets']['tokens'], mask.sum(1)):
+        lengths, stored = mask.sum(1), batch.get('targets')
+        if stored is not None:
+            if not torch.equal(stored['tokens'], lengths):
                 raise ValueError('the stored targets are of captions of other lengths: store them again')
-            inputs.append({name: x.to(self.device, non_blocking=True) for name, x in batch['targets'].items()})
-        return tuple(inputs)
+            stored = {name: x.to(self.device, non_blocking=True) for name, x in stored.items()}
+        images, *rest = (x.to(self.device, non_blocking=True) for x in (batch['image'], ids, mask, batch['id']))
+        return MicroBatch(normalise(images), *rest, lengths.tolist(), stored)
 
     def update(self) -> None:
         """One step of the optimizer and of the momentum twin."""

@@ -18,7 +18,7 @@ from models import losses
 from models.blip import BLIP, BLIPConfig
 from models.logs import read_log
 from models.momentum import MomentumQueue
-from models.objective import Objective
+from models.objective import MicroBatch, Objective
 from models.targets import StoredTeacher
 from models.teacher_cache import READ_BY, answers, fields_of, top_k_classes
 from utils import ROOT
@@ -101,7 +101,7 @@ def test_each_term_from_stored_answers(small_tokenizer, term):
         if hasattr(live, name):
             getattr(stood_for, name).load_state_dict(getattr(live, name).state_dict())
     inputs = images, ids, mask, sample_ids
-    got = stood_for(*inputs, 0.4, 0, stood_for.prepare([(*inputs, pad_targets(rows))]))[term]
+    got = stood_for(*inputs, 0.4, 0, stood_for.prepare([MicroBatch(*inputs, None, pad_targets(rows))]))[term]
     if term == 'itm_soft':
         with_enc = torch.cat([torch.full((4, 1), small_tokenizer.enc_id), ids[:, 1:]], 1)
         ours, theirs = (net.match_logits(with_enc, mask, net.project_image(net.encode_image(images)))

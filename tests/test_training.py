@@ -213,8 +213,10 @@ def test_the_path_from_pretraining_to_finetuned_students(pretrained, scenes, tmp
             (train_dlip_retrieval_flickr, 'retrieval_flickr', 'test_txt_r1', teacher / 'last.pth', True),
             (train_dlip_caption_flickr, 'caption_flickr', 'test_CIDEr', tmp_path / 'retrieval_flickr/best.pth', False)):
         out = tmp_path / name
-        run(script, write_config(tmp_path, name, scenes, **init, teacher__size='nano', teacher__weights=str(weights)),
-            out)
+        config = write_config(tmp_path, name, scenes, **init, teacher__size='nano', teacher__weights=str(weights))
+        run(script, config, out, '--no_test')
+        assert not (out / 'table.md').exists() and not any(key in row for row in read_log(out / 'log.txt'))
+        run(script, config, out)
         assert ('BLIP has no column' in capsys.readouterr().out) != beside
         assert any(key in row for row in read_log(out / 'log.txt'))
         table = [line.split('|')[1:-1] for line in (out / 'table.md').read_text().splitlines()]

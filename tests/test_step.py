@@ -1,0 +1,68 @@
+"""A training step on an accelerator: it queues its work without waiting, and compiles to the same numbers."""
+
+import pytest
+import torch
+from conftest import NANO
+
+from models.blip import BLIP, BLIPConfig
+from models.momentum import MomentumQueue
+from models.objective import MicroBatch, Objective
+from models.terms import TERMS
+
+LENGTHS = [5, 12, 3, 9]
+
+
+def objective(names=TERMS, dropout: float = 0.0) -> Objective:
+    """Against a wider and deeper teacher."""
+    sizes = NANO | {'vocab_size': 40, 'dropout': dropout}
+    student, teacher = BLIP(BLIPConfig(**sizes)), BLIP(BLIPConfig(**sizes | {'vision_width': 48, 'vision_depth': 3}))
+    momentum = MomentumQueue(student, 10, 0.9, teacher.config.embed_dim)
+    return Objective(student, dict.fromkeys(names, 1.0), (1, 2, 3), momentum, teacher, prompt_length=2).train()
+
+
+def micro_batch(device: str) -> MicroBatch:
+    mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
+    ids = torch.randint(4, 40, mask.shape) * mask
+    return MicroBatch(*(x.to(device) for x in (torch.randn(4, 3, 32, 32), ids, mask, torch.arange(4))), LENGTHS)
+
+
+def test_a_step_reads_nothing_off_the_device():
+    """On the meta device a tensor has no values: what would wait for a GPU to say them is an error."""
+    with torch.device('meta'):
+        terms = objective(dropout=0.1)
+    batches = [micro_batch('meta') for _ in range(2)]
+    shared = terms.prepare(batches)
+    for part, batch in enumerate(batches):
+        out = terms(*batch[:4], 0.4, 0, shared, part)
+        assert out.keys() == {*TERMS, 'loss'}
+        out['loss'].backward()
+    with pytest.raises(RuntimeError, match='meta'):
+        terms.prepare([batches[0]._replace(lengths=None)])
+
+
+def test_compiled_towers_compute_the_same():
+    """Losses and gradients of every pass, with texts of a second length; as graphs that torch runs itself, since to
+    translate them takes minutes.
+    """
+    torch.manual_seed(0)
+    names = ('image_tokens', 'ita', 'itm', 'lm', 'lm_logits')
+    plain, compiled = objective(names), objective(names)
+    compiled.load_state_dict(plain.state_dict())
+    compiled.teacher.load_state_dict(plain.teacher.state_dict())
+    compiled.momentum.load_state_dict(plain.momentum.state_dict())
+    for net in (compiled.student, compiled.teacher):
+        net.compile_towers(backend='aot_eager', fullgraph=True)
+    first = micro_batch('cpu')
+    short = first._replace(ids=first.ids[:, :10].contiguous(), mask=first.mask[:, :10].contiguous())
+    for batch in (first, short):
+        found = []
+        for terms in (plain, compiled):
+            terms.zero_grad()
+            out = terms(*batch[:4], 0.4, 0)
+            out['loss'].backward()
+            found.append(({name: value.item() for name, value in out.items()},
+                          [p.grad for p in terms.student.parameters()]))
+        (want, gradients), (got, others) = found
+        assert got == pytest.approx(want, abs=1e-5) and want.keys() == {*names, 'loss'}
+        for a, b in zip(gradients, others, strict=True):
+            assert torch.allclose(a, b, atol=1e-5)
