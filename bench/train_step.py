@@ -8,11 +8,13 @@ configs/pretrain.yaml, random weights and pictures. The reference is written her
 (float32, eager attention) as dlip-v2 trains: keys and values of the image projected anew in every pass, matching in two
 passes, logits over the vocabulary at every position, the negatives picked row by row with `.item()`, the momentum twin
 updated parameter by parameter. Both sides take turns on the same batch; medians of whole steps (forward, backward,
-clipping, AdamW, twin), then where ours spends its time.
+clipping, AdamW, twin), then where ours spends its time; the data's part is that of one loader without workers: JPEGs of
+640 x 480 decoded and augmented, captions made tokens, both brought to the device.
 """
 
 import argparse
 import copy
+import io
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +24,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import BlipTextConfig, BlipTextLMHeadModel, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from bench.data_throughput import photograph
+from data.datasets import first_readable
+from data.transforms import normalise, train_transform
 from models import losses
 from models.blip import BLIP, BLIPConfig
 from models.checkpoint import architecture
@@ -29,9 +34,24 @@ from models.logs import memory_used
 from models.momentum import MomentumQueue
 from models.objective import Objective, with_start
 from models.optim import parameter_groups
-from utils import clean_exit, progress, read_yaml
+from models.tokenizer import Tokenizer
+from utils import ROOT, clean_exit, progress, read_yaml
 
 CLS, ENC, DEC, VOCABULARY, TOKENS = 101, 30523, 30522, 30524, 30
+
+
+def data(batch: int, image_size: int, device: str) -> Callable:
+    """A function that makes a batch of JPEGs and captions, as the loader and the run do."""
+    files = [photograph(seed, 75) for seed in range(batch)]
+    transform, tokenizer = train_transform(image_size, 0.2, True), Tokenizer.from_pretrained(ROOT / 'tests/vocab.txt')
+
+    def make() -> None:
+        items = [first_readable([(io.BytesIO(file), 'two dogs run after a red ball on the beach', i)], transform, 30, i)
+                 for i, file in enumerate(files)]
+        ids, mask = tokenizer([item['caption'] for item in items], TOKENS)
+        images = torch.stack([item['image'] for item in items]).to(device, non_blocking=True)
+        normalise(images), ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+    return make
 
 
 def random_batch(batch: int, image_size: int, device: str) -> tuple[torch.Tensor, ...]:
@@ -200,7 +220,7 @@ class OurStep:
         self.update()
         self.objective.momentum.update(self.objective.student)
 
-    def split(self, batch, synchronise: Callable, rounds: int) -> dict[str, float]:
+    def split(self, batch, make_batch: Callable, synchronise: Callable, rounds: int) -> dict[str, float]:
         """Median seconds of each part of the step; the teacher's share of forward by running it alone."""
         times: dict[str, list[float]] = {}
 
@@ -213,6 +233,7 @@ class OurStep:
             return result
 
         for _ in range(rounds):
+            timed('data, beside the step', make_batch)
             loss = timed('forward (teacher, student, twin)', lambda: self.forward(batch))
             timed('backward', loss.backward)
             timed('clipping and AdamW', self.update)
@@ -271,7 +292,9 @@ def main(argv: list[str] | None = None) -> None:
     for name, value in seconds.items():
         print(f'| {name} | {1000 * value:.0f} | {args.batch / value:.2f} | {seconds["original, fp32"] / value:.2f} |')
     print(f'\n| part of a step (ms) | {" | ".join(args.precisions)} |\n|---|{"---:|" * len(args.precisions)}')
-    parts = [steps[f'DLIP, {precision}'].split(batch, synchronise, args.rounds) for precision in args.precisions]
+    make_batch = data(args.batch, args.image_size, args.device)
+    parts = [steps[f'DLIP, {precision}'].split(batch, make_batch, synchronise, args.rounds)
+             for precision in args.precisions]
     for name in parts[0]:
         print(f'| {name} | {" | ".join(f"{1000 * times[name]:.0f}" for times in parts)} |')
     print(f'\nMost memory of the process, all sides at once: {memory_used(torch.device(args.device)):.1f} GiB')
