@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.linear import Linear
-from models.text import ImageKV, KVCache, TextDecoder, TextTower, tie_decoder
+from models.text import ImageKV, KVCache, Packed, TextDecoder, TextTower, tie_decoder
 from models.vit import VisionTower
 
 TEMPERATURE = 0.07  # at the start of training, as BLIP
@@ -106,7 +106,7 @@ class BLIP(nn.Module):
         """image tokens [B, N, vision_width] -> unit-norm float32 embedding [B, embed_dim]"""
         return F.normalize(self.vision_proj(image_tokens[:, 0]).float(), dim=-1)
 
-    def text_feat(self, ids: torch.Tensor, mask: torch.Tensor, layers: Collection[int] | None = None):
+    def text_feat(self, ids: torch.Tensor, mask: torch.Tensor | Packed, layers: Collection[int] | None = None):
         """ids, mask [B, T] starting with [CLS] -> unit-norm float32 embedding [B, embed_dim]
 
         With `layers`: (embedding, {layer: its output [B, T, text_width]}).

@@ -7,6 +7,7 @@ from torch import nn
 from models.blip import BLIP, build_text_tower
 from models.linear import Linear
 from models.losses import IGNORE
+from models.text import Packed
 from models.vit import VisionTower
 
 
@@ -58,7 +59,8 @@ class MomentumQueue(nn.Module):
         torch._foreach_lerp_(ours, theirs, 1 - self.momentum)
 
     @torch.no_grad()
-    def encode(self, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | Packed
+               ) -> tuple[torch.Tensor, torch.Tensor]:
         """images [B, 3, S, S], ids and mask [B, T] -> unit-norm image and text features [B, embed_dim]"""
         image = self.vision_proj(self.visual_encoder(images)[:, 0]).float()
         text = self.text_proj(self.text_encoder(ids, mask, first_only=True).hidden[:, 0]).float()

@@ -17,6 +17,7 @@ from models.linear import Linear
 from models.momentum import MomentumQueue
 from models.targets import LiveTargets, LiveTeacher, StoredTargets, StoredTeacher
 from models.terms import CONTRASTIVE, DECODER, FUSED, TERMS, check_terms
+from models.text import Packed, packed
 from utils import all_gather, all_gather_grad, rank, world_size
 
 
@@ -155,10 +156,10 @@ class Objective(nn.Module):
             lengths.append(mask.sum(1).tolist() if tokens is None else tokens)
             rows = {'ids': sample_ids}
             if self.uses(*CONTRASTIVE):
-                ids = with_start(ids, self.cls_id)
-                rows['image'], rows['text'] = self.momentum.encode(images, ids, mask)
+                ids, texts = with_start(ids, self.cls_id), packed(mask, lengths[-1])
+                rows['image'], rows['text'] = self.momentum.encode(images, ids, texts)
                 if self.uses('ita_soft', 'image_feat', 'text_feat', 'text_hidden'):
-                    rows['teacher_image'], rows['teacher_text'] = targets[-1].features(ids, mask)
+                    rows['teacher_image'], rows['teacher_text'] = targets[-1].features(ids, texts)
             found.append({name: all_gather(value) for name, value in rows.items()})
             counts.append(all_gather(torch.stack([mask.sum(), mask[:, max(1, self.prompt_length):].sum()])[None]))
         features = {name: torch.cat([rows[name] for rows in found]) for name in found[0]}
@@ -188,22 +189,22 @@ class Objective(nn.Module):
             out['image_tokens'] = losses.cosine_loss(self.token_map(tokens), targets.image_tokens)
         if self.uses('vision_hidden'):
             out['vision_hidden'] = self.hidden['vision_hidden'](states, targets.image_states)
-        negatives = None
+        negatives, texts = None, packed(mask, update.lengths[part])
         if self.uses(*CONTRASTIVE):
-            negatives = self.contrastive(out, targets, tokens, ids, mask, sample_ids, alpha, step_seed, update, part)
+            negatives = self.contrastive(out, targets, tokens, ids, texts, sample_ids, alpha, step_seed, update, part)
         kv = self.student.project_image(tokens)
         if self.uses(*FUSED):
-            self.matching(out, targets, tokens, kv, ids, mask, negatives, update, part)
+            self.matching(out, targets, tokens, kv, ids, texts, negatives, update, part)
         if self.uses(*DECODER):
-            self.decoding(out, targets, kv, ids, mask, update, part)
+            self.decoding(out, targets, kv, ids, texts, update, part)
         out['loss'] = sum(self.weights[name] * value for name, value in out.items())
         return out
 
-    def contrastive(self, out, targets, tokens, ids, mask, sample_ids, alpha, step_seed, update, part):
+    def contrastive(self, out, targets, tokens, ids, texts: Packed, sample_ids, alpha, step_seed, update, part):
         """ITA and the embedding terms; returns the hard negatives for the matching pass."""
         student, momentum, columns = self.student, self.momentum, update.columns
         image_feat = student.image_feat(tokens)
-        text_feat, states = student.text_feat(with_start(ids, self.cls_id), mask, self.hidden_layers('text_hidden'))
+        text_feat, states = student.text_feat(with_start(ids, self.cls_id), texts, self.hidden_layers('text_hidden'))
         first = (part * world_size() + rank()) * len(ids)
         own = {name: rows[first:first + len(ids)] for name, rows in columns.items()}
         if self.uses('ita'):
@@ -215,8 +216,8 @@ class Objective(nn.Module):
         if self.uses('text_feat'):
             out['text_feat'] = losses.cosine_loss(text_feat, own['teacher_text'])
         if self.uses('text_hidden'):
-            out['text_hidden'] = token_share(mask, update.tokens) * self.hidden['text_hidden'](
-                states, targets.text_states, mask)
+            out['text_hidden'] = token_share(texts.mask, update.tokens) * self.hidden['text_hidden'](
+                states, targets.text_states, texts.mask)
         if self.uses('ita_soft'):
             out['ita_soft'] = losses.soft_ita_loss(
                 image_feat, text_feat, columns['image'], columns['text'], student.temp, own['teacher_image'],
@@ -247,9 +248,9 @@ class Objective(nn.Module):
         text_index = losses.hard_negatives(image_feat @ texts.T / temp, sample_ids, pool_ids, noise[1][:, pool])
         return image_index, text_index
 
-    def matching(self, out, targets, tokens, kv, ids, mask, negatives, update, part):
+    def matching(self, out, targets, tokens, kv, ids, texts: Packed, negatives, update, part):
         """ITM on [pairs; text, negative image; negative text, image], one pass of 3B rows, and its distillation."""
-        batch = len(ids)
+        batch, pairs, mask = len(ids), texts, texts.mask
         ids = with_start(ids, self.enc_id)
         image_index, foreign = torch.arange(batch, device=ids.device), None
         own = image_index
@@ -264,9 +265,12 @@ class Objective(nn.Module):
             width = all_ids.shape[1]
             ids = torch.cat([pad_to(ids, width), pad_to(ids, width), all_ids[text_negative]])
             mask = torch.cat([pad_to(mask, width), pad_to(mask, width), all_mask[text_negative]])
+            lengths = update.lengths[part]
+            pairs = packed(mask[:batch], lengths)
+            texts = packed(mask, lengths + lengths + batch * [width])  # those of the negatives the device alone knows
             image_index = torch.cat([own, image_negative, own])
         want_maps = self.uses('self_attn', 'cross_attn')
-        fused = self.student.text_encoder(ids, mask, image_kv=select_images(kv, image_index), want_maps=want_maps,
+        fused = self.student.text_encoder(ids, texts, image_kv=select_images(kv, image_index), want_maps=want_maps,
                                           first_only=not want_maps, layers=self.hidden_layers('fused_hidden'))
         if negatives is not None:
             logits = self.student.itm_head(fused.hidden[:, 0])
@@ -274,30 +278,30 @@ class Objective(nn.Module):
                 out['itm'] = losses.itm_loss(logits)
         if not self.uses('itm_soft', 'fused_feat', 'self_attn', 'cross_attn', 'fused_hidden'):
             return
-        pair_mask = mask[:batch]
         if not self.uses('itm_soft'):  # then the teacher need not see the negatives
-            ids, mask, image_index, foreign = ids[:batch], pair_mask, own, None
-        target = targets.matching(ids, mask, image_index, foreign, want_maps)
+            ids, texts, image_index, foreign = ids[:batch], pairs, own, None
+        target = targets.matching(ids, texts, image_index, foreign, want_maps)
         if self.uses('itm_soft'):
             out['itm_soft'] = losses.logit_kl_loss(logits[:len(target.logits)], target.logits)
         if self.uses('fused_feat'):
             out['fused_feat'] = losses.cosine_loss(self.fused_map(fused.hidden[:batch, 0]), target.hidden[:batch])
         if self.uses('fused_hidden'):
-            pairs = ({layer: state[:batch] for layer, state in output.states.items()} for output in (fused, target))
-            out['fused_hidden'] = token_share(pair_mask, update.tokens) * self.hidden['fused_hidden'](*pairs, pair_mask)
+            states = ({layer: state[:batch] for layer, state in output.states.items()} for output in (fused, target))
+            out['fused_hidden'] = token_share(pairs.mask, update.tokens) * self.hidden['fused_hidden'](
+                *states, pairs.mask)
         for term in ('self_attn', 'cross_attn'):
             if self.uses(term):
                 name = term.replace('attn', 'map')
-                out[term] = token_share(pair_mask, update.tokens) * losses.attention_kl_loss(
-                    getattr(fused, name)[:batch], getattr(target, name)[:batch], pair_mask)
+                out[term] = token_share(pairs.mask, update.tokens) * losses.attention_kl_loss(
+                    getattr(fused, name)[:batch], getattr(target, name)[:batch], pairs.mask)
 
-    def decoding(self, out, targets, kv, ids, mask, update, part):
+    def decoding(self, out, targets, kv, ids, texts: Packed, update, part):
         """LM on the teacher-forced caption, and the distillation of the decoder."""
-        ids, before = with_start(ids, self.bos_id), max(0, self.prompt_length - 1)
+        ids, before, mask = with_start(ids, self.bos_id), max(0, self.prompt_length - 1), texts.mask
         valid = mask[:, 1:].bool()  # positions whose next token carries a loss
         valid[:, :before] = False
         want_maps = self.uses('decoder_self_attn', 'decoder_cross_attn')
-        decoded = self.student.text_decoder.bert(ids, mask, causal=True, image_kv=kv, want_maps=want_maps,
+        decoded = self.student.text_decoder.bert(ids, texts, causal=True, image_kv=kv, want_maps=want_maps,
                                                  layers=self.hidden_layers('decoder_hidden'))
         hidden = decoded.hidden[:, :-1]
         share = token_share(valid, update.labels)
@@ -311,7 +315,7 @@ class Objective(nn.Module):
             out['lm'] = share * losses.lm_loss(logits, ids[:, 1:].flatten()[rows])
         if not self.uses('lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn', 'decoder_hidden'):
             return
-        target = targets.decoding(ids, mask, want_maps)
+        target = targets.decoding(ids, texts, want_maps)
         if self.uses('lm_logits'):
             out['lm_logits'] = share * targets.logit_loss(logits, target, rows)
         if self.uses('decoder_feat'):

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 from data.target_store import LOWEST
 from models import losses
 from models.blip import BLIP, BLIPConfig, select_images
+from models.text import Packed
 from utils import all_gather
 
 
@@ -109,13 +110,13 @@ class LiveTargets:
         return self.teacher.project_image(self.image_tokens)
 
     @asked
-    def features(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def features(self, ids: torch.Tensor, mask: torch.Tensor | Packed) -> tuple[torch.Tensor, torch.Tensor]:
         """ids, mask [B, T] starting with [CLS] -> unit-norm image and text features [B, embed_dim]"""
         text, self.text_states = self.teacher.text_feat(ids, mask, self.layers.get('text_hidden', ()))
         return self.teacher.image_feat(self.image_tokens), text
 
     @asked
-    def matching(self, ids: torch.Tensor, mask: torch.Tensor, image_index: torch.Tensor,
+    def matching(self, ids: torch.Tensor, mask: torch.Tensor | Packed, image_index: torch.Tensor,
                  foreign: torch.Tensor | None, want_maps: bool) -> Matched:
         """Texts [R, T] starting with [ENC], each with image `image_index` [R].
 
@@ -132,7 +133,7 @@ class LiveTargets:
         return Matched(hidden, self.teacher.itm_head(hidden), fused.self_map, fused.cross_map, fused.states)
 
     @asked
-    def decoding(self, ids: torch.Tensor, mask: torch.Tensor, want_maps: bool) -> Decoded:
+    def decoding(self, ids: torch.Tensor, mask: torch.Tensor | Packed, want_maps: bool) -> Decoded:
         """ids, mask [B, T] starting with [DEC]"""
         decoded = self.teacher.text_decoder.bert(ids, mask, causal=True, image_kv=self.image_kv, want_maps=want_maps,
                                                  layers=self.layers.get('decoder_hidden', ()))
@@ -169,7 +170,7 @@ class StoredTargets:
         self.stored = stored
         self.image_tokens = stored.get('image_tokens')
 
-    def features(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def features(self, ids: torch.Tensor, mask: torch.Tensor | Packed) -> tuple[torch.Tensor, torch.Tensor]:
         return self.stored['image_feat'].float(), self.stored['text_feat'].float()
 
     def matching(self, ids, mask, image_index, foreign, want_maps) -> Matched:

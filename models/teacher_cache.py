@@ -37,6 +37,7 @@ from models.objective import with_start
 from models.precision import arithmetic
 from models.targets import LiveTargets, StoredTeacher
 from models.terms import DECODER, FUSED, TEACHER_TERMS
+from models.text import packed
 from models.tokenizer import Tokenizer
 from utils import atomic_write, barrier, gather_objects, is_main, logger, make_output_dir, progress, rank, world_size
 
@@ -81,7 +82,7 @@ def answers(teacher: BLIP, images: torch.Tensor, ids: torch.Tensor, mask: torch.
             terms: list[str], top_k: int) -> dict[str, torch.Tensor]:
     """What the terms need of the teacher, as `Objective` asks it: the fields of B pairs, padded to T tokens."""
     cls_id, enc_id, bos_id = start_ids
-    targets, found = LiveTargets(teacher, images), {}
+    targets, found, texts = LiveTargets(teacher, images), {}, packed(mask, mask.sum(1).tolist())
 
     def uses(*names: str) -> bool:
         return any(name in terms for name in names)
@@ -89,15 +90,15 @@ def answers(teacher: BLIP, images: torch.Tensor, ids: torch.Tensor, mask: torch.
     if uses('image_tokens'):
         found['image_tokens'] = targets.image_tokens
     if uses('ita_soft', 'image_feat', 'text_feat'):
-        found['image_feat'], found['text_feat'] = targets.features(with_start(ids, cls_id), mask)
+        found['image_feat'], found['text_feat'] = targets.features(with_start(ids, cls_id), texts)
     if uses(*FUSED):
         pairs = torch.arange(len(ids), device=ids.device)
-        matched = targets.matching(with_start(ids, enc_id), mask, pairs, None, uses('self_attn', 'cross_attn'))
+        matched = targets.matching(with_start(ids, enc_id), texts, pairs, None, uses('self_attn', 'cross_attn'))
         found |= {'fused_hidden': matched.hidden, 'itm_logits': matched.logits, 'self_map': matched.self_map,
                   'cross_map': matched.cross_map}
     if uses(*DECODER):
         want_maps = uses('decoder_self_attn', 'decoder_cross_attn')
-        decoded = targets.decoding(with_start(ids, bos_id), mask, want_maps)
+        decoded = targets.decoding(with_start(ids, bos_id), texts, want_maps)
         found |= {'decoder_hidden': decoded.hidden, 'decoder_self_map': decoded.self_map,
                   'decoder_cross_map': decoded.cross_map}
         if uses('lm_logits'):

@@ -34,6 +34,35 @@ class TextOutput(NamedTuple):
     states: dict[int, torch.Tensor] | None = None
 
 
+class Packed(NamedTuple):
+    """The mask [R, T] of right-padded texts, and the place of each of their tokens among R * T [M].
+
+    Given in the place of a mask, what treats every token on its own (all products but those of attention) leaves the
+    pads out. States come back padded with zeros.
+    """
+
+    mask: torch.Tensor
+    rows: torch.Tensor
+
+
+def packed(mask: torch.Tensor, lengths: list[int]) -> Packed:
+    """mask [R, T] of texts of these lengths, which the host knows: nothing waits for the device."""
+    rows = [row * mask.shape[1] + place for row, length in enumerate(lengths) for place in range(length)]
+    return Packed(mask, torch.tensor(rows).to(mask.device, non_blocking=True))
+
+
+def pack(x: torch.Tensor, texts: Packed | None) -> torch.Tensor:
+    """[R, T, width] -> [M, width]"""
+    return x if texts is None else x.flatten(0, 1)[texts.rows]
+
+
+def pad(x: torch.Tensor, texts: Packed | None) -> torch.Tensor:
+    """[M, width] -> [R, T, width]"""
+    if texts is None:
+        return x
+    return x.new_zeros(texts.mask.numel(), x.shape[1]).index_copy(0, texts.rows, x).unflatten(0, texts.mask.shape)
+
+
 class KVCache:
     """Static self-attention cache of all layers, one tensor [layers, 2, R, heads, capacity, D] filled from the left."""
 
@@ -95,18 +124,19 @@ class Attention(nn.Module):
         """[R, T, width] -> [R, heads, T, D]"""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def keys_values(self, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.split(self.self.key(memory)), self.split(self.self.value(memory))
+    def keys_values(self, memory: torch.Tensor, texts: Packed | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.split(pad(self.self.key(memory), texts)), self.split(pad(self.self.value(memory), texts))
 
-    def forward(self, hidden: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-                mask: torch.Tensor | None = None, want_map: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden [R, T, width]; k, v [R or images, heads, N, D]; mask bool, True = may attend.
+    def forward(self, hidden: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None,
+                want_map: bool = False, texts: Packed | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden [R, T, width], or [M, width] of packed texts; k, v [R or images, heads, N, D]; mask bool, True = may
+        attend.
 
         With fewer images than rows (R = images x group, rows of an image side by side), the rows of an image
         are folded into the query length, so that beams and texts share its keys and values without a copy.
         """
-        rows, length, _ = hidden.shape
-        q = self.split(self.self.query(hidden))
+        q = self.split(pad(self.self.query(hidden), texts))
+        rows, _, length, _ = q.shape
         group = rows // k.shape[0]
         if group > 1:
             q = q.unflatten(0, (-1, group)).transpose(1, 2).flatten(2, 3)  # [images, heads, group * T, D]
@@ -127,7 +157,7 @@ class Attention(nn.Module):
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         if group > 1:
             context = context.unflatten(2, (group, length)).transpose(1, 2).flatten(0, 1)
-        return self.output(context.transpose(1, 2).flatten(2), hidden), log_map
+        return self.output(pack(context.transpose(1, 2).flatten(2), texts), hidden), log_map
 
 
 class Intermediate(nn.Module):
@@ -148,16 +178,16 @@ class TextLayer(nn.Module):
         self.intermediate = Intermediate(width, ffn)
         self.output = ResidualNorm(ffn, width, dropout)
 
-    def forward(self, hidden, mask, image_kv, want_maps, extend, first_only):
-        k, v = self.attention.keys_values(hidden)
+    def forward(self, hidden, mask, image_kv, want_maps, extend, first_only, texts):
+        k, v = self.attention.keys_values(hidden, texts)
         if extend is not None:
             k, v = extend(k, v)
         if first_only:
-            hidden = hidden[:, :1]
-        hidden, self_map = self.attention(hidden, k, v, mask, want_maps)
+            hidden, texts = pad(hidden, texts)[:, :1], None
+        hidden, self_map = self.attention(hidden, k, v, mask, want_maps, texts)
         cross_map = None
         if image_kv is not None:
-            hidden, cross_map = self.crossattention(hidden, *image_kv, want_map=want_maps)
+            hidden, cross_map = self.crossattention(hidden, *image_kv, want_map=want_maps, texts=texts)
         return self.output(self.intermediate(hidden), hidden), self_map, cross_map
 
 
@@ -198,10 +228,10 @@ class TextTower(nn.Module):
         """image tokens [images, N, image_width] -> every layer's keys and values."""
         return [layer.crossattention.keys_values(image_tokens) for layer in self.layers]
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor | None = None, causal: bool = False,
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | Packed | None = None, causal: bool = False,
                 image_kv: ImageKV | None = None, want_maps: bool = False, first_only: bool = False,
                 cache: KVCache | None = None, layers: Collection[int] = ()) -> TextOutput:
-        """ids [R, T] int64; mask [R, T], 1 = token, 0 = pad (right-padded), None = no pads.
+        """ids [R, T] int64; mask [R, T], 1 = token, 0 = pad (right-padded), or `Packed`; None = no pads.
 
         With a cache, `ids` continue the cached positions (causal, no pads). `want_maps` returns the last
         layer's attention maps. `first_only` computes position 0 alone in the last layer (bidirectional; hidden is
@@ -210,20 +240,24 @@ class TextTower(nn.Module):
         """
         start = cache.length if cache else 0
         length = ids.shape[1]
+        texts, mask = (mask, mask.mask) if isinstance(mask, Packed) else (None, mask)
         attend = mask[:, None, None, :].bool() if mask is not None else None
         if causal and length > 1:
             past = torch.ones(length, start + length, dtype=torch.bool, device=ids.device).tril(start)
             attend = past if attend is None else attend & past
-        hidden = self.embeddings(ids, start)
+        hidden = pack(self.embeddings(ids, start), texts)
         self_map = cross_map = None
         states = {}
         for i, layer in enumerate(self.layers):
             extend = None if cache is None else (lambda k, v, i=i: cache.extend(i, k, v))
             last = i == len(self.layers) - 1
+            first = first_only and last and i not in layers
             hidden, self_map, cross_map = layer(hidden, attend, image_kv[i] if image_kv is not None else None,
-                                                want_maps and last, extend, first_only and last and i not in layers)
+                                                want_maps and last, extend, first, texts)
             if i in layers:
-                states[i] = hidden
+                states[i] = pad(hidden, texts)
+        if not first:
+            hidden = pad(hidden, texts)
         if cache is not None:
             cache.length += length
         return TextOutput(hidden, self_map, cross_map, states)

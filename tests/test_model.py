@@ -10,7 +10,7 @@ from models.blip import BLIP, BLIPConfig
 from models.checkpoint import load_weights
 from models.momentum import MomentumQueue
 from models.objective import Objective
-from models.text import KVCache
+from models.text import KVCache, packed
 
 
 def load(name: str, task: str, **config) -> BLIP:
@@ -142,3 +142,30 @@ def test_activation_checkpointing_gives_the_same_gradients(amp):
         tokens.float().square().mean().backward()
         grads.append([p.grad for p in model.visual_encoder.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize('causal', [False, True])
+def test_packed_texts_compute_the_same_without_their_pads(small_tokenizer, causal):
+    """States, maps and gradients, at every token; what pads would give is 0."""
+    torch.manual_seed(0)
+    net = BLIP(BLIPConfig(**NANO | {'dropout': 0.0}, vocab_size=len(small_tokenizer)))
+    ids, mask = small_tokenizer(['a red dog', 'a blue star left of a dog', 'red'], 30)
+    lengths = mask.sum(1).tolist()
+    tokens = torch.randn(3, 5, NANO['vision_width'])
+    found = []
+    for texts in (mask, packed(mask, lengths)):
+        net.zero_grad()
+        image_kv = net.project_image(tokens)
+        out = net.text_encoder(ids, texts, causal, image_kv, want_maps=True, layers=[0, 1])
+        first = net.text_encoder(ids, texts, False, image_kv, first_only=True).hidden
+        (out.hidden.square() * mask[..., None]).sum().backward()
+        found.append((out.hidden, out.states[0], out.self_map, out.cross_map, first,
+                      [p.grad for p in net.text_encoder.parameters() if p.grad is not None]))
+    (*plain, first, grads), (*short, same_first, same_grads) = found
+    for want, got in zip(plain, short, strict=True):
+        want, got = (x.transpose(1, 2) if x.ndim == 4 else x for x in (want, got))  # maps: [R, T, heads, keys]
+        assert torch.allclose(got[mask.bool()], want[mask.bool()], atol=1e-5)
+    assert (short[0][~mask.bool()] == 0).all() and torch.allclose(first, same_first, atol=1e-5)
+    assert len(grads) == len(same_grads) > 20
+    for want, got in zip(grads, same_grads, strict=True):
+        assert torch.allclose(got, want, atol=1e-4)
