@@ -21,10 +21,10 @@ from bench.train_step import CLS, DEC, ENC, VOCABULARY, OurStep, random_batch
 from data.target_store import ROW, Fields, Shard, ShardWriter, pad_targets, sides
 from models.blip import BLIP
 from models.checkpoint import architecture
-from models.objective import MicroBatch
 from models.targets import StoredTeacher
 from models.teacher_cache import answers, fields_of
 from models.terms import TEACHER_TERMS
+from models.update import MicroBatch
 from utils import clean_exit, progress, read_yaml
 
 LARGE = ('image_tokens', 'decoder_feat', 'self_attn', 'cross_attn', 'decoder_self_attn', 'decoder_cross_attn')

@@ -32,9 +32,10 @@ from models.blip import BLIP, BLIPConfig
 from models.checkpoint import architecture
 from models.logs import memory_used
 from models.momentum import MomentumQueue
-from models.objective import Objective, with_start
+from models.objective import Objective
 from models.optim import parameter_groups
 from models.tokenizer import Tokenizer
+from models.update import with_start
 from utils import ROOT, clean_exit, progress, read_yaml
 
 CLS, ENC, DEC, VOCABULARY, TOKENS = 101, 30523, 30522, 30524, 30

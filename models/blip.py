@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.linear import Linear
-from models.text import ImageKV, KVCache, Packed, TextDecoder, TextTower, tie_decoder
+from models.packing import Packed
+from models.text import ImageKV, KVCache, TextDecoder, TextTower, tie_decoder
 from models.vit import VisionTower
 
 TEMPERATURE = 0.07  # at the start of training, as BLIP
@@ -149,3 +150,8 @@ def select_images(image_kv: ImageKV, image_index: torch.Tensor | None) -> ImageK
     if isinstance(image_kv, torch.Tensor):
         return image_kv[:, :, image_index]
     return [(k[image_index], v[image_index]) for k, v in image_kv]
+
+
+def concat_images(image_kv: ImageKV, more: ImageKV) -> ImageKV:
+    """The keys and values of some images, followed by those of others."""
+    return [(torch.cat([k, k2]), torch.cat([v, v2])) for (k, v), (k2, v2) in zip(image_kv, more, strict=True)]

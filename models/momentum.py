@@ -7,7 +7,7 @@ from torch import nn
 from models.blip import BLIP, build_text_tower
 from models.linear import Linear
 from models.losses import IGNORE
-from models.text import Packed
+from models.packing import Packed
 from models.vit import VisionTower
 
 

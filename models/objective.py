@@ -4,62 +4,19 @@ One module serves pre-training (ITA + ITM + LM + distillation) and both finetune
 It is what DistributedDataParallel wraps; every trainable parameter gets a gradient in every step.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import torch
 from torch import nn
 
 from models import losses
-from models.blip import BLIP, select_images
+from models.blip import BLIP, concat_images, select_images
 from models.hidden import STREAMS, HiddenStates, layer_pairs
 from models.linear import Linear
 from models.momentum import MomentumQueue
-from models.targets import LiveTargets, LiveTeacher, StoredTargets, StoredTeacher
+from models.packing import Packed, packed
+from models.targets import LiveTeacher, StoredTeacher
 from models.terms import CONTRASTIVE, DECODER, FUSED, TERMS, check_terms
-from models.text import Packed, packed
+from models.update import MicroBatch, Update, pad_to, token_share, with_start
 from utils import all_gather, all_gather_grad, rank, world_size
-
-
-class MicroBatch(NamedTuple):
-    """images [B, 3, S, S]; ids, mask [B, T], right-padded; sample_ids [B]; with a stored teacher, its answers.
-
-    `lengths` are the tokens of each text on the host; None: they are read from the mask, for which a GPU is waited for.
-    """
-
-    images: torch.Tensor
-    ids: torch.Tensor
-    mask: torch.Tensor
-    sample_ids: torch.Tensor
-    lengths: list[int] | None = None
-    stored: dict[str, torch.Tensor] | None = None
-
-
-@dataclass
-class Update:
-    """What the micro-batches of one optimizer step share, computed before all of them and without gradient.
-
-    Rows N = micro-batches x processes x B, in the order that one batch of them all would have: so large a batch, more
-    processes or more micro-batches compare every row with the same columns.
-
-    Attributes:
-        targets: the teacher's, one for each micro-batch; None without a teacher.
-        lengths: tokens of each text of a micro-batch, known to the host; nothing in the step waits for the device.
-        widths: of each micro-batch, the most tokens of a text on any process.
-        ids: [N]
-        columns: by name of the queue, unit-norm features [N + queue, E], the update's followed by the queue's.
-        column_ids: [N + queue]
-        tokens, labels: mean count of tokens in a micro-batch, and of those that carry an LM loss.
-    """
-
-    targets: list[LiveTargets | StoredTargets | None]
-    lengths: list[list[int]]
-    widths: list[int]
-    ids: torch.Tensor
-    columns: dict[str, torch.Tensor]
-    column_ids: torch.Tensor | None
-    tokens: torch.Tensor
-    labels: torch.Tensor
 
 
 class Objective(nn.Module):
@@ -328,26 +285,3 @@ class Objective(nn.Module):
                 name = term.removeprefix('decoder_').replace('attn', 'map')
                 out[term] = token_share(mask, update.tokens) * losses.attention_kl_loss(
                     getattr(decoded, name), getattr(target, name), mask)
-
-
-def with_start(ids: torch.Tensor, start_id: int) -> torch.Tensor:
-    """The same texts with another start token at position 0."""
-    ids = ids.clone()
-    ids[:, 0] = start_id
-    return ids
-
-
-def token_share(mask: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Tokens of this micro-batch over the mean of all of the update's: turns a mean over its own tokens into its part
-    of the mean over all of them, which the average of gradients over micro-batches and processes then is.
-    """
-    return mask.sum() / mean.clamp(min=1)
-
-
-def pad_to(rows: torch.Tensor, width: int) -> torch.Tensor:
-    """Right-pad [B, T] with zeros ([PAD] in ids, masked in masks) to [B, width]."""
-    return nn.functional.pad(rows, (0, width - rows.shape[1]))
-
-
-def concat_images(kv, more):
-    return [(torch.cat([k, k2]), torch.cat([v, v2])) for (k, v), (k2, v2) in zip(kv, more, strict=True)]

@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_map
 
 from data.target_store import LOWEST
 from models import losses
-from models.blip import BLIP, BLIPConfig, select_images
-from models.text import Packed
+from models.blip import BLIP, BLIPConfig, concat_images, select_images
+from models.packing import Packed
 from utils import all_gather
 
 
@@ -126,7 +126,7 @@ class LiveTargets:
         kv = self.image_kv
         if foreign is not None:
             more = self.teacher.project_image(all_gather(self.image_tokens)[foreign])
-            kv = [(torch.cat([k, k2]), torch.cat([v, v2])) for (k, v), (k2, v2) in zip(kv, more, strict=True)]
+            kv = concat_images(kv, more)
         fused = self.teacher.text_encoder(ids, mask, image_kv=select_images(kv, image_index), want_maps=want_maps,
                                           first_only=not want_maps, layers=self.layers.get('fused_hidden', ()))
         hidden = fused.hidden[:, 0]

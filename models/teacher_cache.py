@@ -33,12 +33,12 @@ from data.target_store import (
 from data.transforms import normalise
 from models.blip import BLIP, BLIPConfig
 from models.checkpoint import fingerprint
-from models.objective import with_start
+from models.packing import packed
 from models.precision import arithmetic
 from models.targets import LiveTargets, StoredTeacher
 from models.terms import DECODER, FUSED, TEACHER_TERMS
-from models.text import packed
 from models.tokenizer import Tokenizer
+from models.update import with_start
 from utils import atomic_write, barrier, gather_objects, is_main, logger, make_output_dir, progress, rank, world_size
 
 # The fields that a term reads.

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.linear import Linear
+from models.packing import Packed, pack, pad
 from models.vit import prefers_plain_attention
 
 LAYER_NORM_EPS = 1e-12  # BERT's
@@ -32,35 +33,6 @@ class TextOutput(NamedTuple):
     self_map: torch.Tensor | None = None
     cross_map: torch.Tensor | None = None
     states: dict[int, torch.Tensor] | None = None
-
-
-class Packed(NamedTuple):
-    """The mask [R, T] of right-padded texts, and the place of each of their tokens among R * T [M].
-
-    Given in the place of a mask, what treats every token on its own (all products but those of attention) leaves the
-    pads out. States come back padded with zeros.
-    """
-
-    mask: torch.Tensor
-    rows: torch.Tensor
-
-
-def packed(mask: torch.Tensor, lengths: list[int]) -> Packed:
-    """mask [R, T] of texts of these lengths, which the host knows: nothing waits for the device."""
-    rows = [row * mask.shape[1] + place for row, length in enumerate(lengths) for place in range(length)]
-    return Packed(mask, torch.tensor(rows).to(mask.device, non_blocking=True))
-
-
-def pack(x: torch.Tensor, texts: Packed | None) -> torch.Tensor:
-    """[R, T, width] -> [M, width]"""
-    return x if texts is None else x.flatten(0, 1)[texts.rows]
-
-
-def pad(x: torch.Tensor, texts: Packed | None) -> torch.Tensor:
-    """[M, width] -> [R, T, width]"""
-    if texts is None:
-        return x
-    return x.new_zeros(texts.mask.numel(), x.shape[1]).index_copy(0, texts.rows, x).unflatten(0, texts.mask.shape)
 
 
 class KVCache:

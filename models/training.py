@@ -16,11 +16,12 @@ from data.transforms import normalise
 from models.checkpoint import load_weights, save_checkpoint
 from models.keeper import Keeper
 from models.logs import Board, Clock, Meters, append_log, memory_used, plot_curves, read_log
-from models.objective import MicroBatch, Objective
+from models.objective import Objective
 from models.optim import learning_rate, parameter_groups
 from models.precision import arithmetic
 from models.self_critical import SelfCritical
 from models.tokenizer import Tokenizer
+from models.update import MicroBatch
 from utils import StopSignal, any_process, atomic_write, barrier, is_main, logger, rank, seed_everything, world_size
 
 NAMES = {'loss': 'train_loss', 'reward': 'train_reward'}  # in the logs; every other value is train_loss_NAME

@@ -10,7 +10,8 @@ from models.blip import BLIP, BLIPConfig
 from models.checkpoint import load_weights
 from models.momentum import MomentumQueue
 from models.objective import Objective
-from models.text import KVCache, packed
+from models.packing import packed
+from models.text import KVCache
 
 
 def load(name: str, task: str, **config) -> BLIP:

@@ -6,8 +6,9 @@ from conftest import NANO
 
 from models.blip import BLIP, BLIPConfig
 from models.momentum import MomentumQueue
-from models.objective import MicroBatch, Objective
+from models.objective import Objective
 from models.terms import TERMS
+from models.update import MicroBatch
 
 LENGTHS = [5, 12, 3, 9]
 

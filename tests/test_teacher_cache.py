@@ -18,9 +18,10 @@ from models import losses
 from models.blip import BLIP, BLIPConfig
 from models.logs import read_log
 from models.momentum import MomentumQueue
-from models.objective import MicroBatch, Objective
+from models.objective import Objective
 from models.targets import StoredTeacher
 from models.teacher_cache import READ_BY, answers, fields_of, top_k_classes
+from models.update import MicroBatch
 from utils import ROOT
 
 SHARD, TEACHER = 16, ROOT / 'data/demo_teacher.pth'
