@@ -72,9 +72,10 @@ demo-teacher: setup
 	  model.init=$(DEMO)/teacher/captions/last.pth optim.schedule=cosine train.epochs=3
 	$(PY) -m prod.export $(DEMO)/teacher/all/last.pth $(TEACHER) --half
 
-# Two files at a time, each in order: most of a test's time is one process that waits or computes alone.
+# Two files at a time, those that take longest first (tests/conftest.py): most of a test's time is one process that
+# waits or computes alone.
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(PY) -m ruff check .

@@ -8,6 +8,8 @@ TERMS = {'image_tokens': 5, 'image_feat': 1, 'text_feat': 1, 'fused_feat': 1, 'd
          'itm_soft': 1, 'lm_logits': 1, 'self_attn': 1, 'cross_attn': 1, 'decoder_self_attn': 1,
          'decoder_cross_attn': 1}
 HIDDEN = {'vision_hidden': 1, 'text_hidden': 1, 'fused_hidden': 1, 'decoder_hidden': 1}
+# What the others led to: the terms that earn their cost (bench/ablation.md).
+SIX = ('image_tokens', 'lm_logits', 'decoder_cross_attn', 'vision_hidden', 'fused_hidden', 'decoder_hidden')
 SCRATCH = ('model.init_vision=null', 'model.init_text=null')
 NO_TEACHER = ('teacher.weights=null',)
 
@@ -42,36 +44,49 @@ def terms(*names: str, **more: float) -> tuple[str, ...]:
     return tuple(f'loss.{name}={weight}' for name, weight in weights.items())
 
 
+def six(**more: float) -> tuple[str, ...]:
+    return terms(**{name: TERMS.get(name, 1) for name in SIX} | more)
+
+
 PRETRAINING, START = 'Pre-training, from layers of the teacher', 'Where the student starts'
 SIZES, STEPS, CAPTION = 'Sizes of the student', 'More steps', 'Caption finetune'
 RETRIEVAL, DEMO = 'Retrieval finetune', "What the demo's configs leave out of the real ones"
 
 PLAN = [
+    Variant('the six', PRETRAINING, six(), plotted=True),
+    *(Variant(f'the six but {name}', PRETRAINING, six(**{name: 0})) for name in SIX),
     Variant('the demo', PRETRAINING, plotted=True),
-    Variant('no distillation term', PRETRAINING, terms(), plotted=True),
     Variant('the demo from stored targets', PRETRAINING, stored=True),
+    Variant('no distillation term', PRETRAINING, terms(), plotted=True),
     Variant('all', PRETRAINING, terms(*TERMS), plotted=True),
     Variant('all, hidden layers too', PRETRAINING, terms(*TERMS, **HIDDEN)),
     Variant('hidden layers alone', PRETRAINING, terms(**HIDDEN)),
     *(Variant(f'{name} alone', PRETRAINING, terms(name)) for name in TERMS),
+    *(Variant(f'{name} alone', PRETRAINING, terms(**{name: 1})) for name in HIDDEN),
     *(Variant(f'all but {name}', PRETRAINING, terms(*(other for other in TERMS if other != name))) for name in TERMS),
-    Variant('from scratch, the demo', START, SCRATCH, plotted=True),
+    Variant('from scratch, the six', START, SCRATCH + six(), plotted=True),
     Variant('from scratch, no teacher', START, SCRATCH + NO_TEACHER, plotted=True),
-    Variant('first layers', START, ('model.init_layers=first',)),
+    Variant('first layers, the six', START, (*six(), 'model.init_layers=first')),
     Variant('no distillation term, 3 times the steps', STEPS, (*terms(), 'train.epochs=3'), epochs=3),
-    Variant('the demo, 3 times the steps', STEPS, ('train.epochs=3',), epochs=3),
+    Variant('the six, 3 times the steps', STEPS, (*six(), 'train.epochs=3'), epochs=3),
     Variant('from scratch, no teacher, 3 times the steps', STEPS, (*SCRATCH, *NO_TEACHER, 'train.epochs=3'), epochs=3),
-    *(Variant(f'1/{part}', SIZES, (f'model.size=mini_{part}', 'train.epochs=3'), epochs=3) for part in (2, 4, 6, 10)),
+    *(Variant(f'1/{part}', SIZES, (*six(), f'model.size=mini_{part}', 'train.epochs=3'), epochs=3)
+      for part in (2, 4, 6, 10)),
     Variant('RandAugment', DEMO, ('data.randaugment=true',)),
     Variant('crops down to 20%', DEMO, ('data.min_scale=0.2',)),
     Variant('lr by steps, 0.9 an epoch', DEMO, ('optim.schedule=step',)),
     *(Variant(f'caption: {name}', CAPTION, settings, 'caption', start='the_demo') for name, settings in {
         'the demo': (), 'no teacher': NO_TEACHER,
+        'hidden layers and decoder_cross_attn too': ('loss.vision_hidden=1', 'loss.decoder_hidden=1',
+                                                     'loss.decoder_cross_attn=1'),
         "half of the captions are the teacher's": ('data.teacher_captions=0.5',),
         "all captions are the teacher's": ('data.teacher_captions=1',),
         'self-critical epoch after it': ('scst.epochs=1',)}.items()),
     *(Variant(f'retrieval: {name}', RETRIEVAL, settings, 'retrieval', start='the_demo') for name, settings in {
         'the demo': (), 'no teacher': NO_TEACHER, 'no itm_soft': ('loss.itm_soft=0',),
-        'no image_tokens': ('loss.image_tokens=0',)}.items()),
+        'no image_tokens': ('loss.image_tokens=0',),
+        'hidden layers too': ('loss.vision_hidden=1', 'loss.fused_hidden=1'),
+        'hidden layers and itm_soft alone': ('loss.vision_hidden=1', 'loss.fused_hidden=1', 'loss.image_feat=0',
+                                             'loss.text_feat=0', 'loss.ita_soft=0')}.items()),
 ]
 STUDENTS = {variant.start for variant in PLAN if variant.start}

@@ -16,6 +16,11 @@ TINY = dict(image_size=64, patch_size=16, vision_width=64, vision_depth=2, visio
             text_width=64, text_depth=2, text_heads=4, text_ffn=128)
 NANO = dict(image_size=32, patch_size=16, vision_width=32, vision_depth=2, vision_heads=2, text_width=32,
             text_depth=2, text_heads=2, text_ffn=64, embed_dim=16, dropout=0.0)
+LONGEST = ('test_readme', 'test_recovery', 'test_training', 'test_finetune')  # a worker must not be left alone with one
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def golden(name: str) -> dict:
