@@ -21,9 +21,12 @@ import shutil
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
+
+import torch
 
 from bench.ablation_plan import PLAN, SEEDS, STUDENTS, Variant
 from data.datasets import ImageTextEval
@@ -61,6 +64,20 @@ def choose_pairs(path: Path) -> None:
         json.dump(random.Random(0).sample(pairs, PAIRS), file)
 
 
+def choose_captioned(root: Path) -> None:
+    """A Flickr30K folder with the first PAIRS training captions, for every finetune, and all validation pictures."""
+    scenes = ROOT / read_yaml(ROOT / 'configs/demo/caption_flickr.yaml')['data']['root']
+    table = json.loads((scenes / 'dataset_flickr30k.json').read_text())
+    rows = [row for row in table['images'] if row['split'] == 'train']
+    kept = rows[:PAIRS // len(rows[0]['sentences'])] + [row for row in table['images'] if row['split'] == 'val']
+    root.mkdir(exist_ok=True)
+    for name in ('flickr30k-images', 'scenes.json'):
+        (root / name).unlink(missing_ok=True)
+        (root / name).symlink_to(scenes / name)
+    with atomic_write(root / 'dataset_flickr30k.json') as file:
+        json.dump(table | {'images': kept}, file)
+
+
 def train(variant: Variant, seed: int, folder: Path, place: Path) -> float:
     """Run the script of a variant in a process of one thread -> its CPU seconds."""
     script, config = SCRIPTS[variant.stage]
@@ -71,7 +88,7 @@ def train(variant: Variant, seed: int, folder: Path, place: Path) -> float:
             settings += [f'train.keep={POINTS}', f'train.save_every={PAIRS // BATCH // POINTS}']
     else:
         start = place / variant.start / str(seed) / 'last.pth'
-        settings = ['--no_test', f'model.init={start}', 'train.epochs=1', *settings]
+        settings = ['--no_test', f'model.init={start}', f'data.root={place / "flickr30k"}', 'train.epochs=1', *settings]
     if variant.stored:
         settings.append(f'teacher.cache={folder / "targets"}')
         launch(script, config, folder, seed, [*settings, '--store_teacher', '1'])
@@ -91,18 +108,18 @@ def launch(script: str, config: str, folder: Path, seed: int, settings: list[str
     return usage.ru_utime + usage.ru_stime
 
 
-def measure(checkpoint: Path) -> dict[str, float]:
-    """Validation figures of a pre-trained student: recalls with and without re-ranking, captions by greedy search."""
+def measure(checkpoint: Path, matching: bool) -> dict[str, float]:
+    """Validation figures of a pre-trained student: greedy captions, and recalls, with `matching` re-ranked too."""
     model, tokenizer, _ = load_model(checkpoint)
     config = read_yaml(ROOT / 'configs/demo/retrieval_flickr.yaml')
     data, k_test = config['data'], config['eval']['k_test']
     held_out = ImageTextEval(ROOT / data['root'], 'val', eval_transform(model.config.image_size), data['max_words'])
-    ranked, cosine = (evaluate_retrieval(model, tokenizer, held_out, max_tokens=data['max_tokens'], k_test=k)
-                      for k in (k_test, 0))
     said, _ = evaluate_captions(model, tokenizer, held_out, prompt='', num_beams=1, min_length=5)
-    return {**{name: ranked[name] for name in ('txt_r1', 'img_r1')},
-            **{f'cosine_{name}': cosine[name] for name in ('txt_r1', 'img_r1')},
-            **{name: said[name] for name in ('CIDEr', 'exact')}}
+    figures = {name: said[name] for name in ('CIDEr', 'exact')}
+    for prefix, k in (('cosine_', 0), *[('', k_test)] * matching):
+        recalls = evaluate_retrieval(model, tokenizer, held_out, max_tokens=data['max_tokens'], k_test=k)
+        figures |= {f'{prefix}{name}': recalls[name] for name in ('txt_r1', 'img_r1')}
+    return figures
 
 
 def run(variant: Variant, seed: int, place: Path) -> Result:
@@ -120,7 +137,8 @@ def run(variant: Variant, seed: int, place: Path) -> Result:
         epoch, batch = (int(part.strip('epochbat')) for part in path.stem.split('_'))
         points.append((epoch * (PAIRS // BATCH) + batch, path))
     points.append((variant.epochs * (PAIRS // BATCH), folder / 'last.pth'))
-    curve = [{'steps': steps, 'seconds': seconds * steps / points[-1][0], **measure(path)} for steps, path in points]
+    curve = [{'steps': steps, 'seconds': seconds * steps / points[-1][0], **measure(path, variant.matching)}
+             for steps, path in points]
     for path in kept:
         path.unlink()
     shutil.rmtree(folder / 'targets', ignore_errors=True)
@@ -138,22 +156,13 @@ def work(plan: list[Variant], place: Path, workers: int) -> None:
         jobs = [(variant, seed) for seed in SEEDS for variant in plan if (variant.stage == 'pretrain') is wave
                 and ((variant.name, seed) not in done
                      or variant.folder in STUDENTS and not (place / variant.folder / str(seed) / 'last.pth').exists())]
-        with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(run_apart, variant, seed, place) for variant, seed in jobs]
+        with ProcessPoolExecutor(workers, get_context('spawn'), torch.set_num_threads, (1,)) as pool:
+            futures = [pool.submit(run, variant, seed, place) for variant, seed in jobs]
             for future in progress(as_completed(futures), len(jobs), 'runs'):
                 result = future.result()
                 if (result.variant, result.seed) not in done:
                     with open(RESULTS, 'a', encoding='utf-8') as file:
                         file.write(json.dumps(asdict(result)) + '\n')
-
-
-def run_apart(variant: Variant, seed: int, place: Path) -> Result:
-    """`run` in a process of its own: measuring is python, of which one thread at a time runs."""
-    command = [sys.executable, '-m', 'bench.ablation', '--one', variant.name, str(seed), '--output_dir', str(place)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    if done.returncode:
-        raise RuntimeError(f'{variant.name}, seed {seed} failed: {done.stderr[-800:]}')
-    return Result(**json.loads(done.stdout.splitlines()[-1]))
 
 
 # ---------------------------------------------------------------- the table and the plot
@@ -228,19 +237,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--workers', type=int, default=os.cpu_count(), help='runs side by side (default: %(default)s)')
     parser.add_argument('--report', action='store_true', help='train nothing')
     parser.add_argument('--output_dir', default='output/ablation', help='default: %(default)s')
-    parser.add_argument('--one', nargs=2, help=argparse.SUPPRESS)  # a variant and a seed: what a worker does
     args = parser.parse_args(argv)
     place = make_output_dir(args.output_dir)
-    if args.one:
-        name, seed = args.one
-        variant = next(variant for variant in PLAN if variant.name == name)
-        print(json.dumps(asdict(run(variant, int(seed), place))))
-        return
     if not args.report:
         plan = [variant for variant in PLAN if any(fnmatch.fnmatch(variant.name, pattern) for pattern in args.only)]
         if not plan:
             raise ValueError(f'no variant is called {" or ".join(args.only)}: {", ".join(v.name for v in PLAN)}')
         choose_pairs(place / 'pairs.json')
+        choose_captioned(place / 'flickr30k')
         work(plan, place, args.workers)
     print(report())
 

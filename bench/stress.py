@@ -23,11 +23,13 @@ import random
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -109,11 +111,26 @@ def launch(arguments: list[str], out: Path, hurt=None):
     return process
 
 
-def torchrun(arguments: list[str], out: Path, batch_size: int = 4) -> subprocess.Popen:
+def torchrun(arguments: list[str], out: Path) -> subprocess.Popen:
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '--max-restarts=3',
-               'pretrain_dlip.py', '--output_dir', str(out), *arguments, f'train.batch_size={batch_size}']
+               'pretrain_dlip.py', '--output_dir', str(out), *arguments, 'train.batch_size=4']
     with open(out.with_suffix('.log'), 'a') as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def launch_two(arguments: list[str], out: Path) -> None:
+    """What `torchrun` starts, unhurt, without the time that it takes to start."""
+    def join(rank: int) -> None:
+        os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost',
+                       'MASTER_PORT': str(port)}
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    both = [launch([*arguments, 'train.batch_size=4'], out, partial(join, rank)) for rank in range(2)]
+    for process in both:
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(out.with_suffix('.log').read_text()[-3000:])
 
 
 def workers_of(agent: int) -> list[int]:
@@ -195,8 +212,7 @@ def main(argv: list[str] | None = None) -> None:
         references = {kind: Path(place) / kind for kind in ('one', 'two')}
         launch(arguments, references['one']).join()
         if 'worker killed' in args.injuries:
-            if torchrun(arguments, references['two']).wait():
-                raise RuntimeError(references['two'].with_suffix('.log').read_text()[-3000:])
+            launch_two(arguments, references['two'])
         steps = steps_done(references['one'])
         for number in progress(range(args.trials), desc='trials'):
             injury, out = args.injuries[number % len(args.injuries)], Path(place) / f'trial{number}'

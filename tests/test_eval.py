@@ -1,17 +1,15 @@
 """Metrics against numbers worked out by hand, re-ranking against a plain loop, scripts end to end."""
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import NANO, TESTS, golden
+from processes import joined
 from ruamel.yaml import YAML
 
 from data.datasets import ImageTextEval
@@ -186,9 +184,8 @@ def test_retrieval_script_on_two_processes(files, tmp_path):
     """Straight after pre-training, without a finetune."""
     options = ['--config', files.retrieval_config, '--checkpoint', files.pretrain, '--device', 'cpu']
     retrieval_script.main([*options, '--output_dir', str(tmp_path / 'one')])
-    subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', '-m',
-                    'eval.retrieval', *options, '--output_dir', str(tmp_path / 'two')], cwd=ROOT, check=True,
-                   capture_output=True, timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    for done in joined(2, '-m', 'eval.retrieval', *options, '--output_dir', tmp_path / 'two'):
+        assert done.returncode == 0, done.stderr[-2000:]
     one, two = (json.loads((tmp_path / name / 'retrieval_test.json').read_text()) for name in ('one', 'two'))
     assert one.keys() == two.keys() and len(one) > 15
     assert [key for key in one if one[key] != two[key] and key not in ('seconds', 'image_ms')] == []

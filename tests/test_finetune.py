@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import NANO
+from processes import joined
 from pycocoevalcap.cider.cider import Cider
 from test_losses import objective
 from test_training import run, same, scenes, stop_in_step, write_config  # noqa: F401 (scenes is a fixture)
@@ -28,7 +27,6 @@ from models.logs import read_log
 from models.self_critical import SelfCritical
 from models.teacher_captions import teacher_captions
 from models.tokenizer import Tokenizer
-from utils import ROOT
 
 GENERATION = {'prompt': '', 'batch_size': 3, 'workers': 0, 'num_beams': 2, 'max_length': 8, 'min_length': 3}
 
@@ -305,11 +303,9 @@ def test_a_stop_in_either_stage_changes_nothing(finished, tmp_path, monkeypatch,
 def test_the_stages_run_on_two_processes(finished, tmp_path):
     """All processes have all the teacher's captions, and gradients of everything that trains."""
     config, reference = finished
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone',
-                           'train_dlip_caption_flickr.py', '--config', str(config), '--output_dir', str(tmp_path),
-                           '--device', 'cpu', 'train.batch_size=1', 'scst.epochs=1'], cwd=ROOT, capture_output=True,
-                          text=True, timeout=240, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr[-2000:]
+    for done in joined(2, 'train_dlip_caption_flickr.py', '--config', config, '--output_dir', tmp_path, '--device',
+                      'cpu', 'train.batch_size=1', 'scst.epochs=1'):
+        assert done.returncode == 0, done.stderr[-2000:]
     said = [sorted((folder / 'teacher_captions.jsonl').read_text().splitlines()) for folder in (tmp_path, reference)]
     assert said[0] == said[1]
     assert 'train_reward' in read_log(tmp_path / 'scst/log.txt')[0]

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from test_training import broken_set, pretrained, run, same, scenes, torchrun, write_config  # noqa: F401
+from test_training import broken_set, pretrained, run, run_on_two, same, scenes, write_config  # noqa: F401
 
 import pretrain_dlip
-from models.checkpoint import read_checkpoint
 from models.rehearsal import SavedTensors
 from models.vit import VisionTower
 
@@ -48,18 +47,16 @@ def test_sharded_optimizer_state_equals_the_whole_and_moves_to_other_processes(p
     config, _ = pretrained
     pairs = broken_set(scenes, tmp_path, lambda records: records.__delitem__(slice(48, None)))
     shared = (f'data.train={pairs}', 'negative_all_rank=true', 'optim.schedule=step')
-    for name, *overrides in (('whole', 'train.epochs=1'), ('sharded', 'train.epochs=1', 'optim.shard=true')):
-        done = torchrun(config, tmp_path / name, 2, *shared, 'train.batch_size=4', *overrides)
-        assert done.returncode == 0, done.stderr[-2000:]
-    whole, sharded = (read_checkpoint(tmp_path / name / 'last.pth') for name in ('whole', 'sharded'))
+    whole, sharded = (
+        run_on_two(config, tmp_path / name, *shared, 'train.batch_size=4', 'train.epochs=1', f'optim.shard={sharded}')
+        for name, sharded in (('whole', 'false'), ('sharded', 'true')))
     assert same(sharded['model'], whole['model'])
     assert same(sharded['optimizer']['state'], whole['optimizer']['state'])
     unbroken = run(pretrain_dlip, config, tmp_path / 'one', *shared)
     to_one = run(pretrain_dlip, config, tmp_path / 'sharded', *shared)
     run(pretrain_dlip, config, tmp_path / 'back', *shared, 'train.epochs=1')
-    done = torchrun(config, tmp_path / 'back', 2, *shared, 'train.batch_size=4', 'optim.shard=true')
-    assert done.returncode == 0, done.stderr[-2000:]
-    for got in (to_one, read_checkpoint(tmp_path / 'back/last.pth')):
+    to_two = run_on_two(config, tmp_path / 'back', *shared, 'train.batch_size=4', 'optim.shard=true')
+    for got in (to_one, to_two):
         assert got['epoch'] == 2
         for key, value in unbroken['model'].items():
             assert torch.allclose(got['model'][key], value, atol=1e-4), key

@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 import pandas
 import pytest
 from conftest import NANO, TESTS
+from processes import python
 
 import json_dataset
 from data import scene_layouts
@@ -85,10 +87,14 @@ def run(command: str, place: Path, cwd: Path, *overrides: str) -> str:
         command = command.replace(f' {there}', f' {place / there.strip("/")}{"/" if there[-1] == "/" else ""}')
     command = re.sub(r'(--processes_count|--nproc_per_node)(.)\d+', r'\1\g<2>1', command)
     command = command.replace('torch.distributed.run', 'torch.distributed.run --standalone')
-    env = {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
-           'NO_ALBUMENTATIONS_UPDATE': '1', 'OMP_NUM_THREADS': '2'}
-    done = subprocess.run(['bash', '-c', ' '.join([command, *overrides])], cwd=cwd, env=env, capture_output=True,
-                          text=True, timeout=300)
+    environment = {'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
+                   'NO_ALBUMENTATIONS_UPDATE': '1', 'OMP_NUM_THREADS': '2'}
+    program, *arguments = shlex.split(command)
+    if program == 'python':
+        done = python(*arguments, *overrides, cwd=cwd, **environment)
+    else:
+        done = subprocess.run(['bash', '-c', command], cwd=cwd, env=os.environ | environment, capture_output=True,
+                              text=True, timeout=300)
     assert done.returncode == 0, f'{command}\n{done.stdout[-1500:]}\n{done.stderr[-3000:]}'
     return done.stdout
 
@@ -160,18 +166,18 @@ def test_train_evaluate_use(place, bert_tokenizer, monkeypatch, capsys):
     for i in range(4):
         (classes / f'class_{i % 2}').mkdir(parents=True, exist_ok=True)
         shutil.copy(place / f'datadrive/flickr30k/flickr30k-images/test{i:06d}.jpg', classes / f'class_{i % 2}')
-    out, settings = f'--output_dir {place}/eval --device cpu', (flickr, 'data.workers=0')
+    out, settings = ('--output_dir', f'{place}/eval', '--device', 'cpu'), (flickr, 'data.workers=0')
     for command in (*commands('eval.retrieval'), *commands('eval.caption')):
-        run(command, place, ROOT, out, *settings)
-    assert 'beam-3 caption' in run(*commands('eval.speed'), place, ROOT, out)
-    assert 'top1' in run(*commands('eval.zeroshot'), place, ROOT, out)
+        run(command, place, ROOT, *out, *settings)
+    assert 'beam-3 caption' in run(*commands('eval.speed'), place, ROOT, *out)
+    assert 'top1' in run(*commands('eval.zeroshot'), place, ROOT, *out)
     for name in ('retrieval', 'caption'):  # the report takes the settings of the configs alone
         text = (ROOT / f'configs/{name}_flickr.yaml').read_text()
         for line in (r'workers: .*', r'root: .*'):
             text = re.sub(line, {'w': 'workers: 0', 'r': f'root: {place}/datadrive/flickr30k'}[line[0]], text)
         (place / f'{name}.yaml').write_text(text)
-    printed = run(*commands('eval.report'), place, ROOT, out, f'--retrieval_config {place}/retrieval.yaml',
-                  f'--caption_config {place}/caption.yaml')
+    printed = run(*commands('eval.report'), place, ROOT, *out, '--retrieval_config', f'{place}/retrieval.yaml',
+                  '--caption_config', f'{place}/caption.yaml')
     assert re.search(r'\| GFLOPs/caption +\|', printed)
     names = ('retrieval_test', 'caption_test', 'speed', 'zeroshot')
     assert {path.name for path in (place / 'eval').iterdir()} == {

@@ -1,14 +1,13 @@
 """Runs that are hurt end as if nothing had happened (bench/stress.py does this at many random places)."""
 
 import subprocess
-import sys
 
 import pytest
+from processes import joined, python
 
-from bench.stress import INJURIES, prepare, torchrun
+from bench.stress import INJURIES, prepare
 from models.checkpoint import read_checkpoint
 from models.logs import read_log
-from utils import ROOT
 
 
 @pytest.fixture(scope='module')
@@ -18,14 +17,12 @@ def arguments(tmp_path_factory):
 
 
 def pretrain(arguments, out, *overrides) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, 'pretrain_dlip.py', '--output_dir', str(out), *arguments, *overrides],
-                          cwd=ROOT, capture_output=True, text=True, timeout=200)
+    return python('pretrain_dlip.py', '--output_dir', out, *arguments, *overrides)
 
 
 def test_a_hurt_run_ends_bit_for_bit_as_the_unhurt_one():
     """One of each injury."""
-    done = subprocess.run([sys.executable, '-m', 'bench.stress', '--trials', str(len(INJURIES)), '--size', 'nano',
-                           '--image_size', '32'], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = python('-m', 'bench.stress', '--trials', str(len(INJURIES)), '--size', 'nano', '--image_size', '32')
     assert done.returncode == 0, done.stderr[-2000:]
     assert f'{len(INJURIES)} of {len(INJURIES)} ended bit for bit' in done.stdout
     assert all(f'| {injury} | 1 |' in done.stdout for injury in INJURIES)
@@ -51,6 +48,7 @@ def test_another_number_of_processes_goes_on_at_the_same_place(arguments, tmp_pa
     """One process for an epoch, then two of the same batch: half as many batches, from the same place."""
     out = tmp_path / 'out'
     assert pretrain(arguments, out, 'train.epochs=1').returncode == 0
-    assert torchrun(arguments, out, batch_size=8).wait() == 0
+    first, _ = joined(2, 'pretrain_dlip.py', '--output_dir', out, *arguments)
+    assert first.returncode == 0, first.stderr[-2000:]
     assert [row['epoch'] for row in read_log(out / 'steps.txt')] == [0] * 7 + [1] * 3
-    assert 'goes on at the same place' in out.with_suffix('.log').read_text()
+    assert 'goes on at the same place' in first.stdout

@@ -13,10 +13,11 @@ from models.update import MicroBatch
 LENGTHS = [5, 12, 3, 9]
 
 
-def objective(names=TERMS, dropout: float = 0.0) -> Objective:
+def objective(names=TERMS, depth: int = 2, dropout: float = 0.0) -> Objective:
     """Against a wider and deeper teacher."""
-    sizes = NANO | {'vocab_size': 40, 'dropout': dropout}
-    student, teacher = BLIP(BLIPConfig(**sizes)), BLIP(BLIPConfig(**sizes | {'vision_width': 48, 'vision_depth': 3}))
+    sizes = NANO | {'vocab_size': 40, 'dropout': dropout, 'vision_depth': depth, 'text_depth': depth}
+    student = BLIP(BLIPConfig(**sizes))
+    teacher = BLIP(BLIPConfig(**sizes | {'vision_width': 48, 'vision_depth': depth + 1}))
     momentum = MomentumQueue(student, 10, 0.9, teacher.config.embed_dim)
     return Objective(student, dict.fromkeys(names, 1.0), (1, 2, 3), momentum, teacher, prompt_length=2).train()
 
@@ -47,7 +48,7 @@ def test_compiled_towers_compute_the_same():
     """
     torch.manual_seed(0)
     names = ('image_tokens', 'ita', 'itm', 'lm', 'lm_logits')
-    plain, compiled = objective(names), objective(names)
+    plain, compiled = objective(names, 1), objective(names, 1)  # a layer takes seconds to trace
     compiled.load_state_dict(plain.state_dict())
     compiled.teacher.load_state_dict(plain.teacher.state_dict())
     compiled.momentum.load_state_dict(plain.momentum.state_dict())

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import NANO
-from test_training import broken_set, run, scenes, torchrun, write_config  # noqa: F401
+from test_training import broken_set, run, run_on_two, scenes, write_config  # noqa: F401
 
 import pretrain_dlip
 from data import target_store
@@ -58,8 +58,7 @@ def test_training_from_stored_targets_has_the_live_losses(stored, tmp_path):
     for want, row in zip(live, got, strict=True):  # of weights that float16 targets have moved
         assert row == pytest.approx(want, rel=3e-3, abs=1e-3)
     shared = ('train.epochs=1', 'negative_all_rank=true')
-    done = torchrun(config, tmp_path / 'two', 2, *shared, f'teacher.cache={folder}', 'train.batch_size=4')
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_on_two(config, tmp_path / 'two', *shared, f'teacher.cache={folder}', 'train.batch_size=4')
     run(pretrain_dlip, config, tmp_path / 'one', *shared, f'teacher.cache={folder}')
     one, two = (read_log(tmp_path / name / 'steps.txt') for name in ('one', 'two'))
     for want, row in zip(one, two, strict=True):
@@ -68,8 +67,7 @@ def test_training_from_stored_targets_has_the_live_losses(stored, tmp_path):
 
 def test_two_processes_share_the_storing(stored, tmp_path):
     config, folder = stored
-    done = torchrun(config, tmp_path / 'out', 2, f'teacher.cache={tmp_path / "targets"}', '--store_teacher', '1')
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_on_two(config, tmp_path / 'out', f'teacher.cache={tmp_path / "targets"}', '--store_teacher', '1')
     one, two = TargetStore(folder), TargetStore(tmp_path / 'targets')
     assert two.epochs == 1 and two.manifest['made_of'] == one.manifest['made_of']
     for index in (0, 15, 16, two.manifest['pairs'] - 1):

@@ -5,8 +5,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from processes import Python, joined, python
 from ruamel.yaml import YAML
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,7 +20,7 @@ import json_dataset
 import pretrain_dlip
 import train_dlip_caption_flickr
 import train_dlip_retrieval_flickr
-from bench.stress import workers_of
+from bench.stress import same, workers_of
 from data import scene_layouts
 from data.loader import Batches
 from models.checkpoint import load_model, read_checkpoint
@@ -63,20 +62,13 @@ def write_config(folder: Path, name: str, scenes: Path, **changes) -> Path:
     return path
 
 
+def options(config: Path, out: Path) -> list[str]:
+    return ['--config', str(config), '--output_dir', str(out), '--device', 'cpu', '--seed', '1']
+
+
 def run(script, config: Path, out: Path, *overrides: str) -> dict:
-    script.main(['--config', str(config), '--output_dir', str(out), '--device', 'cpu', '--seed', '1', *overrides])
+    script.main([*options(config, out), *overrides])
     return read_checkpoint(out / 'last.pth')
-
-
-def same(a, b) -> bool:
-    """Equal to the last bit, through nested containers."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 @pytest.fixture(scope='session')
@@ -144,21 +136,18 @@ def test_a_failed_write_leaves_the_good_checkpoint(pretrained, tmp_path, monkeyp
     assert not list(tmp_path.glob('*.tmp*'))
 
 
-def torchrun(config: Path, out: Path, processes: int, *overrides: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, '-m', 'torch.distributed.run', f'--nproc_per_node={processes}', '--standalone',
-               str(ROOT / 'pretrain_dlip.py'), '--config', str(config), '--output_dir', str(out), '--device', 'cpu',
-               '--seed', '1', *overrides]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+def run_on_two(config: Path, out: Path, *overrides: str) -> dict:
+    """`run` of `pretrain_dlip.py` on two processes."""
+    for done in joined(2, 'pretrain_dlip.py', *options(config, out), *overrides):
+        assert done.returncode == 0, done.stderr[-2000:]
+    return read_checkpoint(out / 'last.pth') if '--store_teacher' not in overrides else {}
 
 
 def test_two_processes_train_the_same_model_as_one(pretrained, tmp_path):
     """Same global batch, negatives over all ranks: equal up to the order of float sums (measured: 5e-6)."""
     config, _ = pretrained
     want = run(pretrain_dlip, config, tmp_path / 'one', 'train.epochs=1', 'negative_all_rank=true')
-    done = torchrun(config, tmp_path / 'two', 2, 'train.epochs=1', 'negative_all_rank=true', 'train.batch_size=4')
-    assert done.returncode == 0, done.stderr[-2000:]
-    got = read_checkpoint(tmp_path / 'two' / 'last.pth')
+    got = run_on_two(config, tmp_path / 'two', 'train.epochs=1', 'negative_all_rank=true', 'train.batch_size=4')
     for part in ('model', 'objective'):  # weights; momentum twin and queues
         for key, value in want[part].items():
             assert torch.allclose(got[part][key].float(), value.float(), atol=1e-4), key
@@ -177,10 +166,8 @@ def test_accumulated_batches_train_the_same_model_as_one_large_batch(pretrained,
     settings = [f'data.train={pairs}', 'train.epochs=1', 'loss.itm=0.0', 'ita.queue_size=30',
                 f'teacher.weights={teacher / "last.pth"}', 'teacher.size=nano', *(f'loss.{term}=1.0' for term in terms)]
     want = run(pretrain_dlip, config, tmp_path / 'one', *settings)
-    parts = [run(pretrain_dlip, config, tmp_path / 'four', *settings, 'train.batch_size=2', 'optim.accumulate=4')]
-    done = torchrun(config, tmp_path / 'both', 2, *settings, 'train.batch_size=2', 'optim.accumulate=2')
-    assert done.returncode == 0, done.stderr[-2000:]
-    parts.append(read_checkpoint(tmp_path / 'both/last.pth'))
+    parts = [run(pretrain_dlip, config, tmp_path / 'four', *settings, 'train.batch_size=2', 'optim.accumulate=4'),
+             run_on_two(config, tmp_path / 'both', *settings, 'train.batch_size=2', 'optim.accumulate=2')]
     for got in parts:
         assert {int(entry['step']) for entry in got['optimizer']['state'].values()} == {6}
         for part in ('model', 'objective'):  # weights; momentum twin and queues
@@ -236,14 +223,9 @@ def test_non_finite_loss_stops_and_names_the_component(pretrained, tmp_path, mon
 
 # ---------------------------------------------------------------- bad input
 
-def script(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
 def test_bad_input_is_one_clear_line(pretrained, tmp_path):
     """The way a user meets it: exit code 1, one line, no traceback."""
-    done = script('pretrain_dlip.py', '--config', str(pretrained[0]), '--output_dir', str(tmp_path), '--device', 'cpu',
-                  'data.train=nowhere/all.json')
+    done = python('pretrain_dlip.py', *options(pretrained[0], tmp_path), 'data.train=nowhere/all.json')
     assert done.returncode == 1
     assert done.stderr.endswith('error: no nowhere/all.json: write it with json_dataset.py, or set data.train\n')
     assert 'Traceback' not in done.stderr
@@ -319,26 +301,18 @@ def test_odd_captions_and_a_broken_picture_do_not_end_a_run(pretrained, scenes, 
 
 
 def test_all_processes_stop_when_one_meets_too_many_broken_pictures(pretrained, scenes, tmp_path):
-    """Launched without torchrun, which would end the one that waits for the other."""
+    """None waits for ever for one that has stopped."""
     def edit(records):
         records *= 6
         (tmp_path / 'broken.jpg').write_bytes(b'')
         for row in sum(Batches(len(records), 8, seed=1, epoch=0, start_step=0, rank=1, world_size=2), []):
             records[row] = records[row] | {'image_root': str(tmp_path / 'broken.jpg')}
     data = broken_set(scenes, tmp_path, edit)
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, 'pretrain_dlip.py', '--config', str(pretrained[0]), '--output_dir', str(tmp_path),
-               '--device', 'cpu', '--seed', '1', f'data.train={data}']
-    there = {'OMP_NUM_THREADS': '1', 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost', 'MASTER_PORT': str(port)}
-    runs = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                             env={**os.environ, **there, 'RANK': rank, 'LOCAL_RANK': rank}) for rank in '01']
-    printed = [process.communicate(timeout=120) for process in runs]
-    stops = [re.findall('^error: .*', errors, re.MULTILINE) for _, errors in printed]
-    assert stops[0] == stops[1] and 'not a picture) cannot be read' in stops[0][0], printed
-    assert [process.returncode for process in runs] == [1, 1]
-    assert ['broken.jpg' in output for output, _ in printed] == [False, True]  # that it was met
+    runs = joined(2, 'pretrain_dlip.py', *options(pretrained[0], tmp_path), f'data.train={data}')
+    stops = [re.findall('^error: .*', done.stderr, re.MULTILINE) for done in runs]
+    assert stops[0] == stops[1] and 'not a picture) cannot be read' in stops[0][0], runs
+    assert [done.returncode for done in runs] == [1, 1]
+    assert ['broken.jpg' in done.stdout for done in runs] == [False, True]  # that it was met
 
 
 def test_weight_decay_is_for_matrices_only(nano):
@@ -365,14 +339,11 @@ def test_learning_rate_schedules():
 
 def test_kill_during_training_loses_at_most_the_steps_since_the_last_save(pretrained, tmp_path):
     config, reference = pretrained
-    command = [sys.executable, 'pretrain_dlip.py', '--config', str(config), '--output_dir', str(tmp_path), '--device',
-               'cpu', '--seed', '1', 'train.save_every=1']
-    victim = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    victim = Python('pretrain_dlip.py', *options(config, tmp_path), 'train.save_every=1')
     deadline = time.monotonic() + 100
     while not (tmp_path / 'last.pth').exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     victim.kill()
-    victim.wait()
     got = run(pretrain_dlip, config, tmp_path, 'train.save_every=1')
     assert same(got['model'], read_checkpoint(reference / 'last.pth')['model'])
 
@@ -412,14 +383,12 @@ def test_a_run_can_be_watched(pretrained, tmp_path, monkeypatch):
     assert len(written) == 1 and written[0].stat().st_size > 10_000
 
 
-def node(config: Path, out: Path, port: int, *overrides: str) -> subprocess.Popen:
+def node(config: Path, out: Path, port: int, *overrides: str) -> Python:
     """One node's launch of two, as the README has it, with one process."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--max-restarts=3',
-               '--rdzv_backend=c10d', f'--rdzv_endpoint=localhost:{port}', '--rdzv_id=dlip',
-               '--rdzv_conf=keep_alive_interval=1', 'pretrain_dlip.py', '--config', str(config), '--output_dir',
-               str(out), '--device', 'cpu', '--seed', '1', *overrides]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env={**os.environ, 'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'})
+    return Python('-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1', '--max-restarts=3',
+                  '--rdzv_backend=c10d', f'--rdzv_endpoint=localhost:{port}', '--rdzv_id=dlip',
+                  '--rdzv_conf=keep_alive_interval=1', 'pretrain_dlip.py', *options(config, out), *overrides,
+                  TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
 
 
 def test_two_nodes_one_of_which_dies_and_comes_back(pretrained, tmp_path):
@@ -437,14 +406,12 @@ def test_two_nodes_one_of_which_dies_and_comes_back(pretrained, tmp_path):
         time.sleep(0.01)
     for process in (second.pid, *workers_of(second.pid)):
         os.kill(process, signal.SIGKILL)
-    second.wait()
+    second.kill()
     second = node(config, out, port, *small)
-    printed = first.communicate(timeout=200)[0]
-    assert first.returncode == 0, printed[-3000:]
-    assert second.wait(timeout=60) == 0
-    done = torchrun(config, tmp_path / 'unhurt', 2, *small)
-    assert done.returncode == 0
-    got, want = (read_checkpoint(folder / 'last.pth') for folder in (out, tmp_path / 'unhurt'))
+    for process in (first, second):
+        done = process.wait(timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+    got, want = read_checkpoint(out / 'last.pth'), run_on_two(config, tmp_path / 'unhurt', *small)
     for part in ('model', 'objective', 'optimizer'):
         assert same(got[part], want[part]), part
 
@@ -468,12 +435,9 @@ def watched(self, *args):
 Run.end_epoch = watched
 pretrain_dlip.main()
 """)
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(code),
-               '--config', str(config), '--output_dir', str(tmp_path / 'out'), '--device', 'cpu', 'train.epochs=1',
-               'train.batch_size=4', 'optim.accumulate=2']
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr[-2000:]
+    for done in joined(2, code, *options(config, tmp_path / 'out'), 'train.epochs=1', 'train.batch_size=4',
+                      'optim.accumulate=2'):
+        assert done.returncode == 0, done.stderr[-2000:]
     first, second = (torch.load(tmp_path / f'rank{rank}') for rank in (0, 1))
     assert same(first[0], second[0]) and 'momentum.image_queue' in first[0]
     assert first[1] == (False, True, False)
@@ -487,9 +451,7 @@ def test_a_failure_on_any_rank_ends_the_job_with_its_traceback(pretrained, tmp_p
                     'import os\nimport models.losses, pretrain_dlip\n'
                     'if os.environ["RANK"] == "1":\n    models.losses.itm_loss = None\n'
                     'pretrain_dlip.main()\n')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(code),
-               '--config', str(config), '--output_dir', str(tmp_path / 'out'), '--device', 'cpu']
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = python('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', code,
+                  *options(config, tmp_path / 'out'))
     assert done.returncode and "TypeError: 'NoneType' object is not callable" in done.stderr
     assert '[rank1]' in done.stderr
