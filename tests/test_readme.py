@@ -146,7 +146,7 @@ def test_download_as_webdataset(place, address):
 def test_train_evaluate_use(place, bert_tokenizer, monkeypatch, capsys):
     """The real configs, every loss term included, at nano size: pre-train, finetune, evaluate, serve."""
     if not (place / 'datadrive/dataloader/all.json').exists():
-        run(*commands('json_dataset.py'), place, ROOT)
+        json_dataset.main(['--root', str(place / 'scenes'), '--out', str(place / 'datadrive/dataloader')])
     teacher = BLIP(BLIPConfig(**{**NANO, 'embed_dim': 256, 'dropout': 0.1}, vocab_size=len(bert_tokenizer)))
     (place / 'save').mkdir()
     save_checkpoint(place / 'save/model_base.pth', teacher, bert_tokenizer, {})
