@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from conftest import NANO
 from processes import joined
 from pycocoevalcap.cider.cider import Cider
+from runs import run, stop_in_step, write_config
 from test_losses import objective
-from test_training import run, same, scenes, stop_in_step, write_config  # noqa: F401 (scenes is a fixture)
 
 import train_dlip_caption_flickr
 import train_dlip_retrieval_flickr
+from bench.stress import same
 from data.captions import clean_caption
 from data.datasets import FlickrPictures, FlickrTrain
 from data.transforms import eval_transform, normalise, open_image, whole_transform
@@ -32,7 +33,7 @@ GENERATION = {'prompt': '', 'batch_size': 3, 'workers': 0, 'num_beams': 2, 'max_
 
 
 @pytest.fixture(scope='session')
-def tokenizer(scenes) -> Tokenizer:  # noqa: F811
+def tokenizer(scenes) -> Tokenizer:
     return Tokenizer.from_pretrained(scenes / 'vocab.txt')
 
 
@@ -48,14 +49,14 @@ def teachers(tokenizer, tmp_path_factory) -> dict:
     return files
 
 
-def with_teacher(folder, name, scenes, teachers, **changes):  # noqa: F811
+def with_teacher(folder, name, scenes, teachers, **changes):
     return write_config(folder, name, scenes, teacher__weights=str(teachers[name.split('_')[0]]), teacher__size='nano',
                         **changes)
 
 
 # ---------------------------------------------------------------- retrieval
 
-def test_a_retrieval_finetune_learns_from_a_finetuned_teacher(scenes, teachers, tokenizer, tmp_path):  # noqa: F811
+def test_a_retrieval_finetune_learns_from_a_finetuned_teacher(scenes, teachers, tokenizer, tmp_path):
     """Its terms are logged and fall; its queue holds the teacher's own embeddings of training pairs."""
     terms = ('ita_soft', 'itm_soft', 'image_feat', 'text_feat')
     config = with_teacher(tmp_path, 'retrieval_flickr', scenes, teachers, train__epochs=2, optim__lr=2e-3,
@@ -110,7 +111,7 @@ def test_embeddings_are_regressed_on_unit_spheres_and_itm_on_the_same_pairs(smal
 # ---------------------------------------------------------------- the teacher's captions
 
 @pytest.fixture
-def pictures(scenes) -> FlickrPictures:  # noqa: F811
+def pictures(scenes) -> FlickrPictures:
     return FlickrPictures(scenes / 'flickr30k', 32, 30)
 
 
@@ -157,7 +158,7 @@ def test_a_broken_picture_has_no_caption(pictures, teachers, tokenizer, tmp_path
     assert len(said) == 7 and os.path.basename(path) not in said
 
 
-def test_a_share_of_the_items_has_the_teachers_caption(scenes):  # noqa: F811
+def test_a_share_of_the_items_has_the_teachers_caption(scenes):
     """Decided by seed, epoch and item; without a share items are what they were."""
     def captions(share, epoch=0):
         data = FlickrTrain(scenes / 'flickr30k', whole_transform(32), 30, 0, teacher_share=share)
@@ -262,7 +263,7 @@ def test_log_probabilities_are_those_of_the_sampled_captions(captioner, small_to
 # ---------------------------------------------------------------- the caption script with all of it
 
 @pytest.fixture(scope='session')
-def finished(scenes, teachers, tmp_path_factory):  # noqa: F811
+def finished(scenes, teachers, tmp_path_factory):
     """(config, output folder) of an uninterrupted run: distilled with the teacher's captions, then self-critical."""
     folder = tmp_path_factory.mktemp('caption')
     config = with_teacher(folder, 'caption_flickr', scenes, teachers, train__epochs=1, train__batch_size=2,

@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
-from test_prod import folder  # noqa: F401 (fixture)
 
 from prod import DLIPProd
 
@@ -46,7 +45,7 @@ wanted = st.fixed_dictionaries({}, optional={
 
 
 @pytest.fixture(scope='module')
-def dlip(folder):  # noqa: F811
+def dlip(folder):
     return DLIPProd(None, folder / 'save/last.pth')
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from test_training import broken_set, pretrained, run, run_on_two, same, scenes, write_config  # noqa: F401
+from runs import broken_set, run, run_on_two
 
 import pretrain_dlip
+from bench.stress import same
 from models.rehearsal import SavedTensors
 from models.vit import VisionTower
 
@@ -40,7 +41,7 @@ def test_saved_tensors_by_hand():
     assert none is None and saved.bytes == 8 * 4 * 4 and x.grad is not None
 
 
-def test_sharded_optimizer_state_equals_the_whole_and_moves_to_other_processes(pretrained, scenes, tmp_path):  # noqa: F811
+def test_sharded_optimizer_state_equals_the_whole_and_moves_to_other_processes(pretrained, scenes, tmp_path):
     """Two processes with OSS end as two without; their checkpoint goes on in one process without it, and one process's
     in two with it, as a run that stayed the same.
     """

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_prod import caption, folder, picture, retrieval  # noqa: F401 (fixtures)
 
 from models import precision
 from models.text import KVCache
@@ -36,7 +35,7 @@ def pictures(tmp_path):
     return place
 
 
-def test_search_is_exact_and_incremental(retrieval, pictures, tmp_path, caplog):  # noqa: F811
+def test_search_is_exact_and_incremental(retrieval, pictures, tmp_path, caplog):
     index = retrieval.index(pictures, tmp_path / 'index')
     assert len(index) == 7 and 'broken.jpg is no readable picture' in caplog.text
     features = retrieval.get_image_feat(index.pictures)
@@ -56,7 +55,7 @@ def test_search_is_exact_and_incremental(retrieval, pictures, tmp_path, caplog):
     assert (tmp_path / 'index/features.f32').read_bytes().startswith(before)
 
 
-def test_an_index_survives_what_cuts_it_off(retrieval, pictures, tmp_path):  # noqa: F811
+def test_an_index_survives_what_cuts_it_off(retrieval, pictures, tmp_path):
     whole = retrieval.index(pictures, tmp_path / 'index')
     names = (tmp_path / 'index/pictures.txt')
     names.write_bytes(names.read_bytes()[:-5])  # the last line was not written whole
@@ -68,7 +67,7 @@ def test_an_index_survives_what_cuts_it_off(retrieval, pictures, tmp_path):  # n
         assert retrieval.search(tmp_path / path, mended, 1)[0][0] == path
 
 
-def test_an_index_of_another_net_or_no_index_is_refused(retrieval, pictures, tmp_path, folder):  # noqa: F811
+def test_an_index_of_another_net_or_no_index_is_refused(retrieval, pictures, tmp_path, folder):
     retrieval.index(pictures, tmp_path / 'index')
     other = DLIPProd('retrieval', folder / 'save/dlip_retrieval_flickr.pth')
     torch.nn.init.normal_(other.model.vision_proj.weight)
@@ -85,7 +84,7 @@ def test_an_index_of_another_net_or_no_index_is_refused(retrieval, pictures, tmp
         retrieval.search('a dog', retrieval.index([], tmp_path / 'new'))
 
 
-def test_skipped_pictures_leave_their_place(caption, retrieval, picture):  # noqa: F811
+def test_skipped_pictures_leave_their_place(caption, retrieval, picture):
     mixed = [picture, b'no picture', picture, None]
     said = caption.generate(mixed, batch_size=2, on_error='skip')
     assert said[0] == said[2] == caption.generate(picture)[0] and said[1] is said[3] is None
@@ -98,7 +97,7 @@ def test_skipped_pictures_leave_their_place(caption, retrieval, picture):  # noq
         caption.generate(mixed, on_error='ignore')
 
 
-def test_caption_scores_are_the_captioners_own_log_probabilities(caption, picture):  # noqa: F811
+def test_caption_scores_are_the_captioners_own_log_probabilities(caption, picture):
     texts = ['a dog', 'a red dog']
     scores = caption.caption_scores([picture, picture.rotate(90)], texts, batch_size=3)
     assert scores.shape == (2, 2) and (scores < 0).all()
@@ -115,7 +114,7 @@ def test_caption_scores_are_the_captioners_own_log_probabilities(caption, pictur
     assert float(scores[0, 0]) == pytest.approx(total / (ids.shape[1] - prompt), abs=1e-4)
 
 
-def test_bf16_is_near_fp32(retrieval, folder, picture, monkeypatch, caplog):  # noqa: F811
+def test_bf16_is_near_fp32(retrieval, folder, picture, monkeypatch, caplog):
     monkeypatch.setattr(precision, 'has_bf16', lambda device: False)
     plain = DLIPProd('retrieval', folder / 'save/dlip_retrieval_flickr.pth', precision='bf16')
     assert torch.equal(plain.get_image_feat(picture), retrieval.get_image_feat(picture))
@@ -132,7 +131,7 @@ def test_bf16_is_near_fp32(retrieval, folder, picture, monkeypatch, caplog):  # 
         DLIPProd('retrieval', folder / 'save/dlip_retrieval_flickr.pth', precision='int8')
 
 
-def test_openvino_gives_what_torch_gives(folder, picture):  # noqa: F811
+def test_openvino_gives_what_torch_gives(folder, picture):
     """Of nets of all tasks: pictures alone and in batches, beams that end early, texts of unequal length."""
     pictures, texts = [picture, picture.rotate(90), picture.rotate(180)], ['a dog', 'a red dog and a red dog']
     torch_net, other = (DLIPProd(None, folder / 'save/last.pth', backend=name) for name in ('torch', 'openvino'))
@@ -148,7 +147,7 @@ def test_openvino_gives_what_torch_gives(folder, picture):  # noqa: F811
         DLIPProd(None, folder / 'save/last.pth', backend='onnx')
 
 
-def test_a_signal_after_nets_of_openvino_are_gone_does_not_kill_python(folder):  # noqa: F811
+def test_a_signal_after_nets_of_openvino_are_gone_does_not_kill_python(folder):
     """models/openvino_backend.py says when it did."""
     program = """if True:
         import gc, os, signal, sys
@@ -200,7 +199,7 @@ def test_approximate_search_misses_little_and_follows_a_growing_index(tmp_path):
     assert faiss.read_index(str(tmp_path / 'index/faiss.ivf')).ntotal == 8000
 
 
-def test_captioning_a_folder_goes_on_where_it_stopped(folder, pictures, tmp_path):  # noqa: F811
+def test_captioning_a_folder_goes_on_where_it_stopped(folder, pictures, tmp_path):
     out = tmp_path / 'out/captions.jsonl'
     command = [str(pictures), '--weight', str(folder / 'save/dlip_caption_flickr.pth'), '--out', str(out), '--device',
                'cpu', '--batch_size', '3']
@@ -217,7 +216,7 @@ def test_captioning_a_folder_goes_on_where_it_stopped(folder, pictures, tmp_path
         caption_tool.main(command)
 
 
-def test_searching_a_folder_draws_the_hits(folder, pictures, tmp_path, capsys):  # noqa: F811
+def test_searching_a_folder_draws_the_hits(folder, pictures, tmp_path, capsys):
     sheet = tmp_path / 'hits.png'
     search_tool.main([str(pictures), 'a dog', str(pictures / '1.png'), '--weight',
                       str(folder / 'save/dlip_retrieval_flickr.pth'), '--index', str(tmp_path / 'index'), '--k', '3',
@@ -227,7 +226,7 @@ def test_searching_a_folder_draws_the_hits(folder, pictures, tmp_path, capsys): 
     assert Image.open(sheet).width == 1600
 
 
-def test_threads_share_one_object(caption, retrieval, picture):  # noqa: F811
+def test_threads_share_one_object(caption, retrieval, picture):
     pictures = [picture, picture.rotate(90), picture.rotate(180)] * 4
     alone = [(caption.generate(one), retrieval.get_image_feat(one)) for one in pictures]
     with ThreadPoolExecutor(4) as pool:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training import run, same, scenes, write_config  # noqa: F401
+from runs import run, write_config
 
 import pretrain_dlip
+from bench.stress import same
 from data import shards
 from data.loader import make_loader
 from data.shards import ShardDataset, count_pictures, is_shards, list_shards
@@ -223,7 +224,7 @@ def test_a_shard_that_breaks_off_is_filled_from_others(cc3m):
 
 # ---------------------------------------------------------------- a run
 
-def as_shards(scenes: Path, folder: Path) -> Path:  # noqa: F811
+def as_shards(scenes: Path, folder: Path) -> Path:
     """The scene set's downloads in the other of img2dataset's layouts."""
     for number, source in enumerate(('cc3m', 'mscoco', 'sbu')):
         keys = sorted(path.stem for path in (scenes / source / '00000').glob('*.jpg'))
@@ -235,7 +236,7 @@ def as_shards(scenes: Path, folder: Path) -> Path:  # noqa: F811
     return folder
 
 
-def test_a_run_from_shards_resumes_bit_exactly(scenes, tmp_path, monkeypatch):  # noqa: F811
+def test_a_run_from_shards_resumes_bit_exactly(scenes, tmp_path, monkeypatch):
     source = as_shards(scenes, tmp_path / 'shards')
     config = write_config(tmp_path, 'pretrain', scenes, data__train=f'{source}/{{00000..00002}}.tar',
                           data__workers=2, train__epochs=1)

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import NANO
-from test_training import broken_set, run, run_on_two, scenes, write_config  # noqa: F401
+from runs import broken_set, run, run_on_two, write_config
 
 import pretrain_dlip
 from data import target_store
@@ -28,7 +28,7 @@ SHARD, TEACHER = 16, ROOT / 'data/demo_teacher.pth'
 
 
 @pytest.fixture(scope='module')
-def stored(scenes, tmp_path_factory):  # noqa: F811
+def stored(scenes, tmp_path_factory):
     """(config, folder of two epochs' targets of the demo's teacher, which is trained); every term but itm_soft, whose
     negatives no cache can hold.
     """
@@ -119,7 +119,7 @@ def test_top_k_kl_is_the_full_one_where_the_others_are_equal():
     assert losses.top_k_kl_loss(student[:0], *top_k_classes(teacher[:0], 3)) == 0
 
 
-def test_epochs_beyond_the_stored_ones_repeat_their_crops(stored, scenes):  # noqa: F811
+def test_epochs_beyond_the_stored_ones_repeat_their_crops(stored, scenes):
     dataset = WithTargets(PairDataset(scenes / 'dataloader/all.json', train_transform(64, 0.2, True), 30, seed=1),
                           TargetStore(stored[1]))
     items = []
@@ -184,7 +184,7 @@ def test_stale_targets_are_refused(stored, tmp_path, overrides, message):
         run(pretrain_dlip, config, tmp_path, f'teacher.cache={folder}', *overrides)
 
 
-def test_targets_of_another_teacher_or_data_are_refused(stored, scenes, tmp_path):  # noqa: F811
+def test_targets_of_another_teacher_or_data_are_refused(stored, scenes, tmp_path):
     config, folder = stored
     state = torch.load(TEACHER, weights_only=True)
     state['model']['itm_head.bias'] += 0.01
