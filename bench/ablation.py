@@ -65,11 +65,11 @@ def choose_pairs(path: Path) -> None:
 
 
 def choose_captioned(root: Path) -> None:
-    """A Flickr30K folder with the first PAIRS training captions, for every finetune, and all validation pictures."""
+    """A Flickr30K folder with the first PAIRS training captions, for every finetune, and all of the other splits."""
     scenes = ROOT / read_yaml(ROOT / 'configs/demo/caption_flickr.yaml')['data']['root']
     table = json.loads((scenes / 'dataset_flickr30k.json').read_text())
     rows = [row for row in table['images'] if row['split'] == 'train']
-    kept = rows[:PAIRS // len(rows[0]['sentences'])] + [row for row in table['images'] if row['split'] == 'val']
+    kept = rows[:PAIRS // len(rows[0]['sentences'])] + [row for row in table['images'] if row['split'] != 'train']
     root.mkdir(exist_ok=True)
     for name in ('flickr30k-images', 'scenes.json'):
         (root / name).unlink(missing_ok=True)
