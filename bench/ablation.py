@@ -128,7 +128,8 @@ def run(variant: Variant, seed: int, place: Path) -> Result:
     folder.mkdir(parents=True)
     seconds = train(variant, seed, folder, place)
     if variant.stage != 'pretrain':
-        last = read_log(folder / 'log.txt')[-1]
+        logs = folder / 'scst/log.txt', folder / 'log.txt'  # of the self-critical stage, if there was one
+        last = read_log(next(filter(Path.exists, logs)))[-1]
         return Result(variant.name, seed, [{'seconds': seconds} | {
             name: last[f'val_{name}'] for name in MEASURES if f'val_{name}' in last}])
     points = []
