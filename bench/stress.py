@@ -127,10 +127,12 @@ def launch_two(arguments: list[str], out: Path) -> None:
         free.bind(('localhost', 0))
         port = free.getsockname()[1]
     both = [launch([*arguments, 'train.batch_size=4'], out, partial(join, rank)) for rank in range(2)]
-    for process in both:
-        process.join()
-        if process.exitcode:
-            raise RuntimeError(out.with_suffix('.log').read_text()[-3000:])
+    while None in (ends := [process.exitcode for process in both]) and not any(ends):
+        time.sleep(0.02)
+    if any(ends):
+        for process in both:
+            process.kill()  # the other one would wait for the one that failed
+        raise RuntimeError(out.with_suffix('.log').read_text()[-3000:])
 
 
 def workers_of(agent: int) -> list[int]:
