@@ -23,7 +23,6 @@ import random
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 import json_dataset
 import pretrain_dlip
@@ -123,9 +123,7 @@ def launch_two(arguments: list[str], out: Path) -> None:
     def join(rank: int) -> None:
         os.environ |= {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost',
                        'MASTER_PORT': str(port)}
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
+    port = get_free_port()
     both = [launch([*arguments, 'train.batch_size=4'], out, partial(join, rank)) for rank in range(2)]
     while None in (ends := [process.exitcode for process in both]) and not any(ends):
         time.sleep(0.02)

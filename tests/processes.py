@@ -3,13 +3,13 @@
 import multiprocessing
 import os
 import runpy
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from utils import ROOT
 
@@ -81,9 +81,7 @@ def python(*arguments, **environment: str) -> subprocess.CompletedProcess:
 
 def joined(count: int, *arguments) -> list[subprocess.CompletedProcess]:
     """`python ARGUMENTS` in `count` processes that join as torchrun's do; none is ended because another one failed."""
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
+    port = get_free_port()
     shared = {'WORLD_SIZE': str(count), 'LOCAL_WORLD_SIZE': str(count), 'MASTER_ADDR': 'localhost',
               'MASTER_PORT': str(port)}
     started = [Python(*arguments, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(count)]

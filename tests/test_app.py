@@ -8,6 +8,7 @@ import sys
 import urllib.request
 
 import pytest
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from utils import ROOT
 
@@ -21,9 +22,7 @@ EXAMPLES = ROOT / 'prod/examples'
 @pytest.fixture(scope='module')
 def address(tmp_path_factory):
     folder = tmp_path_factory.mktemp('app')
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
+    port = get_free_port()
     weight = str(ROOT / 'data/demo_teacher.pth')
     process = subprocess.Popen(
         [sys.executable, '-m', 'prod.app', '--caption', weight, '--retrieval', weight, '--folder', str(EXAMPLES),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from processes import Python, joined, python
 from runs import broken_set, options, run, run_on_two
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 import pretrain_dlip
 from bench.stress import same, workers_of
@@ -81,9 +82,7 @@ def node(config: Path, out: Path, port: int, *overrides: str) -> Python:
 def test_two_nodes_one_of_which_dies_and_comes_back(pretrained, tmp_path):
     config, _ = pretrained
     small = ('train.batch_size=4', 'train.epochs=6', 'train.save_every=1')
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
+    port = get_free_port()
     out = tmp_path / 'out'
     first, deadline = node(config, out, port, *small), time.monotonic() + 120
     while socket.socket().connect_ex(('localhost', port)) and time.monotonic() < deadline:
