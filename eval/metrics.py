@@ -111,10 +111,23 @@ def tokenise(captions: dict[object, list[str]], tokenizer: str) -> dict[object, 
     return {key: [next(tokens) for _ in texts] for key, texts in captions.items()}
 
 
+@functools.cache
+def meteor_server():
+    """METEOR's Java process, which takes 10 s and more to start: one for all nets of a table."""
+    from pycocoevalcap.meteor.meteor import Meteor
+    return Meteor()
+
+
 def meteor_scores(references: dict, captions: dict) -> tuple[float, list[float]]:
     """METEOR of the corpus and of each caption, in the order of the ids (about 25 s per 1,000 pictures, 2 GB)."""
-    from pycocoevalcap.meteor.meteor import Meteor
-    return Meteor().compute_score(references, captions)
+    server = meteor_server()
+    try:
+        return server.compute_score(references, captions)
+    except Exception:
+        meteor_server.cache_clear()
+        if server.lock.locked():
+            server.lock.release()  # its destructor would wait for it
+        raise
 
 
 def spice_scores(references: dict, captions: dict) -> tuple[float, list[float]]:

@@ -222,6 +222,7 @@ REFERENCES = {'a': ['a man is riding a horse', 'A person, on a horse!'], 'b': ['
               'c': ['nothing at all']}
 
 
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # of METEOR's destructor
 @pytest.mark.parametrize('words', ['simple', 'ptb'])
 def test_caption_metrics_equal_pycocoevalcap(words):
     from pycocoevalcap.bleu.bleu import Bleu
@@ -249,6 +250,9 @@ def test_caption_metrics_equal_pycocoevalcap(words):
         meteor, meteors = Meteor().compute_score(wanted, given)
         assert corpus['METEOR'] == 100 * meteor
         assert [single[key]['METEOR'] for key in 'abc'] == [100 * x for x in meteors]
+        metrics.meteor_server().meteor_p.kill()  # as Linux does when memory runs out
+        assert 'METEOR' not in caption_metrics(HYPOTHESES, REFERENCES, meteor=True)[0]
+        assert metrics.meteor_server.cache_info().currsize == 0  # the next one starts anew
 
 
 def test_a_score_that_fails_is_left_out_and_its_needs_are_said(monkeypatch, caplog):
