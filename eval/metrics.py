@@ -1,5 +1,6 @@
 """Metrics as pure functions: recall of a score matrix, and caption scores by pycocoevalcap."""
 
+import contextlib
 import functools
 import re
 import shutil
@@ -127,6 +128,8 @@ def meteor_scores(references: dict, captions: dict) -> tuple[float, list[float]]
         meteor_server.cache_clear()
         if server.lock.locked():
             server.lock.release()  # its destructor would wait for it
+        with contextlib.suppress(OSError):
+            server.meteor_p.stdin.close()
         raise
 
 

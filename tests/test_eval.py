@@ -222,7 +222,6 @@ REFERENCES = {'a': ['a man is riding a horse', 'A person, on a horse!'], 'b': ['
               'c': ['nothing at all']}
 
 
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # of METEOR's destructor
 @pytest.mark.parametrize('words', ['simple', 'ptb'])
 def test_caption_metrics_equal_pycocoevalcap(words):
     from pycocoevalcap.bleu.bleu import Bleu
