@@ -15,7 +15,7 @@ from data.loader import make_loader
 from data.shards import ShardDataset, is_shards
 from data.transforms import train_transform
 from eval.caption import caption_pictures
-from models.build import at_resolution, build_student, build_teacher, loss_weights
+from models.build import at_resolution, build_student, build_teacher, init_maps, loss_weights
 from models.momentum import MomentumQueue
 from models.objective import Objective
 from models.rehearsal import rehearse
@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     objective = Objective(student, loss_weights(config['loss'], source),
                           (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum, source,
                           negative_all_rank=config['negative_all_rank'], hidden_layers=config['hidden_layers'])
+    init_maps(objective, model, teacher)
 
     # run
     steps = len(dataset) // (train['batch_size'] * world_size())

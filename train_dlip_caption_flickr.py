@@ -18,7 +18,7 @@ from data.transforms import eval_transform, train_transform
 from eval.caption import evaluate_captions
 from eval.cider import CiderReward
 from eval.table import finetune_table
-from models.build import at_resolution, build_student, build_teacher, loss_weights
+from models.build import at_resolution, build_student, build_teacher, init_maps, loss_weights
 from models.checkpoint import load_model
 from models.objective import Objective
 from models.rehearsal import rehearse
@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     objective = Objective(student, loss_weights(config['loss'], source),
                           (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), teacher=source,
                           prompt_length=prompt_length, hidden_layers=config['hidden_layers'])
+    init_maps(objective, model, teacher)
 
     # run
     run = Run(objective, tokenizer, config, output_dir, device, args.seed, batches_an_epoch(dataset, train))

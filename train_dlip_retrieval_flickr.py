@@ -13,7 +13,7 @@ from data.loader import make_loader
 from data.transforms import eval_transform, train_transform
 from eval.retrieval import evaluate_retrieval
 from eval.table import finetune_table
-from models.build import at_resolution, build_student, build_teacher, loss_weights
+from models.build import at_resolution, build_student, build_teacher, init_maps, loss_weights
 from models.checkpoint import load_model
 from models.momentum import MomentumQueue
 from models.objective import Objective
@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     objective = Objective(student, loss_weights(config['loss'], source),
                           (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum, source,
                           negative_all_rank=config['negative_all_rank'], hidden_layers=config['hidden_layers'])
+    init_maps(objective, model, teacher)
 
     # run
     steps = len(dataset) // (train['batch_size'] * world_size())

@@ -7,7 +7,8 @@ import torch
 
 from models.blip import BLIP
 from models.checkpoint import architecture, build, load_weights, read_checkpoint, stored_config
-from models.inherit import inherit_text, inherit_vision, load_bert, load_timm
+from models.inherit import image_channels, inherit_text, inherit_vision, load_bert, load_timm, text_channels
+from models.objective import Objective
 from models.terms import TEACHER_TERMS
 from models.tokenizer import Tokenizer
 from utils import logger
@@ -72,6 +73,30 @@ def build_student(settings: dict, tokenizer: Tokenizer, task: str, teacher: BLIP
     logger.info('student %s at %d px: %.1fM parameters', settings['size'], settings['image_size'],
                 count_parameters(model) / 1e6)
     return model
+
+
+def init_maps(objective: Objective, settings: dict, teacher: BLIP | None) -> None:
+    """Start the maps to the teacher's width where the student starts, or they first pull it away from what it knows.
+
+    After `model.init` they are those that its distillation had learned, where it holds any that fit; a narrower student
+    that inherits from the teacher has each of its channels mapped to the one that it comes from.
+    """
+    maps = objective.maps
+    if settings['init'] and maps:
+        learned = read_checkpoint(settings['init']).get('objective', {})
+        fitting = {name: learned[name] for name, value in maps.items()
+                   if name in learned and learned[name].shape == value.shape}
+        objective.load_state_dict(fitting, strict=False)
+        logger.info("%d of %d parameters of the maps to the teacher's width from %s", len(fitting), len(maps),
+                    settings['init'])
+        return
+    for tower, channels in (('vision', image_channels), ('text', text_channels)):
+        if settings.get(f'init_{tower}') == 'teacher':
+            for name, value in maps.items():
+                if (tower == 'vision') == name.startswith(('token_map', 'hidden.vision')):
+                    value.zero_()
+                    if value.ndim == 2:
+                        value[channels(objective.student, teacher), torch.arange(value.shape[1])] = 1
 
 
 def need_teacher(teacher: BLIP | None, key: str) -> BLIP:

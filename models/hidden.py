@@ -39,6 +39,11 @@ def layer_pairs(chosen: list | None, depth: int, teacher_depth: int, tower: str)
     return pairs
 
 
+def map_name(ours: int, theirs: int) -> str:
+    """Of the map from a layer of the student to one of the teacher, as the config counts them."""
+    return f'{ours + 1}_{theirs + 1}'
+
+
 class HiddenStates(nn.Module):
     """The hidden-state term of one pass (TinyBERT, Jiao et al. 2020, arXiv 1909.10351, equation 8).
 
@@ -51,15 +56,15 @@ class HiddenStates(nn.Module):
         super().__init__()
         self.pairs = pairs
         self.ours, self.theirs = map(sorted, map(set, zip(*pairs, strict=True)))  # layers to keep the states of
-        self.maps = nn.ModuleList(Linear(width, teacher_width) for _ in pairs)
+        self.maps = nn.ModuleDict({map_name(*pair): Linear(width, teacher_width) for pair in pairs})
         if width == teacher_width:
-            for linear in self.maps:
+            for linear in self.maps.values():
                 nn.init.eye_(linear.weight)
                 nn.init.zeros_(linear.bias)
 
     def forward(self, states: dict[int, torch.Tensor], teacher_states: dict[int, torch.Tensor],
                 mask: torch.Tensor | None = None) -> torch.Tensor:
         """Mean over the pairs of `losses.hidden_loss`; states by layer, [B, T, width] and [B, T, teacher_width]."""
-        values = [losses.hidden_loss(linear(states[ours]), teacher_states[theirs], mask)
-                  for linear, (ours, theirs) in zip(self.maps, self.pairs, strict=True)]
+        values = [losses.hidden_loss(self.maps[map_name(*pair)](states[pair[0]]), teacher_states[pair[1]], mask)
+                  for pair in self.pairs]
         return sum(values) / len(values)

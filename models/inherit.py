@@ -193,14 +193,12 @@ def inherit_text(model: BLIP, teacher: BLIP, choice: str = 'spaced') -> None:
     Raises:
         ValueError: the teacher lacks a tower, or the student's is deeper or wider.
     """
-    channels = None
-    for name, tower, prefix in towers(model):
-        theirs = getattr(teacher, name)
-        if theirs is None:
+    for name, _, _ in towers(model):
+        if getattr(teacher, name) is None:
             raise ValueError(f'model.init_text is teacher, but a teacher of task {teacher.config.task!r} has no {name}')
-        weights = theirs.state_dict()
-        if channels is None:  # encoder and decoder share the word embedding, and so the channels
-            channels = strongest_channels(weights, model.config.text_width)
+    channels = text_channels(model, teacher)
+    for name, tower, prefix in towers(model):
+        weights = getattr(teacher, name).state_dict()
         cut = cut_text(weights, prefix, model.config, teacher.config, channels, image_channels(model, teacher), choice)
         fill(tower, cut, f'the teacher (model.init_text, {name})')
     if model.text_encoder is not None:
@@ -212,6 +210,13 @@ def inherit_text(model: BLIP, teacher: BLIP, choice: str = 'spaced') -> None:
 def image_channels(model: BLIP, teacher: BLIP) -> torch.Tensor:
     """The channels that the student's vision tower keeps of the teacher's."""
     return strongest_channels(teacher.visual_encoder.state_dict(), model.config.vision_width)
+
+
+def text_channels(model: BLIP, teacher: BLIP) -> torch.Tensor:
+    """The channels that the student's text towers keep of the teacher's: encoder and decoder share the word embedding,
+    and so the channels."""
+    name, _, _ = towers(model)[0]
+    return strongest_channels(getattr(teacher, name).state_dict(), model.config.text_width)
 
 
 def load_timm(model: BLIP, source: str) -> None:

@@ -100,6 +100,12 @@ class Objective(nn.Module):
         return self.hidden[term].ours if self.uses(term) else []
 
     @property
+    def maps(self) -> dict[str, torch.Tensor]:
+        """Parameters of the learned linear maps to the teacher's width, by name."""
+        return {name: value for name, value in self.state_dict().items()
+                if name.startswith(('token_map.', 'fused_map.', 'decoder_map.', 'hidden.'))}
+
+    @property
     def teacher(self) -> BLIP | None:
         """The teacher's net; None without a teacher or where its answers are stored."""
         return getattr(self.frozen, 'model', None)

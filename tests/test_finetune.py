@@ -28,6 +28,7 @@ from models.logs import read_log
 from models.self_critical import SelfCritical
 from models.teacher_captions import teacher_captions
 from models.tokenizer import Tokenizer
+from utils import ROOT
 
 GENERATION = {'prompt': '', 'batch_size': 3, 'workers': 0, 'num_beams': 2, 'max_length': 8, 'min_length': 3}
 
@@ -52,6 +53,18 @@ def teachers(tokenizer, tmp_path_factory) -> dict:
 def with_teacher(folder, name, scenes, teachers, **changes):
     return write_config(folder, name, scenes, teacher__weights=str(teachers[name.split('_')[0]]), teacher__size='nano',
                         **changes)
+
+
+def test_a_finetune_goes_on_with_the_maps_of_the_stage_before(scenes, tmp_path):
+    """From the student's width to the teacher's; at a rate of zero they are found again at its end."""
+    config = write_config(tmp_path, 'caption_flickr', scenes, teacher__weights=str(ROOT / 'data/demo_teacher.pth'),
+                          train__epochs=1, loss__decoder_hidden=1.0, loss__decoder_feat=1.0)
+    first = run(train_dlip_caption_flickr, config, tmp_path / 'first', '--no_test')['objective']
+    then = run(train_dlip_caption_flickr, config, tmp_path / 'then', '--no_test', 'optim.lr=0.0',
+               f'model.init={tmp_path}/first/last.pth')['objective']
+    assert {'hidden.decoder_hidden.maps.2_6.weight', 'decoder_map.bias'} <= then.keys()
+    for name, value in then.items():
+        assert torch.equal(value, first[name]), name
 
 
 # ---------------------------------------------------------------- retrieval

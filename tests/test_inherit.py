@@ -11,8 +11,12 @@ from conftest import NANO, relative
 from safetensors.torch import save_file
 
 from models.blip import BLIP, BLIPConfig
-from models.build import build_student
-from models.inherit import choose_layers, inherit_text, inherit_vision, keep_heads, load_bert, load_timm
+from models.build import build_student, init_maps
+from models.hidden import STREAMS
+from models.inherit import choose_layers, inherit_text, inherit_vision, keep_heads, load_bert, load_timm, text_channels
+from models.losses import cosine_loss
+from models.momentum import MomentumQueue
+from models.objective import Objective
 from models.text import Attention
 
 BIG = {'vision_width': 64, 'text_width': 64, 'text_ffn': 128}
@@ -93,6 +97,25 @@ def test_the_heads_that_do_something_are_kept():
     assert narrow.self.query.weight.shape == (8, 32)
     want, got = (net(hidden, *net.keys_values(hidden))[0] for net in (wide, narrow))
     assert torch.allclose(got, want, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_channel_is_mapped_to_the_one_it_comes_from(nano):
+    teacher, images = BLIP(replace(nano.config, **BIG)).eval(), torch.randn(2, 3, 32, 32)
+    inherit_vision(nano, teacher)
+    inherit_text(nano, teacher)
+    weights = dict.fromkeys(('image_tokens', 'fused_feat', 'decoder_feat', *STREAMS), 1.0)
+    objective = Objective(nano, weights, (0, 1, 2), MomentumQueue(nano, 8, 0.9), teacher)
+
+    def distance() -> float:
+        return float(cosine_loss(objective.token_map(nano.encode_image(images)), teacher.encode_image(images)))
+    before = distance()
+    init_maps(objective, {'init': None, 'init_vision': 'teacher', 'init_text': 'teacher'}, teacher)
+    assert distance() < before / 2
+    texts = [value for name, value in objective.maps.items() if value.ndim == 2 and 'vision' not in name][1:]
+    assert len(texts) == 2 + 3 * nano.config.text_depth
+    for value in texts:
+        assert torch.equal(value[text_channels(nano, teacher)], torch.eye(32)) and value.sum() == 32
 
 
 def test_a_teacher_narrower_than_the_student_is_refused(nano):

@@ -186,7 +186,7 @@ def test_hidden_states_are_those_of_the_chosen_layers(small_tokenizer, batch, te
         tower[layer].register_forward_hook(
             lambda module, inputs, out, layer=layer: seen.update({layer: out if term == 'vision_hidden' else out[0]}))
     got = net(*batch, 0.4, 0)[term].detach()
-    want = losses.hidden_loss(net.hidden[term].maps[0](seen[0]), seen[1])
+    want = losses.hidden_loss(net.hidden[term].maps['1_2'](seen[0]), seen[1])
     assert torch.allclose(got, want, atol=1e-6) and float(got) > 0.1
     assert term == 'vision_hidden' or len(seen[0]) == batch[2].sum()
     with pytest.raises(ValueError, match='the student has the layers 1 to 2, not 3'):
