@@ -27,7 +27,7 @@ setup: .venv/installed
 # The README's path on rendered scenes. A step that was finished is not repeated; `make clean` starts over. The test
 # pictures are left to eval.report, which measures student and teacher once.
 demo: setup
-	$(PY) -m data.scene_layouts --out $(DATA) --flickr_train 800
+	$(PY) -m data.scene_layouts --out $(DATA) --pretrain 7200 --flickr_train 800
 	$(PY) json_dataset.py --root $(DATA) --out $(DATA)/dataloader
 	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/pretrain.yaml --output_dir $(DEMO)/pretrain
 	$(TORCHRUN) train_dlip_retrieval_flickr.py --config $(CONFIGS)/retrieval_flickr.yaml --output_dir $(DEMO)/retrieval \

@@ -81,14 +81,15 @@ def choose_captioned(root: Path) -> None:
 def train(variant: Variant, seed: int, folder: Path, place: Path) -> float:
     """Run the script of a variant in a process of one thread -> its CPU seconds."""
     script, config = SCRIPTS[variant.stage]
-    settings = [f'train.batch_size={BATCH}', 'train.precision=fp32', *variant.settings]
+    settings = ['model.size=micro', f'train.batch_size={BATCH}', 'train.precision=fp32', *variant.settings]
     if variant.stage == 'pretrain':
         settings = [f'data.train={place / "pairs.json"}', 'train.epochs=1', *settings]
         if variant.plotted:
             settings += [f'train.keep={POINTS}', f'train.save_every={PAIRS // BATCH // POINTS}']
     else:
         start = place / variant.start / str(seed) / 'last.pth'
-        settings = ['--no_test', f'model.init={start}', f'data.root={place / "flickr30k"}', 'train.epochs=1', *settings]
+        settings = ['--no_test', f'model.init={start}', f'data.root={place / "flickr30k"}', 'optim.lr=3.0e-4',
+                    'train.epochs=1', *settings]
     if variant.stored:
         settings.append(f'teacher.cache={folder / "targets"}')
         launch(script, config, folder, seed, [*settings, '--store_teacher', '1'])

@@ -18,7 +18,7 @@ from prod import DLIPProd
 from utils import clean_exit, progress
 
 CHECKPOINTS = {'teacher, 7.8M': ('data/demo_teacher.pth', 'data/demo_teacher.pth'),
-               'student, 2.6M': ('output/demo/caption/best.pth', 'output/demo/retrieval/best.pth')}
+               'student': ('output/demo/caption/best.pth', 'output/demo/retrieval/best.pth')}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -69,16 +69,17 @@ def test_a_missing_file_is_named(tmp_path):
 
 
 SIZES_AND_PATHS = {'model.size', 'model.image_size', 'model.init', 'model.vit_ckpt_layer', 'tokenizer', 'teacher.size',
-                   'teacher.weights', 'ita.queue_size', 'ita.momentum', 'data.train', 'data.root', 'data.max_tokens',
-                   'data.workers', 'optim.lr', 'optim.warmup_steps', 'optim.schedule', 'train.epochs',
-                   'train.batch_size', 'train.log_every', 'train.save_every', 'scst.lr', 'eval.k_test',
+                   'teacher.weights', 'ita.queue_size', 'ita.momentum', 'ita.alpha_ramp_epochs', 'data.train',
+                   'data.root', 'data.max_tokens', 'data.workers', 'optim.lr', 'optim.warmup_steps', 'optim.schedule',
+                   'train.epochs', 'train.batch_size', 'train.log_every', 'train.save_every', 'scst.lr', 'eval.k_test',
                    'eval.min_length'}
-BESIDES = {'model.init_vision', 'model.init_text', 'model.dropout', 'data.min_scale', 'data.randaugment', 'data.prompt'}
+BESIDES = {'model.init_vision', 'model.init_text', 'model.dropout', 'data.min_scale', 'data.randaugment', 'data.prompt',
+           'negative_all_rank'}
 
 
 @pytest.mark.parametrize('name', SCHEMAS)
 def test_the_demo_differs_only_as_the_readme_says(name):
-    """In sizes, paths and schedule; in initialisation, dropout, augmentation and prompt; in weights of loss terms."""
+    """In sizes, paths and schedule; initialisation, dropout, augmentation, prompt, negatives; weights of loss terms."""
     real, demo = (read_yaml(ROOT / 'configs' / folder / f'{name}.yaml') for folder in ('', 'demo'))
     different = set()
     for key in flat_keys(real):

@@ -21,6 +21,7 @@ from models.momentum import MomentumQueue
 from models.objective import Objective
 from models.targets import StoredTeacher
 from models.teacher_cache import READ_BY, answers, fields_of, top_k_classes
+from models.terms import TEACHER_TERMS
 from models.update import MicroBatch
 from utils import ROOT
 
@@ -33,7 +34,7 @@ def stored(scenes, tmp_path_factory):
     negatives no cache can hold.
     """
     folder = tmp_path_factory.mktemp('cache')
-    changes = {f'loss__{term}': 1.0 for term in READ_BY if term != 'itm_soft'}
+    changes = {f'loss__{term}': float(term in READ_BY and term != 'itm_soft') for term in TEACHER_TERMS}
     config = write_config(folder, 'pretrain', scenes, model__size='micro', model__image_size=64,
                           teacher__weights=str(TEACHER), data__min_scale=0.2, data__randaugment=True, **changes)
     with pytest.MonkeyPatch.context() as patch:
