@@ -37,7 +37,7 @@ demo: setup
 	  $(REPORT_CONFIGS) --curves $(DEMO)/pretrain/curves.png --output_dir $(DEMO)
 	$(PY) -m prod.try_it --retrieval $(DEMO)/retrieval/best.pth --caption $(DEMO)/caption/best.pth \
 	  $(DATA)/flickr30k/flickr30k-images/test000000.jpg $(DATA)/flickr30k/flickr30k-images/test000001.jpg
-	$(PY) -m prod.caption $(DATA)/sbu/00002 --weight $(DEMO)/caption/best.pth --out $(DEMO)/captions.jsonl
+	$(PY) -m prod.caption $(DATA)/sbu/00001 --weight $(DEMO)/caption/best.pth --out $(DEMO)/captions.jsonl
 	$(PY) -m prod.search $(DATA)/flickr30k/flickr30k-images "a small red star left of a large blue heart on black" \
 	  $(DATA)/flickr30k/flickr30k-images/test000007.jpg --weight $(DEMO)/retrieval/best.pth --index $(DEMO)/index \
 	  --rerank 20 --sheet $(DEMO)/hits.png
