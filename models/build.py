@@ -92,11 +92,12 @@ def init_maps(objective: Objective, settings: dict, teacher: BLIP | None) -> Non
         return
     for tower, channels in (('vision', image_channels), ('text', text_channels)):
         if settings.get(f'init_{tower}') == 'teacher':
+            kept = channels(objective.student, teacher)
             for name, value in maps.items():
-                if (tower == 'vision') == name.startswith(('token_map', 'hidden.vision')):
+                if (tower == 'vision') == name.startswith(('token_map.', 'hidden.vision')):
                     value.zero_()
                     if value.ndim == 2:
-                        value[channels(objective.student, teacher), torch.arange(value.shape[1])] = 1
+                        value[kept, torch.arange(len(kept))] = 1
 
 
 def need_teacher(teacher: BLIP | None, key: str) -> BLIP:
