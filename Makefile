@@ -27,7 +27,7 @@ setup: .venv/installed
 # The README's path on rendered scenes. A step that was finished is not repeated; `make clean` starts over. The test
 # pictures are left to eval.report, which measures student and teacher once.
 demo: setup
-	$(PY) -m data.scene_layouts --out $(DATA) --pretrain 7200 --flickr_train 800
+	$(PY) -m data.scene_layouts --out $(DATA) --pretrain 9000 --flickr_train 800 --prompted 0.1
 	$(PY) json_dataset.py --root $(DATA) --out $(DATA)/dataloader
 	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/pretrain.yaml --output_dir $(DEMO)/pretrain
 	$(TORCHRUN) train_dlip_retrieval_flickr.py --config $(CONFIGS)/retrieval_flickr.yaml --output_dir $(DEMO)/retrieval \
@@ -56,21 +56,27 @@ demo-compare: demo
 	  --output_dir $(DEMO)/compare
 
 # How data/demo_teacher.pth was made: first scenes of one kind of thing and captions only, then all scenes, then all
-# losses.
+# losses; last, new scenes of which some captions begin with the prompt, which it has not met before.
 EASY := $(DEMO)/teacher/easy_data
 FULL := $(DEMO)/teacher/data
+PROMPTED := $(DEMO)/teacher/prompted_data
 demo-teacher: setup
 	$(PY) -m data.scene_layouts --out $(EASY) --pretrain 12000 --flickr_train 5 --flickr_val 50 --flickr_test 50 \
 	  --seed 3 --kinds single=0.6 group=0.4
 	$(PY) -m data.scene_layouts --out $(FULL) --pretrain 40000 --seed 1
-	for set in $(EASY) $(FULL); do $(PY) json_dataset.py --root $$set --out $$set/dataloader || exit 1; done
+	$(PY) -m data.scene_layouts --out $(PROMPTED) --pretrain 40000 --flickr_train 5 --flickr_val 50 --flickr_test 50 \
+	  --seed 4 --prompted 0.2
+	for set in $(EASY) $(FULL) $(PROMPTED); do $(PY) json_dataset.py --root $$set --out $$set/dataloader || exit 1; done
 	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/easy \
 	  data.train=$(EASY)/dataloader/all.json loss.ita=0 loss.itm=0 train.batch_size=16 train.epochs=5
 	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/captions \
 	  model.init=$(DEMO)/teacher/easy/last.pth loss.ita=0 loss.itm=0 train.epochs=4
 	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/all \
 	  model.init=$(DEMO)/teacher/captions/last.pth optim.schedule=cosine train.epochs=3
-	$(PY) -m prod.export $(DEMO)/teacher/all/last.pth $(TEACHER) --half
+	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/prompted \
+	  data.train=$(PROMPTED)/dataloader/all.json model.init=$(DEMO)/teacher/all/last.pth optim.lr=2e-4 \
+	  optim.schedule=cosine train.epochs=1
+	$(PY) -m prod.export $(DEMO)/teacher/prompted/last.pth $(TEACHER) --half
 
 # Two files at a time, those that take longest first (tests/conftest.py): most of a test's time is one process that
 # waits or computes alone.

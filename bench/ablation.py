@@ -38,6 +38,7 @@ from models.logs import pyplot, read_log
 from utils import ROOT, atomic_write, clean_exit, make_output_dir, progress, read_yaml
 
 PAIRS, BATCH, POINTS = 1200, 8, 5
+PINNED = ('model.size=micro', 'model.dropout=0.0', 'data.randaugment=false', 'train.precision=fp32')
 SCRIPTS = {'pretrain': ('pretrain_dlip.py', 'pretrain'),
            'retrieval': ('train_dlip_retrieval_flickr.py', 'retrieval_flickr'),
            'caption': ('train_dlip_caption_flickr.py', 'caption_flickr')}
@@ -81,15 +82,15 @@ def choose_captioned(root: Path) -> None:
 def train(variant: Variant, seed: int, folder: Path, place: Path) -> float:
     """Run the script of a variant in a process of one thread -> its CPU seconds."""
     script, config = SCRIPTS[variant.stage]
-    settings = ['model.size=micro', f'train.batch_size={BATCH}', 'train.precision=fp32', *variant.settings]
+    settings = [*PINNED, f'train.batch_size={BATCH}', *variant.settings]
     if variant.stage == 'pretrain':
-        settings = [f'data.train={place / "pairs.json"}', 'train.epochs=1', *settings]
+        settings = [f'data.train={place / "pairs.json"}', 'train.epochs=1', 'optim.schedule=cosine', *settings]
         if variant.plotted:
             settings += [f'train.keep={POINTS}', f'train.save_every={PAIRS // BATCH // POINTS}']
     else:
         start = place / variant.start / str(seed) / 'last.pth'
         settings = ['--no_test', f'model.init={start}', f'data.root={place / "flickr30k"}', 'optim.lr=3.0e-4',
-                    'train.epochs=1', *settings]
+                    'train.epochs=1', *(["data.prompt=''"] if variant.stage == 'caption' else []), *settings]
     if variant.stored:
         settings.append(f'teacher.cache={folder / "targets"}')
         launch(script, config, folder, seed, [*settings, '--store_teacher', '1'])

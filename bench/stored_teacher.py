@@ -2,9 +2,9 @@
 
     python -m bench.stored_teacher
 
-The step of bench.train_step (base teacher, small student, 224 px, 30 tokens, queue 57600) with the terms of
-configs/pretrain.yaml, and without those whose targets are large (image tokens, decoder states, attention maps). Both
-sides take the same terms and turns; the stored side reads and pads its targets from a shard on disk within its time.
+The step of bench.train_step (base teacher, small student, 224 px, 30 tokens, queue 57600) with the original's terms,
+and without those whose targets are large (image tokens, decoder states, attention maps). Both sides take the same terms
+and turns; the stored side reads and pads its targets from a shard on disk within its time.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.train_step import CLS, DEC, ENC, VOCABULARY, OurStep, random_batch
+from bench.train_step import CLS, DEC, ENC, ORIGINAL_TERMS, VOCABULARY, OurStep, random_batch
 from data.target_store import ROW, Fields, Shard, ShardWriter, pad_targets, sides
 from models.blip import BLIP
 from models.checkpoint import architecture
@@ -79,14 +79,13 @@ def main(argv: list[str] | None = None) -> None:
     sizes = {name: architecture(name, 224, VOCABULARY) for name in ('base', 'small')}
     teacher = BLIP(sizes['base']).eval()
     batch = random_batch(args.batch, 224, args.device)
-    sets = {'without the large ones': {name: weight for name, weight in config['loss'].items() if name not in LARGE},
-            'all': config['loss']}
+    sets = {'without the large ones': [name for name in ORIGINAL_TERMS if name not in LARGE], 'all': ORIGINAL_TERMS}
     print(f'224 px, batch {args.batch}, {args.device}, {top_k} tokens of the distribution\n\n'
           '| terms | precision | live teacher, ms | stored, ms | times the live step | by CPU time |\n'
           '|---|---|---:|---:|---:|---:|',
           flush=True)
-    for name, weights in sets.items():
-        terms = [term for term in TEACHER_TERMS if weights.get(term)]
+    for name, weighted in sets.items():
+        weights, terms = dict.fromkeys(weighted, 1.0), [term for term in TEACHER_TERMS if term in weighted]
         fields = fields_of(terms, sizes['base'], top_k)
         for precision in args.precisions:
             compiled = args.device == 'cuda'
@@ -111,11 +110,8 @@ def main(argv: list[str] | None = None) -> None:
             del live, stored
     print(f'\n| terms | bytes a pair of {TOKENS} tokens | of {PAIRS / 1e6:.0f} M pairs, each stored epoch |\n|---|---:|'
           f'---:|')
-    default = [term for term in TEACHER_TERMS if config['loss'].get(term)]
-    rows = {'without the large ones': [term for term in default if term not in LARGE], 'all': default}
-    for term in LARGE:
-        rows[f'{term} alone'] = [term]
-    for name, terms in rows.items():
+    for name, weighted in (sets | {f'{term} alone': [term] for term in LARGE}).items():
+        terms = [term for term in TEACHER_TERMS if term in weighted]
         size = bytes_of(fields_of(terms, sizes['base'], top_k)) + ROW.itemsize
         print(f'| {name} | {size} | {size * PAIRS / 1e9:.0f} GB |')
 

@@ -3,8 +3,8 @@
     python -m bench.train_step                                # CPU, batch 8
     python -m bench.train_step --device cuda --batch 288      # bf16 and torch.compile on our side
 
-Teacher BLIP-Base, student ViT-S + BERT-Small, 224 px, 30 tokens, queue 57600, the loss terms and weights of
-configs/pretrain.yaml, random weights and pictures. The reference is written here from transformers' BLIP modules
+Teacher BLIP-Base, student ViT-S + BERT-Small, 224 px, 30 tokens, queue 57600, the original's loss terms, random weights
+and pictures. The reference is written here from transformers' BLIP modules
 (float32, eager attention) as dlip-v2 trains: keys and values of the image projected anew in every pass, matching in two
 passes, logits over the vocabulary at every position, the negatives picked row by row with `.item()`, the momentum twin
 updated parameter by parameter. Both sides take turns on the same batch; medians of whole steps (forward, backward,
@@ -39,6 +39,8 @@ from models.update import with_start
 from utils import ROOT, clean_exit, progress, read_yaml
 
 CLS, ENC, DEC, VOCABULARY, TOKENS = 101, 30523, 30522, 30524, 30
+ORIGINAL_TERMS = ('ita', 'itm', 'lm', 'image_tokens', 'image_feat', 'text_feat', 'fused_feat', 'decoder_feat',
+                  'ita_soft', 'lm_logits', 'self_attn', 'cross_attn', 'decoder_self_attn')
 
 
 def data(batch: int, image_size: int, device: str) -> Callable:
@@ -272,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.device == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
     config = read_yaml('configs/pretrain.yaml')
-    weights, queue = config['loss'], config['ita']['queue_size']
+    weights, queue = dict.fromkeys(ORIGINAL_TERMS, 1.0), config['ita']['queue_size']
     sizes = {name: architecture(name, args.image_size, VOCABULARY) for name in ('base', 'small')}
     batch = random_batch(args.batch, args.image_size, args.device)
     shared = (queue, weights, config['optim']['lr'], args.device)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from data.scenes import ARRANGEMENTS, BACKGROUNDS, COLOURS, FILLS, PLACES, SHAPES, SIZES, Scene, Thing
 from data.transforms import swap_left_right
+from models.generation import PROMPT
 
 # {0}, {1}, {2}: the scene's things in canonical order; a phrasing without {bg} does not name the background.
 TEMPLATES = {
@@ -79,8 +80,8 @@ BACKGROUND = re.compile(rf'^({"|".join(BACKGROUNDS)}) background with |\bon ({"|
 
 
 def skeleton(text: str) -> tuple[str, list[re.Match], list[str]]:
-    """A caption without its nouns (-> 'N') and backgrounds, the nouns, and the backgrounds."""
-    text = ' '.join(text.lower().replace(',', ' ').split())
+    """A caption without the prompt, its nouns (-> 'N') and backgrounds; the nouns, and the backgrounds."""
+    text = ' '.join(text.lower().replace(',', ' ').split()).removeprefix(PROMPT)
     nouns = list(NOUN.finditer(text))
     backgrounds = [a or b for a, b in BACKGROUND.findall(text)]
     bare = BACKGROUND.sub(' ', NOUN.sub('N', text))
@@ -149,7 +150,7 @@ def oracle_recall(scenes: list[Scene]) -> float:
 def vocabulary() -> list[str]:
     """WordPiece vocabulary: special tokens, pieces that can spell any word, and the words of the grammar."""
     characters = [*'abcdefghijklmnopqrstuvwxyz', ',', "'", '-']
-    words = {*'a picture of'.split(), *(f'{shape}{"es" if shape == "cross" else "s"}' for shape in SHAPES)}
+    words = {*PROMPT.split(), *(f'{shape}{"es" if shape == "cross" else "s"}' for shape in SHAPES)}
     for (kind, arrangement), templates in TEMPLATES.items():
         for place in ARRANGEMENTS[kind] if arrangement is None else (arrangement,):
             for template in templates:

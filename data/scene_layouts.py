@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from data.scene_captions import captions, vocabulary
 from data.scenes import KINDS, Scene, render, sample_split
+from models.generation import PROMPT
 from utils import atomic_write, clean_exit, progress
 
 SHARES = {'cc3m': 0.45, 'mscoco': 0.35, 'sbu': 0.17, 'vgo': 0.03}
@@ -37,15 +38,17 @@ def write_picture(scene: Scene, path: Path, seed: int, size: tuple[int, int] | N
     picture.save(path, quality=QUALITY)
 
 
-def write_shard(job: tuple[Path, int, list[Scene], int]) -> int:
+def write_shard(job: tuple[Path, int, list[Scene], int, float]) -> int:
     """One img2dataset shard; returns the pictures written."""
-    folder, number, scenes, seed = job
+    folder, number, scenes, seed, prompted = job
     rng = random.Random(seed)
     shard = folder / f'{number:05d}'
     shard.mkdir(parents=True)
     rows = []
     for i, scene in enumerate(scenes):
         key, text = f'{number:05d}{i:04d}', rng.choice(captions(scene))
+        if prompted and rng.random() < prompted:
+            text = PROMPT + text
         failed = rng.random() < FAILED
         row = {'caption': text, 'url': f'scene://{folder.name}/{key}', 'key': key,
                'status': 'failed_to_download' if failed else 'success',
@@ -111,7 +114,8 @@ def write_flickr_annotation(folder: Path, splits: dict[str, list[tuple[str, Scen
     (folder / 'scenes.json').write_text(json.dumps(scenes))
 
 
-def build(out: Path, pretrain: int, flickr: dict[str, int], kinds: dict[str, float], seed: int, workers: int) -> None:
+def build(out: Path, pretrain: int, flickr: dict[str, int], kinds: dict[str, float], prompted: float, seed: int,
+          workers: int) -> None:
     """Render everything into `out`, which must hold none of it."""
     jobs: list[tuple] = []
     rng = random.Random(seed)
@@ -121,7 +125,8 @@ def build(out: Path, pretrain: int, flickr: dict[str, int], kinds: dict[str, flo
             jobs.append((write_visual_genome, (out / source, scenes, rng.getrandbits(32))))
             continue
         for number, start in enumerate(range(0, len(scenes), SHARD)):
-            jobs.append((write_shard, (out / source, number, scenes[start:start + SHARD], rng.getrandbits(32))))
+            jobs.append((write_shard, (out / source, number, scenes[start:start + SHARD], rng.getrandbits(32),
+                                       prompted)))
     folder = out / 'flickr30k'
     (folder / 'flickr30k-images').mkdir(parents=True)
     splits = {}
@@ -149,6 +154,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--flickr_test', type=int, default=1000)
     parser.add_argument('--kinds', nargs='+', metavar='KIND=SHARE', default=[f'{k}={v}' for k, v in KINDS.items()],
                         help='shares of the kinds of scene (default: %(default)s)')
+    parser.add_argument('--prompted', type=float, default=0.0, metavar='SHARE',
+                        help=f"share of the downloads whose caption begins '{PROMPT}' (default: none)")
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--workers', type=int, default=2)
     args = parser.parse_args(argv)
@@ -156,7 +163,10 @@ def main(argv: list[str] | None = None) -> None:
     kinds = {kind: float(share) for kind, _, share in (text.partition('=') for text in args.kinds)}
     if not kinds.keys() <= KINDS.keys():
         raise ValueError(f'--kinds {" ".join(args.kinds)}: the kinds of scene are {", ".join(KINDS)}')
-    made = {'pretrain': args.pretrain, 'flickr30k': flickr, 'kinds': kinds, 'seed': args.seed}
+    if not 0 <= args.prompted <= 1:
+        raise ValueError(f'--prompted {args.prompted}: a share is from 0 to 1')
+    made = {'pretrain': args.pretrain, 'flickr30k': flickr, 'kinds': kinds, 'prompted': args.prompted,
+            'seed': args.seed}
     marker = args.out / 'scenes_made.json'  # says whose folder it is from the start, and what is in it at the end
     if marker.exists():
         if json.loads(marker.read_text()) == made:
@@ -169,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
         json.dump({'unfinished': made}, file)
     for folder in (*SHARES, 'flickr30k'):  # only what a build writes: anything else in there is the user's
         shutil.rmtree(args.out / folder, ignore_errors=True)
-    build(args.out, args.pretrain, flickr, kinds, args.seed, args.workers)
+    build(args.out, args.pretrain, flickr, kinds, args.prompted, args.seed, args.workers)
     with atomic_write(marker) as file:
         json.dump(made, file)
     print(f'{args.pretrain} pictures for pre-training and {sum(flickr.values())} for Flickr30K in {args.out}')

@@ -110,9 +110,9 @@ class DLIPProd:
             on_error: 'raise', or 'skip': None in the place of what is no readable picture.
 
         >>> dlip.generate('prod/examples/05.jpg')
-        ['white background with a green square that holds a blue star']
+        ['within a green square there is a blue star on white']
         >>> dlip.generate('prod/examples/05.jpg', num_captions=2)[0][1]
-        'a blue star inside a green square on white'
+        'white background with a green square that holds a blue star'
         >>> dlip.generate([b'no picture'], on_error='skip')
         [None]
         """

@@ -62,7 +62,7 @@ def test_a_picture_is_captioned_and_a_bad_one_named(page, tmp_path):
     expect(page.get_by_role('button', name='Remove Image')).to_be_visible()
     page.get_by_role('button', name='Caption', exact=True).click()
     expect(page.locator('textarea').first).to_have_value(
-        'white background with a green square that holds a blue star', timeout=20_000)
+        'within a green square there is a blue star on white', timeout=20_000)
     page.get_by_role('button', name='Remove Image').click()
     (tmp_path / 'broken.png').write_bytes(b'no picture')
     upload(page, tmp_path / 'broken.png')

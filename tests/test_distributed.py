@@ -24,8 +24,9 @@ from utils import ROOT
 def test_two_processes_train_the_same_model_as_one(pretrained, tmp_path):
     """Same global batch, negatives over all ranks: equal up to the order of float sums (measured: 5e-6)."""
     config, _ = pretrained
-    want = run(pretrain_dlip, config, tmp_path / 'one', 'train.epochs=1', 'negative_all_rank=true')
-    got = run_on_two(config, tmp_path / 'two', 'train.epochs=1', 'negative_all_rank=true', 'train.batch_size=4')
+    settings = 'train.epochs=1', 'negative_all_rank=true', 'model.dropout=0.0'
+    want = run(pretrain_dlip, config, tmp_path / 'one', *settings)
+    got = run_on_two(config, tmp_path / 'two', *settings, 'train.batch_size=4')
     for part in ('model', 'objective'):  # weights; momentum twin and queues
         for key, value in want[part].items():
             assert torch.allclose(got[part][key].float(), value.float(), atol=1e-4), key
@@ -42,7 +43,8 @@ def test_accumulated_batches_train_the_same_model_as_one_large_batch(pretrained,
     pairs = broken_set(scenes, tmp_path, lambda records: records.__delitem__(slice(48, None)))  # 6 updates of 8
     terms = ('ita_soft', 'image_feat', 'lm_logits', 'self_attn', 'decoder_self_attn')
     settings = [f'data.train={pairs}', 'train.epochs=1', 'loss.itm=0.0', 'loss.itm_soft=0.0', 'ita.queue_size=30',
-                f'teacher.weights={teacher / "last.pth"}', 'teacher.size=nano', *(f'loss.{term}=1.0' for term in terms)]
+                'model.dropout=0.0', f'teacher.weights={teacher / "last.pth"}', 'teacher.size=nano',
+                *(f'loss.{term}=1.0' for term in terms)]
     want = run(pretrain_dlip, config, tmp_path / 'one', *settings)
     parts = [run(pretrain_dlip, config, tmp_path / 'four', *settings, 'train.batch_size=2', 'optim.accumulate=4'),
              run_on_two(config, tmp_path / 'both', *settings, 'train.batch_size=2', 'optim.accumulate=2')]

@@ -144,7 +144,7 @@ def test_download_as_webdataset(place, address):
 
 
 def test_train_evaluate_use(place, bert_tokenizer, monkeypatch, capsys):
-    """The real configs, every loss term included, at nano size: pre-train, finetune, evaluate, serve."""
+    """The real configs at nano size: pre-train, finetune, evaluate, serve."""
     if not (place / 'datadrive/dataloader/all.json').exists():
         json_dataset.main(['--root', str(place / 'scenes'), '--out', str(place / 'datadrive/dataloader')])
     teacher = BLIP(BLIPConfig(**{**NANO, 'embed_dim': 256, 'dropout': 0.1}, vocab_size=len(bert_tokenizer)))
@@ -155,8 +155,8 @@ def test_train_evaluate_use(place, bert_tokenizer, monkeypatch, capsys):
     save = place / 'save'
     run(*commands('pretrain_dlip.py'), place, ROOT, *small, f'teacher.weights={save}/model_base.pth',
         'model.init_vision=null', 'ita.queue_size=64', f'data.train={place}/datadrive/dataloader/all.json')
-    assert {'train_loss_ita', 'train_loss_lm_logits', 'train_loss_cross_attn'} <= read_log(
-        place / 'output/pretrain/log.txt')[0].keys()
+    assert {'train_loss_ita', 'train_loss_lm_logits', 'train_loss_decoder_cross_attn', 'train_loss_fused_hidden'} <= \
+        read_log(place / 'output/pretrain/log.txt')[0].keys()
     flickr = f'data.root={place}/datadrive/flickr30k'
     for script in ('train_dlip_retrieval_flickr.py', 'train_dlip_caption_flickr.py'):
         run(*commands(script), place, ROOT, *small, flickr, f'model.init={place}/output/pretrain/last.pth')

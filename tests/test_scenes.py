@@ -18,6 +18,7 @@ from data import scene_layouts
 from data.scene_captions import captions, oracle_recall, parse, slots_match, vocabulary
 from data.scenes import ARRANGEMENTS, BACKGROUNDS, COLOURS, FILLS, SHAPES, SIZES, Scene, render, sample_split
 from data.transforms import swap_left_right
+from models.generation import PROMPT
 from models.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,6 +211,16 @@ def test_a_finished_set_is_left_alone_and_other_arguments_rebuild_it(folder, tmp
     scene_layouts.main([*arguments, '--seed', '1'])
     second = files(out)
     assert second['flickr30k/scenes.json'] != first['flickr30k/scenes.json']
+
+
+def test_a_share_of_the_downloads_begins_with_the_prompt(tmp_path):
+    scene_layouts.main(['--out', str(tmp_path / 'set'), *SMALL, '--prompted', '0.5'])
+    said = [path.read_text() for path in (tmp_path / 'set').rglob('*.txt') if path.name != 'vocab.txt']
+    begun = [text for text in said if text.startswith(PROMPT)]
+    assert 0.35 < len(begun) / len(said) < 0.65
+    assert all(parse(text) == parse(text.removeprefix(PROMPT)) is not None for text in begun)
+    with pytest.raises(ValueError, match='--prompted 2'):
+        scene_layouts.main(['--out', str(tmp_path / 'other'), *SMALL, '--prompted', '2'])
 
 
 def test_a_rebuild_removes_only_what_a_build_writes(folder):
