@@ -41,7 +41,8 @@ def original_query(model: BLIP, tokens: torch.Tensor, ids: torch.Tensor, mask: t
     tower = model.text_encoder
     hidden, attend = tower.embeddings(ids, 0), mask[:, None, None, :].bool()
     for layer in tower.layers:
-        hidden, _, _ = layer(hidden, attend, layer.crossattention.keys_values(tokens), False, None, False)
+        hidden, _, _ = layer(hidden, attend, layer.crossattention.keys_values(tokens), want_maps=False, extend=None,
+                             first_only=False, texts=None)
     return model.itm_head(hidden[:, 0])[:, 1]
 
 

@@ -36,7 +36,8 @@ def stored(scenes, tmp_path_factory):
     folder = tmp_path_factory.mktemp('cache')
     changes = {f'loss__{term}': float(term in READ_BY and term != 'itm_soft') for term in TEACHER_TERMS}
     config = write_config(folder, 'pretrain', scenes, model__size='micro', model__image_size=64,
-                          model__dropout=0.0, teacher__weights=str(TEACHER), data__min_scale=0.2, data__randaugment=True, **changes)
+                          model__dropout=0.0, teacher__weights=str(TEACHER), data__min_scale=0.2,
+                          data__randaugment=True, **changes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr('models.teacher_cache.SHARD', SHARD)
         store(config, folder / 'targets', 2)
