@@ -3,12 +3,13 @@
     python -m bench.train_step                                # CPU, batch 8
     python -m bench.train_step --device cuda --batch 288      # bf16 and torch.compile on our side
 
-Teacher BLIP-Base, student ViT-S + BERT-Small, 224 px, 30 tokens, queue 57600, the original's loss terms, random weights
-and pictures. The reference is written here from transformers' BLIP modules (float32, eager attention) as dlip-v2 trains:
-keys and values of the image projected anew in every pass, matching in two passes, logits over the vocabulary at every
-position, the negatives picked row by row with `.item()`, the momentum twin updated parameter by parameter. Both sides take turns on the same batch; medians of whole steps (forward, backward,
-clipping, AdamW, twin), then where ours spends its time; the data's part is that of one loader without workers: JPEGs of
-640 x 480 decoded and augmented, captions made tokens, both brought to the device.
+Teacher BLIP-Base, student ViT-S + BERT-Small, 224 px, 30 tokens, queue 57600, the original's loss terms, random
+weights and pictures. The reference is written here from transformers' BLIP modules (float32, eager attention) as
+dlip-v2 trains: keys and values of the image projected anew in every pass, matching in two passes, logits over the
+vocabulary at every position, the negatives picked row by row with `.item()`, the momentum twin updated parameter by
+parameter. Both sides take turns on the same batch; medians of whole steps (forward, backward, clipping, AdamW, twin),
+then where ours spends its time; the data's part is that of one loader without workers: JPEGs of 640 x 480 decoded and
+augmented, captions made tokens, both brought to the device.
 """
 
 import argparse
