@@ -39,14 +39,17 @@ class PairWriter:
     def __init__(self, file):
         self.file, self.count = file, 0
 
-    def write(self, records: list[str]) -> None:
-        numbers = map(str, range(self.count, self.count + len(records)))
-        text = ''.join(chain.from_iterable(zip(records, numbers, strict=True)))
+    def write(self, text: str, count: int) -> None:
+        """`count` records as `numbered` from `self.count` on."""
         self.file.write(text if self.count else text.replace('},', '[', 1))
-        self.count += len(records)
+        self.count += count
 
     def close(self) -> None:
         self.file.write('}\n]\n' if self.count else '[]\n')
+
+
+def numbered(records: list[str], first: int) -> str:
+    return ''.join(chain.from_iterable(zip(records, map(str, range(first, first + len(records))), strict=True)))
 
 
 class Seen:
@@ -137,8 +140,9 @@ def build(root: Path, out: Path, sources: list[str], workers: int) -> dict[str, 
                     print(part.note)
                 new = kept.add(part.identity)
                 records = part.records if new.all() else [part.records[i] for i in np.flatnonzero(new)]
-                writer.write(records)
-                everything.write(records)
+                text, first = numbered(records, writer.count), writer.count == everything.count  # source: equal numbers
+                writer.write(text, len(records))
+                everything.write(text if first else numbered(records, everything.count), len(records))
                 tallies[source].add(part, new)
                 again = failed.add(part.failed_identity) & ~kept.holds(part.failed_identity)
                 if again.any():

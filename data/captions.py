@@ -3,6 +3,7 @@
 import re
 
 PUNCTUATION = '.!"()*#:;~'
+EDGES = PUNCTUATION + ' '  # what a caption without a word is made of
 BLANKED = str.maketrans(dict.fromkeys(PUNCTUATION, ' '))
 
 
@@ -23,7 +24,7 @@ def one_line(text) -> str:
         return ''
     if not text.isprintable() or '  ' in text:  # most captions need nothing, and there are millions
         text = ' '.join(storable(text).split())
-    return text.strip() if text.strip(PUNCTUATION + ' ') else ''
+    return text.strip() if text.strip(EDGES) else ''
 
 
 def storable(text: str) -> str:
