@@ -140,9 +140,10 @@ def build(root: Path, out: Path, sources: list[str], workers: int) -> dict[str, 
                     print(part.note)
                 new = kept.add(part.identity)
                 records = part.records if new.all() else [part.records[i] for i in np.flatnonzero(new)]
-                text, first = numbered(records, writer.count), writer.count == everything.count  # source: equal numbers
+                text = numbered(records, writer.count)
+                same = everything.count == writer.count  # numbers, in the first source
+                everything.write(text if same else numbered(records, everything.count), len(records))
                 writer.write(text, len(records))
-                everything.write(text if first else numbered(records, everything.count), len(records))
                 tallies[source].add(part, new)
                 again = failed.add(part.failed_identity) & ~kept.holds(part.failed_identity)
                 if again.any():
