@@ -182,7 +182,7 @@ def setup_process(device: str = 'auto') -> torch.device:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     # oneDNN keeps a kernel for each shape. As texts are not padded, every training step brings new ones, and the 1024
     # that it keeps by default are a third of a gigabyte that is never used again.
-    os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '256')
+    os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '128')
     if 'RANK' in os.environ and not dist.is_initialized():
         store, number, count = next(dist.rendezvous('env://', timeout=TIMEOUT))
         backend = 'cpu:gloo,cuda:nccl' if chosen.type == 'cuda' else 'gloo'  # what the host knows, no GPU waits for
