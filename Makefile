@@ -8,8 +8,9 @@ DATA := $(DEMO)/data
 TEACHER := data/demo_teacher.pth
 CONFIGS := configs/demo
 REPORT_CONFIGS := --retrieval_config $(CONFIGS)/retrieval_flickr.yaml --caption_config $(CONFIGS)/caption_flickr.yaml
-# On a CPU two processes of one thread are faster than one process of two.
+# On a CPU two processes of one thread are faster than one process of two. The demo is made for it: a GPU is left alone.
 TORCHRUN := OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node=2
+CPU := --device cpu
 # The same student without a teacher: from scratch, without distillation terms.
 PLAIN := teacher.weights=null
 
@@ -29,10 +30,10 @@ setup: .venv/installed
 demo: setup
 	$(PY) -m data.scene_layouts --out $(DATA) --pretrain 9000 --flickr_train 800 --prompted 0.1
 	$(PY) json_dataset.py --root $(DATA) --out $(DATA)/dataloader
-	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/pretrain.yaml --output_dir $(DEMO)/pretrain
-	$(TORCHRUN) train_dlip_retrieval_flickr.py --config $(CONFIGS)/retrieval_flickr.yaml --output_dir $(DEMO)/retrieval \
+	$(TORCHRUN) pretrain_dlip.py $(CPU) --config $(CONFIGS)/pretrain.yaml --output_dir $(DEMO)/pretrain
+	$(TORCHRUN) train_dlip_retrieval_flickr.py $(CPU) --config $(CONFIGS)/retrieval_flickr.yaml --output_dir $(DEMO)/retrieval \
 	  --no_test
-	$(TORCHRUN) train_dlip_caption_flickr.py --config $(CONFIGS)/caption_flickr.yaml --output_dir $(DEMO)/caption --no_test
+	$(TORCHRUN) train_dlip_caption_flickr.py $(CPU) --config $(CONFIGS)/caption_flickr.yaml --output_dir $(DEMO)/caption --no_test
 	$(PY) -m eval.report --teacher $(TEACHER) --retrieval $(DEMO)/retrieval/best.pth --caption $(DEMO)/caption/best.pth \
 	  $(REPORT_CONFIGS) --curves $(DEMO)/pretrain/curves.png --output_dir $(DEMO)
 	$(PY) -m prod.try_it --retrieval $(DEMO)/retrieval/best.pth --caption $(DEMO)/caption/best.pth \
@@ -44,11 +45,11 @@ demo: setup
 
 # The same student trained without its teacher for the same steps, as a third net of the table.
 demo-compare: demo
-	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/pretrain.yaml --output_dir $(DEMO)/plain/pretrain $(PLAIN) \
+	$(TORCHRUN) pretrain_dlip.py $(CPU) --config $(CONFIGS)/pretrain.yaml --output_dir $(DEMO)/plain/pretrain $(PLAIN) \
 	  model.init_vision=null model.init_text=null
-	$(TORCHRUN) train_dlip_retrieval_flickr.py --config $(CONFIGS)/retrieval_flickr.yaml --output_dir $(DEMO)/plain/retrieval \
+	$(TORCHRUN) train_dlip_retrieval_flickr.py $(CPU) --config $(CONFIGS)/retrieval_flickr.yaml --output_dir $(DEMO)/plain/retrieval \
 	  --no_test $(PLAIN) model.init=$(DEMO)/plain/pretrain/last.pth
-	$(TORCHRUN) train_dlip_caption_flickr.py --config $(CONFIGS)/caption_flickr.yaml --output_dir $(DEMO)/plain/caption \
+	$(TORCHRUN) train_dlip_caption_flickr.py $(CPU) --config $(CONFIGS)/caption_flickr.yaml --output_dir $(DEMO)/plain/caption \
 	  --no_test $(PLAIN) model.init=$(DEMO)/plain/pretrain/last.pth
 	$(PY) -m eval.report --teacher $(TEACHER) --retrieval $(DEMO)/retrieval/best.pth --caption $(DEMO)/caption/best.pth \
 	  --plain_retrieval $(DEMO)/plain/retrieval/best.pth --plain_caption $(DEMO)/plain/caption/best.pth \
@@ -67,13 +68,13 @@ demo-teacher: setup
 	$(PY) -m data.scene_layouts --out $(PROMPTED) --pretrain 40000 --flickr_train 5 --flickr_val 50 --flickr_test 50 \
 	  --seed 4 --prompted 0.2
 	for set in $(EASY) $(FULL) $(PROMPTED); do $(PY) json_dataset.py --root $$set --out $$set/dataloader || exit 1; done
-	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/easy \
+	$(TORCHRUN) pretrain_dlip.py $(CPU) --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/easy \
 	  data.train=$(EASY)/dataloader/all.json loss.ita=0 loss.itm=0 train.batch_size=16 train.epochs=5
-	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/captions \
+	$(TORCHRUN) pretrain_dlip.py $(CPU) --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/captions \
 	  model.init=$(DEMO)/teacher/easy/last.pth loss.ita=0 loss.itm=0 train.epochs=4
-	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/all \
+	$(TORCHRUN) pretrain_dlip.py $(CPU) --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/all \
 	  model.init=$(DEMO)/teacher/captions/last.pth optim.schedule=cosine train.epochs=3
-	$(TORCHRUN) pretrain_dlip.py --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/prompted \
+	$(TORCHRUN) pretrain_dlip.py $(CPU) --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/prompted \
 	  data.train=$(PROMPTED)/dataloader/all.json model.init=$(DEMO)/teacher/all/last.pth optim.lr=2e-4 \
 	  optim.schedule=cosine train.epochs=1
 	$(PY) -m prod.export $(DEMO)/teacher/prompted/last.pth $(TEACHER) --half

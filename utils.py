@@ -130,7 +130,7 @@ def script_arguments(description: str, config: str, output_dir: str, argv: list[
         parser.add_argument('--no_test', action='store_true', help='leave the test pictures alone, as for choosing '
                             'settings; eval.report and its like measure best.pth later')
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='override a setting, e.g. optim.lr=1e-4')
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # overrides before and after options
     return args, load_config(args.config, config, args.overrides)
 
 
@@ -176,7 +176,7 @@ def setup_process(device: str = 'auto') -> torch.device:
         if local_size > torch.cuda.device_count():
             raise ValueError(f'--nproc_per_node={local_size}, but this machine has {torch.cuda.device_count()} GPUs: '
                              f'lower it, or train on the CPU with --device cpu')
-        if 'LOCAL_RANK' in os.environ:
+        if 'LOCAL_RANK' in os.environ or chosen.index is None:
             chosen = torch.device('cuda', local_rank)
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

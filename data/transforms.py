@@ -6,6 +6,7 @@ import random
 import re
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import BinaryIO
 
 import numpy as np
@@ -128,9 +129,16 @@ def file_bytes(file: BinaryIO) -> torch.Tensor:
     return torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
 
 
+@cache
+def mean_and_std(device: torch.device) -> torch.Tensor:
+    """[2, 3, 1, 1] on a device, brought there once: torchvision's `normalize` does it at every call, and waits."""
+    return torch.tensor([MEAN, STD], device=device)[..., None, None]
+
+
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 [..., 3, H, W] -> float32 of the same shape, as the vision tower takes it"""
-    return F.normalize(pixels.float().div_(255), MEAN, STD, inplace=True)
+    mean, std = mean_and_std(pixels.device)
+    return pixels.float().div_(255).sub_(mean).div_(std)
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = evaluation_parser(__doc__, CONFIG)
     parser.add_argument('--spice', action='store_true', help='SPICE too (Java, 8 GB of memory, a download)')
     parser.add_argument('--export', action='store_true', help='also write the captions as COCO and NoCaps want them')
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     config = load_config(args.config, CONFIG, args.overrides)
     device, output_dir = setup_process(args.device), make_output_dir(args.output_dir)
     data, nets, figures, said = config['data'], {}, {}, {}

@@ -165,7 +165,7 @@ def top_texts(dataset, scores_i2t: torch.Tensor, image: int, count: int = 5) -> 
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = evaluation_parser(__doc__, CONFIG).parse_args(argv)
+    args = evaluation_parser(__doc__, CONFIG).parse_intermixed_args(argv)
     config = load_config(args.config, CONFIG, args.overrides)
     device, output_dir = setup_process(args.device), make_output_dir(args.output_dir)
     data, nets, figures = config['data'], {}, {}
