@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench.train_step import CLS, DEC, ENC, ORIGINAL_TERMS, VOCABULARY, OurStep, random_batch
+from bench.original_step import CLS, DEC, ENC, ORIGINAL_TERMS
+from bench.train_step import VOCABULARY, OurStep, random_batch, seconds_now
 from data.target_store import ROW, Fields, Shard, ShardWriter, pad_targets, sides
 from models.blip import BLIP
 from models.checkpoint import architecture
 from models.targets import StoredTeacher
 from models.teacher_cache import answers, fields_of
 from models.terms import TEACHER_TERMS
-from models.update import MicroBatch
 from utils import clean_exit, progress, read_yaml
 
 LARGE = ('image_tokens', 'decoder_feat', 'self_attn', 'cross_attn', 'decoder_self_attn', 'decoder_cross_attn')
@@ -40,12 +40,8 @@ class StoredStep(OurStep):
         self.objective.frozen = StoredTeacher(net.config, net.temp.item())
 
     def forward(self, batch) -> torch.Tensor:
-        self.number += 1
         stored = pad_targets([self.shard[row][1] for row in range(self.rows)])
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == 'bf16'):
-            stored = {name: x.to(self.device) for name, x in stored.items()}
-            update = self.objective.prepare([MicroBatch(*batch, None, stored)])
-            return self.objective(*batch, 0.4, self.number, update)['loss']
+        return super().forward(batch, {name: x.to(self.device) for name, x in stored.items()})
 
 
 def store(path: Path, teacher: BLIP, batch, terms: list[str], fields: Fields, top_k: int) -> Shard:
@@ -73,7 +69,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    synchronise = torch.cuda.synchronize if args.device == 'cuda' else lambda: None
     config = read_yaml('configs/pretrain.yaml')
     top_k, queue = config['teacher']['top_k'], config['ita']['queue_size']
     sizes = {name: architecture(name, 224, VOCABULARY) for name in ('base', 'small')}
@@ -88,21 +83,21 @@ def main(argv: list[str] | None = None) -> None:
         weights, terms = dict.fromkeys(weighted, 1.0), [term for term in TEACHER_TERMS if term in weighted]
         fields = fields_of(terms, sizes['base'], top_k)
         for precision in args.precisions:
-            compiled = args.device == 'cuda'
-            shared = (queue, weights, config['optim']['lr'], args.device, precision, compiled)
+            shared = queue, weights, config['optim']['lr'], args.device, batch[2].sum(1).tolist(), precision
             live = OurStep(BLIP(sizes['small']), teacher, *shared)
             stored = StoredStep(BLIP(sizes['small']), teacher, *shared)
             with tempfile.TemporaryDirectory() as folder:
                 stored.from_shard(store(Path(folder) / 'shard', teacher, batch, terms, fields, top_k), args.batch)
+                if args.device == 'cuda':
+                    live.compile(), stored.compile()
                 times: dict[str, list[tuple[float, float]]] = {'live': [], 'stored': []}
                 for number in progress(range(args.rounds + 1), desc=f'{name}, {precision}'):
                     for side, step in (('live', live), ('stored', stored)):
-                        synchronise()
-                        started = time.perf_counter(), time.process_time()
+                        started = seconds_now(args.device), time.process_time()
                         step(*batch)
-                        synchronise()
                         if number:
-                            times[side].append((time.perf_counter() - started[0], time.process_time() - started[1]))
+                            times[side].append((seconds_now(args.device) - started[0],
+                                                time.process_time() - started[1]))
             (live_s, live_cpu), (stored_s, stored_cpu) = (
                 map(statistics.median, zip(*rounds, strict=True)) for rounds in times.values())
             print(f'| {name} | {precision} | {1000 * live_s:.0f} | {1000 * stored_s:.0f} | {live_s / stored_s:.2f} | '

@@ -4,43 +4,39 @@
     python -m bench.train_step --device cuda --batch 288      # bf16 and torch.compile on our side
 
 Teacher BLIP-Base, student ViT-S + BERT-Small, 224 px, 30 tokens, queue 57600, the original's loss terms, random
-weights and pictures. The reference is written here from transformers' BLIP modules (float32, eager attention) as
-dlip-v2 trains: keys and values of the image projected anew in every pass, matching in two passes, logits over the
-vocabulary at every position, the negatives picked row by row with `.item()`, the momentum twin updated parameter by
-parameter. Both sides take turns on the same batch; medians of whole steps (forward, backward, clipping, AdamW, twin),
-then where ours spends its time; the data's part is that of one loader without workers: JPEGs of 640 x 480 decoded and
-augmented, captions made tokens, both brought to the device.
+weights and pictures; the reference is `bench/original_step.py`. Both sides take turns on the same batch; medians of
+whole steps (forward, backward, clipping, AdamW, twin), with the share of this machine's fastest matrix product that
+their counted operations reach and, on a GPU, the most memory of each side; then where ours spends its time. The data's
+part is that of one loader without workers: JPEGs of 640 x 480 decoded and augmented, captions made tokens, both brought
+to the device.
 """
 
 import argparse
-import copy
 import io
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-from transformers import BlipTextConfig, BlipTextLMHeadModel, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.data_throughput import photograph
+from bench.original_step import CLS, DEC, ENC, ORIGINAL_TERMS, Reference, ReferenceStep
 from data.datasets import first_readable
 from data.transforms import normalise, train_transform
-from models import losses
-from models.blip import BLIP, BLIPConfig
+from models.blip import BLIP
 from models.checkpoint import architecture
+from models.linear import FLOPS, Linear
 from models.logs import memory_used
 from models.momentum import MomentumQueue
 from models.objective import Objective
 from models.optim import parameter_groups
+from models.packing import packed
 from models.tokenizer import Tokenizer
-from models.update import with_start
+from models.update import MicroBatch
 from utils import ROOT, clean_exit, progress, read_yaml
 
-CLS, ENC, DEC, VOCABULARY, TOKENS = 101, 30523, 30522, 30524, 30
-ORIGINAL_TERMS = ('ita', 'itm', 'lm', 'image_tokens', 'image_feat', 'text_feat', 'fused_feat', 'decoder_feat',
-                  'ita_soft', 'lm_logits', 'self_attn', 'cross_attn', 'decoder_self_attn')
+VOCABULARY, TOKENS = 30524, 30
 
 
 def data(batch: int, image_size: int, device: str) -> Callable:
@@ -66,152 +62,32 @@ def random_batch(batch: int, image_size: int, device: str) -> tuple[torch.Tensor
     return tuple(x.to(device) for x in (images, ids, mask, torch.arange(batch)))
 
 
-# ---------------------------------------------------------------- the original's algorithm
-
-class Reference(nn.Module):
-    """A BLIP from transformers' modules, encoder and decoder tied as the original ties them."""
-
-    def __init__(self, config: BLIPConfig):
-        super().__init__()
-        text = BlipTextConfig(vocab_size=config.vocab_size, hidden_size=config.text_width,
-                              intermediate_size=config.text_ffn, num_hidden_layers=config.text_depth,
-                              num_attention_heads=config.text_heads, encoder_hidden_size=config.vision_width,
-                              hidden_dropout_prob=config.dropout, attention_probs_dropout_prob=config.dropout,
-                              projection_dim=config.embed_dim, bos_token_id=DEC, sep_token_id=102)
-        text._attn_implementation = 'eager'
-        vision = BlipVisionConfig(hidden_size=config.vision_width, intermediate_size=4 * config.vision_width,
-                                  num_hidden_layers=config.vision_depth, num_attention_heads=config.vision_heads,
-                                  image_size=config.image_size, patch_size=config.patch_size)
-        self.vision = BlipVisionModel(vision)
-        self.encoder = BlipTextModel(text, add_pooling_layer=False)
-        self.decoder = BlipTextLMHeadModel(text)
-        for ours, theirs in zip(self.decoder.bert.encoder.layer, self.encoder.encoder.layer, strict=True):
-            ours.crossattention, ours.intermediate, ours.output = (
-                theirs.crossattention, theirs.intermediate, theirs.output)
-        self.decoder.bert.embeddings = self.encoder.embeddings
-        self.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
-        self.text_proj = nn.Linear(config.text_width, config.embed_dim)
-        self.itm_head = nn.Linear(config.text_width, 2)
-        self.temp = nn.Parameter(torch.tensor(0.07))
-
-    def features(self, tokens, ids, mask):
-        hidden = self.encoder(ids, mask).last_hidden_state
-        return (F.normalize(self.vision_proj(tokens[:, 0]), dim=-1), F.normalize(self.text_proj(hidden[:, 0]), dim=-1))
-
-
-class ReferenceStep:
-    """dlip-v2's `forward`, with the losses of models/losses.py, so that both sides compute the same terms."""
-
-    def __init__(self, student: Reference, teacher: Reference, queue_size: int, weights: dict[str, float], lr: float,
-                 device: str):
-        self.student, self.teacher = student.to(device).train(), teacher.to(device).eval().requires_grad_(False)
-        self.twin = copy.deepcopy(student).eval().requires_grad_(False)
-        wide, narrow = teacher.vision_proj.in_features, student.vision_proj.in_features
-        text = teacher.text_proj.in_features, student.text_proj.in_features
-        self.maps = nn.ModuleDict({'token': nn.Linear(narrow, wide), 'fused': nn.Linear(text[1], text[0]),
-                                   'decoder': nn.Linear(text[1], text[0])}).to(device)
-        self.weights = weights
-        self.queues = {name: F.normalize(torch.randn(256, queue_size, device=device), dim=0)
-                       for name in ('image', 'text', 'teacher image', 'teacher text')}
-        self.ids = torch.full((queue_size,), losses.IGNORE, device=device)
-        self.pointer = 0
-        parameters = [*student.parameters(), *self.maps.parameters()]
-        self.optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
-
-    def __call__(self, images, ids, mask, sample_ids) -> None:
-        student, teacher, out, batch = self.student, self.teacher, {}, len(ids)
-        ids = with_start(ids, CLS)
-        tokens = student.vision(images).last_hidden_state
-        image, text = student.features(tokens, ids, mask)
-        with torch.no_grad():
-            for ours, theirs in zip(self.twin.parameters(), student.parameters(), strict=True):
-                ours.data = ours.data * 0.995 + theirs.data * 0.005
-            image_m, text_m = self.twin.features(self.twin.vision(images).last_hidden_state, ids, mask)
-            teacher_tokens = teacher.vision(images).last_hidden_state
-            teacher_image, teacher_text = teacher.features(teacher_tokens, ids, mask)
-        new = {'image': image_m, 'text': text_m, 'teacher image': teacher_image, 'teacher text': teacher_text}
-        every = {name: torch.cat([new[name].T, queue], 1).T for name, queue in self.queues.items()}
-        targets = losses.positives(sample_ids, torch.cat([sample_ids, self.ids]))
-        out['ita'] = losses.ita_loss(image, text, image_m, text_m, every['image'], every['text'], student.temp, targets,
-                                     0.4)
-        out['ita_soft'] = losses.soft_ita_loss(image, text, every['image'], every['text'], student.temp, teacher_image,
-                                               teacher_text, every['teacher image'], every['teacher text'],
-                                               teacher.temp)
-        out['image_tokens'] = losses.cosine_loss(self.maps['token'](tokens), teacher_tokens)
-        out['image_feat'] = losses.cosine_loss(image, teacher_image)
-        out['text_feat'] = losses.cosine_loss(text, teacher_text)
-        rows = (self.pointer + torch.arange(batch, device=ids.device)) % len(self.ids)
-        for name, queue in self.queues.items():
-            queue[:, rows] = new[name].T
-        self.ids[rows] = sample_ids
-        self.pointer += batch
-
-        ids = with_start(ids, ENC)  # matching: the pairs, and the teacher's pass over them
-        fused = student.encoder(ids, mask, encoder_hidden_states=tokens, output_attentions=True)
-        with torch.no_grad():
-            target = teacher.encoder(ids, mask, encoder_hidden_states=teacher_tokens, output_attentions=True)
-            to_text = (image @ text_m.T / student.temp).softmax(1).fill_diagonal_(0) + 1e-4
-            to_image = (text @ image_m.T / student.temp).softmax(1).fill_diagonal_(0) + 1e-4
-        images_negative, ids_negative, mask_negative = [], [], []
-        for row in range(batch):
-            images_negative.append(tokens[torch.multinomial(to_image[row], 1).item()])
-            chosen = torch.multinomial(to_text[row], 1).item()
-            ids_negative.append(ids[chosen])
-            mask_negative.append(mask[chosen])
-        negative = student.encoder(torch.cat([ids, torch.stack(ids_negative)]),
-                                   torch.cat([mask, torch.stack(mask_negative)]),
-                                   encoder_hidden_states=torch.cat([torch.stack(images_negative), tokens]))
-        out['itm'] = losses.itm_loss(student.itm_head(torch.cat([fused.last_hidden_state[:, 0],
-                                                                 negative.last_hidden_state[:, 0]])))
-        out['fused_feat'] = losses.cosine_loss(self.maps['fused'](fused.last_hidden_state[:, 0]),
-                                               target.last_hidden_state[:, 0])
-        for name, maps in (('self_attn', 'attentions'), ('cross_attn', 'cross_attentions')):
-            ours, theirs = (getattr(result, maps)[-1].clamp_min(1e-9).log() for result in (fused, target))
-            out[name] = losses.attention_kl_loss(ours, theirs, mask)
-
-        ids = with_start(ids, DEC)  # captions
-        labels = ids.masked_fill(mask == 0, losses.IGNORE)
-        passes = {'encoder_hidden_states': tokens, 'output_attentions': True, 'output_hidden_states': True,
-                  'is_decoder': True, 'use_cache': False}
-        said = student.decoder(ids, mask, **passes)
-        with torch.no_grad():
-            wanted = teacher.decoder(ids, mask, **passes | {'encoder_hidden_states': teacher_tokens})
-        valid = labels[:, 1:] != losses.IGNORE
-        out['lm'] = losses.lm_loss(said.logits[:, :-1], labels[:, 1:])
-        out['lm_logits'] = losses.logit_kl_loss(said.logits[:, :-1][valid], wanted.logits[:, :-1][valid])
-        out['decoder_feat'] = losses.cosine_loss(self.maps['decoder'](said.hidden_states[-1][:, :-1]),
-                                                 wanted.hidden_states[-1][:, :-1], valid)
-        ours, theirs = (result.attentions[-1].clamp_min(1e-9).log() for result in (said, wanted))
-        out['decoder_self_attn'] = losses.attention_kl_loss(ours, theirs, mask)
-        sum(self.weights[name] * value for name, value in out.items()).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
-# ---------------------------------------------------------------- ours
-
 class OurStep:
     """The step of models/training.py, its parts timed.
 
     Args:
+        lengths: tokens of each text of the batch, as the tokenizer tells a run.
         precision: 'fp32' or 'bf16' (autocast).
     """
 
     def __init__(self, student: BLIP, teacher: BLIP, queue_size: int, weights: dict[str, float], lr: float,
-                 device: str, precision: str, compiled: bool):
+                 device: str, lengths: list[int], precision: str):
         momentum = MomentumQueue(student, queue_size, 0.995, teacher.config.embed_dim)
         self.objective = Objective(student, weights, (CLS, ENC, DEC), momentum, teacher).to(device).train()
         self.objective.teacher.to(device)
-        self.device, self.precision, self.number = device, precision, 0
+        self.device, self.lengths, self.precision, self.number = device, lengths, precision, 0
         self.optimizer = torch.optim.AdamW(parameter_groups(self.objective, 0.05), lr=lr, fused=True)
-        if compiled:
-            for net in (student, teacher):
+
+    def compile(self) -> None:
+        for net in (self.objective.student, self.objective.teacher):
+            if net is not None:
                 net.compile_towers()
 
-    def forward(self, batch) -> torch.Tensor:
+    def forward(self, batch, stored: dict | None = None) -> torch.Tensor:
         self.number += 1
         with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == 'bf16'):
-            return self.objective(*batch, 0.4, self.number)['loss']
+            shared = self.objective.prepare([MicroBatch(*batch, self.lengths, stored)])
+            return self.objective(*batch, 0.4, self.number, shared)['loss']
 
     def update(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.objective.parameters(), 1.0)
@@ -223,16 +99,14 @@ class OurStep:
         self.update()
         self.objective.momentum.update(self.objective.student)
 
-    def split(self, batch, make_batch: Callable, synchronise: Callable, rounds: int) -> dict[str, float]:
-        """Median seconds of each part of the step; the teacher's share of forward by running it alone, with pads."""
+    def split(self, batch, make_batch: Callable, rounds: int) -> dict[str, float]:
+        """Median seconds of each part of the step; the teacher's share of forward by running it alone."""
         times: dict[str, list[float]] = {}
 
         def timed(name: str, function: Callable):
-            synchronise()
-            started = time.perf_counter()
+            started = seconds_now(self.device)
             result = function()
-            synchronise()
-            times.setdefault(name, []).append(time.perf_counter() - started)
+            times.setdefault(name, []).append(seconds_now(self.device) - started)
             return result
 
         for _ in range(rounds):
@@ -248,14 +122,36 @@ class OurStep:
 
     @torch.no_grad()
     def teacher_alone(self, images, ids, mask, sample_ids) -> None:
-        teacher = self.objective.teacher
+        teacher, texts = self.objective.teacher, packed(mask, self.lengths)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == 'bf16'):
             tokens = teacher.encode_image(images)
-            teacher.text_feat(ids, mask)
+            teacher.text_feat(ids, texts)
             kv = teacher.project_image(tokens)
-            teacher.text_encoder(ids, mask, image_kv=kv, want_maps=True)
-            hidden = teacher.text_decoder.bert(ids, mask, causal=True, image_kv=kv, want_maps=True).hidden
+            teacher.text_encoder(ids, texts, image_kv=kv, want_maps=True)
+            hidden = teacher.text_decoder.bert(ids, texts, causal=True, image_kv=kv, want_maps=True).hidden
             teacher.text_decoder.logits(hidden[:, :-1][mask[:, 1:].bool()])
+
+
+@torch.no_grad()
+def best_product(device: str, precision: str) -> float:
+    """Operations a second of a large linear map."""
+    side = 8192 if device == 'cuda' else 2048
+    x, linear, times = torch.randn(side, side, device=device), Linear(side, side).to(device), []
+    with torch.autocast(device, torch.bfloat16, enabled=precision == 'bf16'):
+        if precision == 'bf16':
+            x = x.bfloat16()
+        for _ in range(10):
+            started = seconds_now(device)
+            linear(x)
+            times.append(seconds_now(device) - started)
+    return 2 * side ** 3 / statistics.median(times)
+
+
+def seconds_now(device: str) -> float:
+    """The clock, once the device has done what it was given."""
+    if device == 'cuda':
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -270,39 +166,57 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    synchronise = torch.cuda.synchronize if args.device == 'cuda' else lambda: None
-    if args.device == 'cuda':
-        torch.backends.cuda.matmul.allow_tf32 = True
+    on_gpu = args.device == 'cuda'
+    if on_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     config = read_yaml('configs/pretrain.yaml')
     weights, queue = dict.fromkeys(ORIGINAL_TERMS, 1.0), config['ita']['queue_size']
     sizes = {name: architecture(name, args.image_size, VOCABULARY) for name in ('base', 'small')}
     batch = random_batch(args.batch, args.image_size, args.device)
     shared = (queue, weights, config['optim']['lr'], args.device)
-    steps = {'original, fp32': ReferenceStep(Reference(sizes['small']), Reference(sizes['base']), *shared)}
+    builders = {'original, fp32': lambda: ReferenceStep(Reference(sizes['small']), Reference(sizes['base']), *shared)}
     for precision in args.precisions:
-        nets = BLIP(sizes['small']), BLIP(sizes['base']).eval()
-        steps[f'DLIP, {precision}'] = OurStep(*nets, *shared, precision, compiled=args.device == 'cuda')
+        builders[f'DLIP, {precision}'] = lambda precision=precision: OurStep(
+            BLIP(sizes['small']), BLIP(sizes['base']).eval(), *shared, batch[2].sum(1).tolist(), precision)
+    steps, operations, memory = {}, {}, {}
+    for name, build in progress(builders.items(), desc='building'):
+        before = torch.cuda.memory_allocated() if on_gpu else 0
+        steps[name] = build()
+        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+            steps[name](*batch)
+        operations[name] = counter.get_total_flops()
+        if on_gpu:
+            if isinstance(steps[name], OurStep):
+                steps[name].compile()
+                steps[name](*batch)
+            torch.cuda.reset_peak_memory_stats()
+            steps[name](*batch)
+            memory[name] = (torch.cuda.max_memory_allocated() - before) / 2 ** 30
     times = {name: [] for name in steps}
     for number in progress(range(args.rounds + 1), desc='rounds'):
         for name, step in steps.items():
-            synchronise()
-            started = time.perf_counter()
+            started = seconds_now(args.device)
             step(*batch)
-            synchronise()
             if number:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(seconds_now(args.device) - started)
     seconds = {name: statistics.median(values) for name, values in times.items()}
-    print(f'{args.image_size} px, batch {args.batch}, {args.device}\n')
-    print('| step | ms | pairs/s | times the original |\n|---|---:|---:|---:|')
+    peaks = {precision: best_product(args.device, precision) for precision in {'fp32', *args.precisions}}
+    where = torch.cuda.get_device_name() if on_gpu else f'CPU, {args.threads} threads'
+    print(f'{args.image_size} px, batch {args.batch}, {where}\n')
+    print(f'| step | ms | pairs/s | times the original | TFLOPs | TFLOP/s | of the best product |{" GiB |" * on_gpu}')
+    print(f'|---|{"---:|" * (6 + on_gpu)}')
     for name, value in seconds.items():
-        print(f'| {name} | {1000 * value:.0f} | {args.batch / value:.2f} | {seconds["original, fp32"] / value:.2f} |')
+        rate, peak = operations[name] / value, peaks[name[-4:]]
+        print(f'| {name} | {1000 * value:.0f} | {args.batch / value:.2f} | {seconds["original, fp32"] / value:.2f} | '
+              f'{operations[name] / 1e12:.2f} | {rate / 1e12:.2f} | {rate / peak:.0%} of {peak / 1e12:.2f} |'
+              + (f' {memory[name]:.1f} |' if on_gpu else ''))
     print(f'\n| part of a step (ms) | {" | ".join(args.precisions)} |\n|---|{"---:|" * len(args.precisions)}')
     make_batch = data(args.batch, args.image_size, args.device)
-    parts = [steps[f'DLIP, {precision}'].split(batch, make_batch, synchronise, args.rounds)
-             for precision in args.precisions]
+    parts = [steps[f'DLIP, {precision}'].split(batch, make_batch, args.rounds) for precision in args.precisions]
     for name in parts[0]:
         print(f'| {name} | {" | ".join(f"{1000 * times[name]:.0f}" for times in parts)} |')
-    print(f'\nMost memory of the process, all sides at once: {memory_used(torch.device(args.device)):.1f} GiB')
+    if not on_gpu:
+        print(f'\nMost memory of the process, all sides at once: {memory_used(torch.device(args.device)):.1f} GiB')
 
 
 if __name__ == '__main__':
