@@ -8,8 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import compress, islice, repeat
-from json.encoder import encode_basestring as quote
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +19,14 @@ from pandas.util import hash_array
 
 from data.captions import one_line
 from data.json_list import read_json_list
+from data.text_columns import one_lines, quoted, text_column
 
 PICTURES = ('.jpg', '.jpeg', '.png', '.webp')
 REQUIRED, TEXTS = {'key', 'caption', 'status'}, ('key', 'caption', 'url')
 SIZES = ('width', 'height', 'original_width', 'original_height')
 MIN_WORDS, MIN_AREA = 5, 0.2 * 800 * 600  # Visual Genome regions: more than 4 words, more than 20% of 800 x 600
 GENOME_PICTURES = 2000  # of Visual Genome in a part
+NONE = pa.array([], pa.string())
 
 
 @dataclass
@@ -43,29 +44,29 @@ class Part:
         note: what the user should know.
     """
 
-    records: list[str]
+    records: pa.StringArray
     identity: np.ndarray
     words: np.ndarray
     sides: np.ndarray
     dropped: Counter
-    failed: dict[str, list[str]]
+    failed: dict[str, pa.StringArray]
     failed_identity: np.ndarray
     note: str = ''
 
 
-def identities(addresses: list[str], captions: list[str]) -> np.ndarray:
+def identities(addresses: pa.StringArray, captions: pa.StringArray) -> np.ndarray:
     """uint64 [N] of the pairs, the same in every process."""
-    address, caption = (hash_array(np.array(texts, object), categorize=False) for texts in (addresses, captions))
-    return address * np.uint64(3) ^ caption
+    pairs = pc.binary_join_element_wise(addresses, captions, '\n')
+    return hash_array(pairs.to_numpy(zero_copy_only=False), categorize=False)
 
 
-def make_part(captions: list[str], pictures: list[str], addresses: list[str], dropped: Counter,
-              sides: np.ndarray | None = None, failed: tuple[list, list] = ([], []), note: str = '') -> Part:
+def make_part(captions: pa.StringArray, pictures: pa.StringArray, addresses: pa.StringArray, dropped: Counter,
+              sides: np.ndarray | None = None, failed: tuple[pa.StringArray, pa.StringArray] = (NONE, NONE),
+              note: str = '') -> Part:
     """Args: addresses: what of a pair is compared, beside the caption, to find duplicates; failed: url, caption."""
-    return Part([f'}},\n{{"caption": {quote(caption)}, "image_root": {quote(picture)}, "id": '
-                 for caption, picture in zip(captions, pictures, strict=True)],
-                identities(addresses, captions),
-                1 + np.fromiter(map(str.count, captions, repeat(' ')), int, len(captions)),
+    records = pc.binary_join_element_wise('},\n{"caption": "', quoted(captions), '", "image_root": "', quoted(pictures),
+                                          '", "id": ', '')
+    return Part(records, identities(addresses, captions), 1 + pc.count_substring(captions, ' ').to_numpy(),
                 np.zeros((len(captions), 2), int) if sides is None else sides, dropped,
                 dict(zip(('url', 'caption'), failed, strict=True)), identities(*failed), note)
 
@@ -106,36 +107,37 @@ def read_shard(shard: Path) -> Part:
         note = f'{shard}.parquet is broken ({str(error)[:60]}): the .json and .txt files of {shard.name} were read'
     prefix = f'{shard}{os.sep}'
     extension = next((os.path.splitext(name)[1] for name in files if name.endswith(PICTURES)), '')  # all have the same
-    names = [f'{key}{extension}' for key in table['key']]
-    captions = [one_line(caption) for caption in table['caption']]
-    there = np.fromiter(map(files.__contains__, names), bool, len(names))
-    said = np.fromiter(map(bool, captions), bool, len(captions))
+    names = pc.binary_join_element_wise(table['key'].fill_null(''), extension, '')
+    captions, urls = one_lines(table['caption']), table['url'].fill_null('')
+    there = np.fromiter(map(files.__contains__, names.to_pylist()), bool, len(names))
+    said, known = (pc.binary_length(texts).to_numpy() > 0 for texts in (captions, urls))
     success = table['success']
     kept = success & there & said
     dropped += {'failed download': int((~success).sum()), 'missing file': int((success & ~there).sum()),
                 'empty caption': int((success & there & ~said).sum())}
-    pictures = [prefix + name for name in compress(names, kept)]
+    pictures = pc.binary_join_element_wise(prefix, names.filter(kept), '')
     sides = np.stack([np.minimum(table[a], table[b])[kept] for a, b in (SIZES[:2], SIZES[2:])], 1)
-    again = ~success & np.fromiter(map(bool, table['url']), bool, len(success))  # without an address it cannot be
-    failed = list(compress(table['url'], again)), list(compress(captions, again))
-    addresses = [url or picture for url, picture in zip(compress(table['url'], kept), pictures, strict=True)]
-    return make_part(list(compress(captions, kept)), pictures, addresses, dropped, sides, failed, note)
+    again = ~success & known  # without an address it cannot be
+    addresses = pc.if_else(known[kept], urls.filter(kept), pictures)
+    return make_part(captions.filter(kept), pictures, addresses, dropped, sides,
+                     (urls.filter(again), captions.filter(again)), note)
 
 
-def read_parquet(path: Path) -> dict[str, list | np.ndarray]:
+def read_parquet(path: Path) -> dict[str, pa.StringArray | np.ndarray]:
     file = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
     there = set(file.schema_arrow.names)
     if not there >= REQUIRED:
         raise ValueError(f'{path} has no column {", ".join(sorted(REQUIRED - there))}: download the shard again '
                          f'as the README says, or remove it to read the .json and .txt files')
     table = file.read([name for name in (*TEXTS, 'status', *SIZES) if name in there], use_threads=False)
-    columns = {name: table[name].to_pylist() if name in there else [None] * len(table) for name in TEXTS}
+    columns = {name: table[name].cast(pa.string()).combine_chunks() if name in there
+               else pa.nulls(len(table), pa.string()) for name in TEXTS}
     columns['success'] = pc.equal(table['status'], 'success').fill_null(False).to_numpy()
     return columns | {name: table[name].cast(pa.int64()).fill_null(0).to_numpy() if name in there
                       else np.zeros(len(table), int) for name in SIZES}
 
 
-def read_side_files(shard: Path, files: set[str], dropped: Counter) -> dict[str, list | np.ndarray]:
+def read_side_files(shard: Path, files: set[str], dropped: Counter) -> dict[str, pa.StringArray | np.ndarray]:
     rows = []
     for key in sorted(os.path.splitext(name)[0] for name in files if name.endswith(PICTURES)):
         row = {}
@@ -148,7 +150,8 @@ def read_side_files(shard: Path, files: set[str], dropped: Counter) -> dict[str,
         elif f'{key}.txt' in files:
             row['caption'] = (shard / f'{key}.txt').read_text(encoding='utf-8', errors='replace')
         rows.append(row | {'key': key})
-    columns = {name: [row.get(name) for row in rows] for name in TEXTS} | {'success': np.ones(len(rows), bool)}
+    columns = {name: text_column([row.get(name) for row in rows]) for name in TEXTS}
+    columns['success'] = np.ones(len(rows), bool)
     return columns | {name: np.array([row.get(name) or 0 for row in rows], int) for name in SIZES}
 
 
@@ -179,7 +182,8 @@ def read_visual_genome(folder: Path) -> Iterator[Part]:
                     else:
                         captions.append(caption)
                         pictures.append(picture)
-            yield make_part(captions, pictures, pictures, dropped)
+            pictures = pa.array(pictures, pa.string())
+            yield make_part(pa.array(captions, pa.string()), pictures, pictures, dropped)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} is not Visual Genome\'s list of images with regions ({error!r}): '
                          f'unpack region_descriptions.json.zip again') from None
