@@ -37,6 +37,8 @@ class VisionTower(VisionTransformer):
 
     def __init__(self, image_size: int, patch_size: int, width: int, depth: int, heads: int, eps: float = 1e-6,
                  checkpoint_layers: int = 0):
+        if width % heads or width % 4:  # a quarter each for sine and cosine of both directions
+            raise ValueError(f'vision width {width} is no multiple of 4 and of its {heads} heads')
         super().__init__(img_size=image_size, patch_size=patch_size, embed_dim=width, depth=depth,
                          num_heads=heads, num_classes=0, block_fn=CheckpointedBlock, weight_init='skip',
                          norm_layer=partial(nn.LayerNorm, eps=eps))
