@@ -91,6 +91,9 @@ PLAN = [
     Variant('no distillation term, 3 times the steps', STEPS, (*terms(), 'train.epochs=3'), epochs=3),
     Variant('the six, 3 times the steps', STEPS, (*six(), 'train.epochs=3'), epochs=3),
     Variant('from scratch, no teacher, 3 times the steps', STEPS, (*SCRATCH, *NO_TEACHER, 'train.epochs=3'), epochs=3),
+    Variant('a quarter, the six', STEPS, (*six(), 'model.size=mini_4')),
+    Variant('a quarter, no distillation term, 3 times the steps', STEPS,
+            (*terms(), 'model.size=mini_4', 'train.epochs=3'), epochs=3),
     *(Variant(f'1/{part}', SIZES, (*six(), f'model.size=mini_{part}', 'train.epochs=3'), epochs=3)
       for part in (2, 4, 6, 10)),
     *(Variant(f'caption: {name}', CAPTION, settings, 'caption', start='the_five') for name, settings in {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from utils import ROOT, flat_keys, load_config, read_yaml
+from utils import ROOT, flat_keys, load_config, read_yaml, script_arguments
 
 SCHEMAS = {'pretrain': ['pretrain', 'demo/teacher', 'demo/pretrain'],
            'retrieval_flickr': ['retrieval_flickr', 'demo/retrieval_flickr'],
@@ -60,6 +60,11 @@ def test_overrides(config_file):
                               ('train.epochs=x', 'must be int')):
         with pytest.raises(ValueError, match=message):
             load_config(config_file, 'configs/pretrain.yaml', [override])
+
+
+def test_overrides_stand_anywhere_on_the_command_line():
+    args, config = script_arguments('', 'configs/pretrain.yaml', 'out', ['optim.lr=1', '--seed', '7', 'train.epochs=3'])
+    assert (config['optim']['lr'], args.seed, config['train']['epochs']) == (1, 7, 3)
 
 
 def test_a_missing_file_is_named(tmp_path):

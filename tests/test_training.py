@@ -19,6 +19,7 @@ from bench.stress import same
 from models.checkpoint import load_model, read_checkpoint
 from models.logs import read_log
 from models.optim import learning_rate, parameter_groups
+from utils import setup_process
 
 
 def test_a_run_leaves_checkpoint_logs_and_curves(pretrained):
@@ -159,6 +160,16 @@ def test_more_processes_than_gpus(pretrained, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     with pytest.raises(ValueError, match='--nproc_per_node=3, but this machine has 2 GPUs'):
         pretrain_dlip.main(['--config', str(pretrained[0]), '--output_dir', str(tmp_path), '--device', 'cuda'])
+
+
+def test_a_gpu_is_set_by_its_number(monkeypatch):
+    """As torch wants it, without torchrun too."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'set_device', chosen.append)
+    assert [setup_process(name) for name in ('cuda', 'auto', 'cuda:1')] == chosen
+    assert [device.index for device in chosen] == [0, 0, 1]
 
 
 def test_an_empty_all_json(pretrained, scenes, tmp_path):
