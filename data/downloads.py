@@ -115,10 +115,10 @@ def read_shard(shard: Path) -> Part:
     kept = success & there & said
     dropped += {'failed download': int((~success).sum()), 'missing file': int((success & ~there).sum()),
                 'empty caption': int((success & there & ~said).sum())}
-    pictures = pc.binary_join_element_wise(prefix, names.filter(kept), '')
     sides = np.stack([np.minimum(table[a], table[b])[kept] for a, b in (SIZES[:2], SIZES[2:])], 1)
-    again = ~success & known  # without an address it cannot be
-    addresses = pc.if_else(known[kept], urls.filter(kept), pictures)
+    kept, again = pa.array(kept), pa.array(~success & known)  # without an address it cannot be tried again
+    pictures = pc.binary_join_element_wise(prefix, names.filter(kept), '')
+    addresses = pc.if_else(pa.array(known).filter(kept), urls.filter(kept), pictures)
     return make_part(captions.filter(kept), pictures, addresses, dropped, sides,
                      (urls.filter(again), captions.filter(again)), note)
 
