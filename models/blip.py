@@ -80,15 +80,19 @@ class BLIP(nn.Module):
         return self.visual_encoder.cls_token.device
 
     def compile_towers(self, **options) -> None:
-        """torch.compile of the vision and text towers, in place; texts of every length share a compiled form.
+        """torch.compile of the towers' layers, in place. Equal layers share a compiled form, and texts of every length
+        do; forms of whole towers would not be faster, and take several times as long to compile.
 
         Args:
             options: torch.compile's.
         """
-        self.visual_encoder.compile(**options)
+        # A layer has a form for each kind of pass of teacher and student: with more than 8 nothing is wrong.
+        torch._dynamo.config.recompile_limit = 64
+        for block in self.visual_encoder.blocks:
+            block.compile(**options)
         for tower in (self.text_encoder, self.text_decoder and self.text_decoder.bert):
-            if tower is not None:
-                tower.compile(dynamic=True, **options)
+            for layer in tower.layers if tower is not None else ():
+                layer.compile(dynamic=True, **options)
 
     def encode_image(self, images: torch.Tensor, layers: Collection[int] | None = None):
         """images [B, 3, S, S] normalised float -> image tokens [B, N, vision_width]
@@ -133,8 +137,7 @@ class BLIP(nn.Module):
 
     def next_logits(self, ids: torch.Tensor, image_kv: ImageKV, cache: KVCache) -> torch.Tensor:
         """Feed the decoder ids [R, T] after the cached positions -> float32 logits [R, V] of the token after them."""
-        # Called so, it is not the compiled form, which a cache of every length would have compiled again.
-        hidden = self.text_decoder.bert.forward(ids, causal=True, image_kv=image_kv, cache=cache).hidden
+        hidden = self.text_decoder.bert(ids, causal=True, image_kv=image_kv, cache=cache).hidden
         return self.text_decoder.logits(hidden[:, -1]).float()
 
 

@@ -224,8 +224,9 @@ class TextTower(nn.Module):
             extend = None if cache is None else (lambda k, v, i=i: cache.extend(i, k, v))
             last = i == len(self.layers) - 1
             first = first_only and last and i not in layers
-            hidden, self_map, cross_map = layer(hidden, attend, image_kv[i] if image_kv is not None else None,
-                                                want_maps and last, extend, first, texts)
+            run = layer if cache is None else layer.forward  # a compiled form would be compiled again at every length
+            hidden, self_map, cross_map = run(hidden, attend, image_kv[i] if image_kv is not None else None,
+                                              want_maps and last, extend, first, texts)
             if i in layers:
                 states[i] = pad(hidden, texts)
         if not first:

@@ -66,3 +66,14 @@ def test_sampling_is_seeded_and_keeps_to_the_nucleus(nano, small_tokenizer):
 def test_bad_settings_are_named(nano, small_tokenizer, settings, names):
     with pytest.raises(ValueError, match=names):
         generate(nano, small_tokenizer, torch.randn(1, 3, 32, 32), **settings)
+
+
+def test_a_compiled_net_decodes_without_compiling(nano, small_tokenizer):
+    """A form for every length of the cache would be compiled."""
+    forms = []
+    nano.compile_towers(backend=lambda graph, _: forms.append(graph) or graph)
+    prompt = torch.tensor([small_tokenizer.bos_id])
+    generate_ids(nano, torch.randn(2, 5, 32), prompt, small_tokenizer.sep_id, small_tokenizer.pad_id)
+    assert not forms
+    nano.encode_image(torch.randn(2, 3, 32, 32))
+    assert forms
