@@ -36,8 +36,8 @@ def write_config(folder: Path, name: str, scenes: Path, **changes) -> Path:
     return path
 
 
-def options(config: Path, out: Path) -> list[str]:
-    return ['--config', str(config), '--output_dir', str(out), '--device', 'cpu', '--seed', '1']
+def options(config: Path, out: Path, device: str = 'cpu') -> list[str]:
+    return ['--config', str(config), '--output_dir', str(out), '--device', device, '--seed', '1']
 
 
 def run(script, config: Path, out: Path, *overrides: str) -> dict:

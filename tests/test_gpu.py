@@ -1,10 +1,8 @@
 """What only a GPU can show; skipped where there is none."""
 
-import json
-
 import pytest
 import torch
-from runs import write_config
+from runs import options, write_config
 
 import pretrain_dlip
 import train_dlip_caption_flickr
@@ -13,6 +11,7 @@ from data.datasets import ImageTextEval
 from data.transforms import eval_transform
 from eval.retrieval import retrieval_scores
 from models.checkpoint import load_model, read_checkpoint
+from models.logs import read_log
 from models.terms import TERMS
 from models.training import Run
 
@@ -22,9 +21,8 @@ SCRIPTS = {'pretrain': pretrain_dlip, 'retrieval_flickr': train_dlip_retrieval_f
 
 
 def train(name, config, out, device, *overrides):
-    SCRIPTS[name].main(['--config', str(config), '--output_dir', str(out), '--device', device, '--seed', '1',
-                        *overrides])
-    return [json.loads(line) for line in (out / 'steps.txt').read_text().splitlines()]
+    SCRIPTS[name].main([*options(config, out, device), *overrides])
+    return read_log(out / 'steps.txt')
 
 
 @pytest.fixture(scope='module')
@@ -77,8 +75,7 @@ def test_stored_targets_teach_the_same(distilled, tmp_path):
     terms = 'loss.vision_hidden=0', 'loss.text_hidden=0', 'loss.fused_hidden=0', 'loss.decoder_hidden=0', \
         'loss.itm_soft=0', 'teacher.top_k=1000'
     live = train('pretrain', distilled, tmp_path / 'live', 'cuda', *terms)
-    pretrain_dlip.main(['--config', str(distilled), '--output_dir', str(tmp_path / 'store'), '--device', 'cuda',
-                        '--seed', '1', '--store_teacher', '1', folder, *terms])
+    pretrain_dlip.main([*options(distilled, tmp_path / 'store', 'cuda'), '--store_teacher', '1', folder, *terms])
     stored = train('pretrain', distilled, tmp_path / 'stored', 'cuda', folder, *terms)
     assert [step['train_loss'] for step in stored] == pytest.approx([step['train_loss'] for step in live], rel=0.02)
 
