@@ -10,6 +10,7 @@ Any setting of the config can be overridden: `optim.lr=1e-4 train.epochs=2`. Rel
 resumes from OUTPUT_DIR/last.pth; `--dry_run` says beforehand what the run will take.
 """
 
+from configs import script_arguments
 from data.datasets import PairDataset
 from data.loader import make_loader
 from data.shards import ShardDataset, is_shards
@@ -22,16 +23,7 @@ from models.rehearsal import rehearse
 from models.teacher_cache import store_teacher, with_cache
 from models.tokenizer import Tokenizer
 from models.training import Run
-from utils import (
-    clean_exit,
-    logger,
-    make_output_dir,
-    rank,
-    script_arguments,
-    seed_everything,
-    setup_process,
-    world_size,
-)
+from utils import clean_exit, logger, make_output_dir, rank, seed_everything, setup_process, world_size
 
 
 def main(argv: list[str] | None = None) -> None:

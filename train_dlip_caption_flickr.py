@@ -12,6 +12,7 @@ resumes.
 import shutil
 from pathlib import Path
 
+from configs import script_arguments
 from data.datasets import Captioned, FlickrPictures, FlickrTrain, ImageTextEval
 from data.loader import make_loader
 from data.transforms import eval_transform, train_transform
@@ -35,7 +36,6 @@ from utils import (
     logger,
     make_output_dir,
     rank,
-    script_arguments,
     seed_everything,
     setup_process,
     world_size,

@@ -8,6 +8,7 @@ measured on the test pictures at the end, with the teacher beside it in OUTPUT_D
 Relaunching the same command resumes.
 """
 
+from configs import script_arguments
 from data.datasets import FlickrTrain, ImageTextEval
 from data.loader import make_loader
 from data.transforms import eval_transform, train_transform
@@ -21,17 +22,7 @@ from models.rehearsal import rehearse
 from models.teacher_cache import store_teacher, with_cache
 from models.tokenizer import Tokenizer
 from models.training import Run
-from utils import (
-    barrier,
-    clean_exit,
-    logger,
-    make_output_dir,
-    rank,
-    script_arguments,
-    seed_everything,
-    setup_process,
-    world_size,
-)
+from utils import barrier, clean_exit, logger, make_output_dir, rank, seed_everything, setup_process, world_size
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -29,13 +29,14 @@ from pathlib import Path
 import torch
 
 from bench.ablation_plan import PLAN, SEEDS, STUDENTS, Variant
+from configs import read_yaml
 from data.datasets import ImageTextEval
 from data.transforms import eval_transform
 from eval.caption import evaluate_captions
 from eval.retrieval import evaluate_retrieval
 from models.checkpoint import load_model
 from models.logs import pyplot, read_log
-from utils import ROOT, atomic_write, clean_exit, make_output_dir, progress, read_yaml
+from utils import ROOT, atomic_write, clean_exit, make_output_dir, progress
 
 PAIRS, BATCH, POINTS = 1200, 8, 5
 PINNED = ('model.size=micro', 'model.dropout=0.0', 'data.randaugment=false', 'train.precision=fp32')

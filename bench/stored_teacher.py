@@ -19,13 +19,14 @@ import torch
 
 from bench.original_step import CLS, DEC, ENC, ORIGINAL_TERMS
 from bench.train_step import VOCABULARY, OurStep, random_batch, seconds_now
+from configs import read_yaml
 from data.target_store import ROW, Fields, Shard, ShardWriter, pad_targets, sides
 from models.blip import BLIP
 from models.checkpoint import architecture
 from models.targets import StoredTeacher
 from models.teacher_cache import answers, fields_of
 from models.terms import TEACHER_TERMS
-from utils import clean_exit, progress, read_yaml
+from utils import clean_exit, progress
 
 LARGE = ('image_tokens', 'decoder_feat', 'self_attn', 'cross_attn', 'decoder_self_attn', 'decoder_cross_attn')
 PAIRS, TOKENS = 5_000_000, 13  # of the whole data, and of a caption of CC3M (10.3 words) with [CLS] and [SEP]

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.data_throughput import photograph
 from bench.original_step import CLS, DEC, ENC, ORIGINAL_TERMS, Reference, ReferenceStep
+from configs import read_yaml
 from data.datasets import first_readable
 from data.transforms import normalise, train_transform
 from models.blip import BLIP
@@ -34,7 +35,7 @@ from models.optim import parameter_groups
 from models.packing import packed
 from models.tokenizer import Tokenizer
 from models.update import MicroBatch
-from utils import ROOT, clean_exit, progress, read_yaml
+from utils import ROOT, clean_exit, progress
 
 VOCABULARY, TOKENS = 30524, 30
 

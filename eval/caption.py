@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from configs import load_config
 from data.datasets import ImageTextEval
 from data.scene_captions import slots_match
 from data.scenes import Scene
@@ -30,7 +31,7 @@ from models.blip import BLIP
 from models.checkpoint import load_model
 from models.generation import PROMPT, generate
 from models.tokenizer import Tokenizer
-from utils import clean_exit, gather_objects, is_main, load_config, logger, make_output_dir, setup_process
+from utils import clean_exit, gather_objects, is_main, logger, make_output_dir, setup_process
 
 CONFIG = 'configs/caption_flickr.yaml'
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from configs import load_config
 from data.datasets import ImageTextEval
 from data.transforms import eval_transform
 from eval.caption import evaluate_captions
@@ -27,7 +28,7 @@ from eval.table import markdown, shares, side_by_side
 from models.blip import BLIP
 from models.checkpoint import load_model
 from models.tokenizer import Tokenizer
-from utils import atomic_write, clean_exit, is_main, load_config, logger, make_output_dir, setup_process
+from utils import atomic_write, clean_exit, is_main, logger, make_output_dir, setup_process
 
 TEACHER, PLAIN, STUDENT = 'teacher', 'undistilled', 'student'
 RETRIEVAL_CONFIG, CAPTION_CONFIG = 'configs/retrieval_flickr.yaml', 'configs/caption_flickr.yaml'

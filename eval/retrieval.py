@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from configs import load_config
 from data.datasets import ImageTextEval
 from data.transforms import eval_transform
 from eval.common import compared, evaluation_parser, hardware, image_batches, shard, spread, write_json
@@ -23,7 +24,7 @@ from eval.table import beside, markdown, side_by_side
 from models.blip import BLIP
 from models.checkpoint import load_model
 from models.tokenizer import Tokenizer
-from utils import clean_exit, gather_objects, is_main, load_config, logger, make_output_dir, progress, setup_process
+from utils import clean_exit, gather_objects, is_main, logger, make_output_dir, progress, setup_process
 
 CONFIG = 'configs/retrieval_flickr.yaml'
 NOT_RANKED = -100.0  # score of what is not among the k_test best, as in BLIP: below every re-ranked score

@@ -17,6 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from configs import load_config
 from eval.common import checkpoint_parser, compared, hardware, write_json
 from eval.page import section, table, write_page
 from eval.table import markdown, number
@@ -26,7 +27,7 @@ from models.checkpoint import load_model
 from models.generation import PROMPT, generate_ids
 from models.linear import FLOPS
 from models.tokenizer import DEC, Tokenizer
-from utils import clean_exit, is_main, load_config, logger, make_output_dir, progress, setup_process
+from utils import clean_exit, is_main, logger, make_output_dir, progress, setup_process
 
 CONFIG = 'configs/caption_flickr.yaml'
 NEW_TOKENS = 20

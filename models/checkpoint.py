@@ -10,13 +10,14 @@ from pathlib import Path
 
 import torch
 
+from configs import read_yaml
 from models.blip import BLIP, TEMPERATURE, BLIPConfig
 from models.originals import VOCABULARY, infer_config
 from models.sources import is_url, local_file, names_a_file, read_tensors
 from models.tokenizer import Tokenizer
 from models.transformers_format import read_folder
 from models.vit import resample_positions
-from utils import atomic_write, read_yaml
+from utils import atomic_write
 
 FORMAT = 'dlip-1'
 # What original BLIP and dlip-v2 files hold beside the net: momentum twins, queues, fixed position indices, and

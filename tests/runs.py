@@ -8,9 +8,10 @@ from pathlib import Path
 from processes import joined
 from ruamel.yaml import YAML
 
+from configs import read_yaml
 from models.checkpoint import read_checkpoint
 from models.optim import learning_rate
-from utils import ROOT, read_yaml
+from utils import ROOT
 
 
 def write_config(folder: Path, name: str, scenes: Path, **changes) -> Path:

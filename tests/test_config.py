@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from utils import ROOT, flat_keys, load_config, read_yaml, script_arguments
+from configs import flat_keys, load_config, read_yaml, script_arguments
+from utils import ROOT
 
 SCHEMAS = {'pretrain': ['pretrain', 'demo/teacher', 'demo/pretrain'],
            'retrieval_flickr': ['retrieval_flickr', 'demo/retrieval_flickr'],

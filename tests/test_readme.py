@@ -24,13 +24,14 @@ from conftest import NANO, TESTS
 from processes import python
 
 import json_dataset
+from configs import load_config
 from data import scene_layouts
 from data.scene_captions import captions
 from data.scenes import render, sample_split
 from models.blip import BLIP, BLIPConfig
 from models.checkpoint import save_checkpoint
 from models.logs import read_log
-from utils import ROOT, load_config
+from utils import ROOT
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 BLOCKS = re.findall(r'^```(\w*)\n(.*?)^```', README, re.DOTALL | re.MULTILINE)
