@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from configs.rules import whole
 from data.downloads import Part, find_shards, read_shard, read_visual_genome
 from data.text_columns import utf8
 from utils import atomic_write, clean_exit, make_output_dir, progress
@@ -206,7 +207,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--root', required=True, type=Path, help='folder of the downloaded sources')
     parser.add_argument('--out', required=True, type=Path, help='folder for the JSON files')
     parser.add_argument('--sources', nargs='+', choices=SOURCES, default=list(SOURCES))
-    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes (default: one per core)')
+    parser.add_argument('--workers', type=whole(1, 1024), default=os.cpu_count(),
+                        help='processes (default: one per core)')
     args = parser.parse_args(argv)
     if not args.root.is_dir():
         raise FileNotFoundError(f'no data folder {args.root}')

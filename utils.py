@@ -4,6 +4,8 @@ import json
 import logging
 import os
 import random
+import re
+import reprlib
 import signal
 import sys
 import tempfile
@@ -23,6 +25,30 @@ TIMEOUT = timedelta(minutes=60)  # of what one process waits for another: evalua
 logger = logging.getLogger('dlip')
 
 
+# ---------------------------------------------------------------- errors
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x, level):  # Python refuses to print integers of thousands of digits
+        return repr(x) if abs(x) < 10 ** self.maxlong else f'an integer of {x.bit_length()} bits'
+
+
+def shorten(value, limit: int | None = None) -> str:
+    """How a message quotes what it was given: one line of bounded length, whatever the value's length, depth or cycles.
+
+    A path or an error is quoted as its text (400 characters unless `limit` says otherwise), anything else as its repr
+    (80 characters).
+    """
+    if isinstance(value, os.PathLike | Exception):
+        text, limit = str(value), limit or 400
+    else:
+        limit, short = limit or 80, _Short()
+        short.maxlevel, short.maxstring, short.maxother = 3, limit, limit
+        text = short.repr(value)
+    text = re.sub(r'[\x00-\x1f\x7f\x85\u2028\u2029]+', ' ', text).strip()
+    kept = (limit - 3) // 2
+    return text if len(text) <= limit else f'{text[:limit - 3 - kept]}...{text[-kept:]}'
+
+
 @contextmanager
 def clean_exit():
     """Turn an expected failure (bad input) into one line on stderr and exit code 1, without a traceback."""
@@ -31,7 +57,7 @@ def clean_exit():
     except (OSError, ValueError) as error:
         if os.environ.get('DLIP_TRACEBACK'):
             raise
-        sys.exit(f'error: {error}')
+        sys.exit(f'error: {shorten(error, 1000)}')
 
 
 # ---------------------------------------------------------------- processes
@@ -118,10 +144,12 @@ def choose_device(name: str) -> torch.device:
         name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f'unknown device {name!r}: use auto, cpu, cuda, cuda:N or mps') from None
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ('cpu', 'cuda', 'mps'):
+        raise ValueError(f'unknown device {shorten(name)}: use auto, cpu, cuda, cuda:N or mps')
     if device.type == 'cuda' and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f'device {name!r} is not there: this machine has {torch.cuda.device_count()} GPUs')
+        raise ValueError(f'device {shorten(name)} is not there: this machine has {torch.cuda.device_count()} GPUs')
     if device.type == 'mps' and not torch.backends.mps.is_available():
         raise ValueError('device "mps" is not there: use --device cpu')
     return device

@@ -30,6 +30,7 @@ import torch
 
 from bench.ablation_plan import PLAN, SEEDS, STUDENTS, Variant
 from configs import read_yaml
+from configs.rules import whole
 from data.datasets import ImageTextEval
 from data.transforms import eval_transform
 from eval.caption import evaluate_captions
@@ -238,7 +239,8 @@ def report() -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', nargs='+', metavar='PATTERN', default=['*'], help='names of variants')
-    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='runs side by side (default: %(default)s)')
+    parser.add_argument('--workers', type=whole(1), default=os.cpu_count(),
+                        help='runs side by side (default: %(default)s)')
     parser.add_argument('--report', action='store_true', help='train nothing')
     parser.add_argument('--output_dir', default='output/ablation', help='default: %(default)s')
     args = parser.parse_args(argv)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from configs.rules import whole
 from utils import ROOT, clean_exit
 
 OURS = """
@@ -94,9 +95,9 @@ def child(code: str, path: Path, *arguments) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--pairs', type=int, default=5_000_000)
-    parser.add_argument('--batches', type=int, default=500, help='of 64, after which memory is read')
-    parser.add_argument('--rounds', type=int, default=3)
+    parser.add_argument('--pairs', type=whole(1), default=5_000_000)
+    parser.add_argument('--batches', type=whole(1), default=500, help='of 64, after which memory is read')
+    parser.add_argument('--rounds', type=whole(1), default=3)
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as place:
         few, many = (write_pairs(Path(place) / name, count) for name, count in (('few', 1000), ('many', args.pairs)))

@@ -24,6 +24,7 @@ from PIL import Image
 from torchvision import transforms as T
 from torchvision.io import decode_jpeg
 
+from configs.rules import whole
 from data.augment import rand_augment
 from data.datasets import first_readable, seeded
 from data.transforms import MEAN, STD, normalise, open_part, train_transform
@@ -188,9 +189,9 @@ def measure(sides: dict, pictures: list[bytes], rounds: int) -> dict[str, list[f
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rounds', type=int, default=60, help='(default: %(default)s)')
-    parser.add_argument('--pictures', type=int, default=16, help='in a round (default: %(default)s)')
-    parser.add_argument('--qualities', type=int, nargs='+', default=[75, 90], help='of the JPEGs (default: 75 90)')
+    parser.add_argument('--rounds', type=whole(1), default=60, help='(default: %(default)s)')
+    parser.add_argument('--pictures', type=whole(1), default=16, help='in a round (default: %(default)s)')
+    parser.add_argument('--qualities', type=whole(1), nargs='+', default=[75, 90], help='of the JPEGs (default: 75 90)')
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from configs.rules import whole
 from models.blip import BLIP, BLIPConfig
 from models.checkpoint import architecture, load_model
 from models.generation import PROMPT, generate_ids
@@ -115,7 +116,7 @@ def check_keys(loading: dict) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--size', default='base', help='a block of configs/sizes.yaml (default: %(default)s)')
-    parser.add_argument('--image_size', type=int, nargs='+', default=[224, 384], help='default: 224 384')
+    parser.add_argument('--image_size', type=whole(1), nargs='+', default=[224, 384], help='default: 224 384')
     args = parser.parse_args(argv)
     tokenizer = Tokenizer.from_pretrained(ROOT / 'tests' / 'vocab.txt')
     for image_size in args.image_size:

@@ -17,6 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from bench.inference import SERVED
+from configs.rules import whole
 from models.blip import BLIP
 from models.checkpoint import architecture
 from models.tokenizer import Tokenizer
@@ -62,7 +63,7 @@ print(json.dumps([b - a for a, b in zip(times, times[1:])]))
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rounds', type=int, default=3, help='default: %(default)s')
+    parser.add_argument('--rounds', type=whole(1), default=3, help='default: %(default)s')
     args = parser.parse_args(argv)
     tokenizer = Tokenizer.from_pretrained(ROOT / 'tests' / 'vocab.txt')
     with tempfile.TemporaryDirectory() as place:

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from configs.rules import whole
 from models import generation
 from models.blip import BLIP
 from models.checkpoint import architecture
@@ -207,10 +208,10 @@ def report_peak(nets: dict[str, object], image_size: int, batch: int, rounds: in
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--image_size', type=int, nargs='+', default=[224, 384], help='default: 224 384')
-    parser.add_argument('--batch', type=int, nargs='+', default=[1, 16], help='pictures at once (default: 1 16)')
-    parser.add_argument('--rounds', type=int, default=7, help='default: %(default)s')
-    parser.add_argument('--threads', type=int, default=2, help='default: %(default)s')
+    parser.add_argument('--image_size', type=whole(1), nargs='+', default=[224, 384], help='default: 224 384')
+    parser.add_argument('--batch', type=whole(1), nargs='+', default=[1, 16], help='pictures at once (default: 1 16)')
+    parser.add_argument('--rounds', type=whole(1), default=7, help='default: %(default)s')
+    parser.add_argument('--threads', type=whole(1), default=2, help='default: %(default)s')
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     tokenizer = Tokenizer.from_pretrained(ROOT / 'tests' / 'vocab.txt')

@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from configs.rules import whole
 from utils import ROOT, clean_exit, progress
 
 SHARD = 10_000  # pictures
@@ -158,11 +159,11 @@ def measure_memory(root: Path, shards: int, workers: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--shards', type=int, default=20, help='of the timed set (default: %(default)s)')
-    parser.add_argument('--rounds', type=int, default=5)
-    parser.add_argument('--large_shards', type=int, default=500, help='of the set whose memory is measured '
+    parser.add_argument('--shards', type=whole(1), default=20, help='of the timed set (default: %(default)s)')
+    parser.add_argument('--rounds', type=whole(1), default=5)
+    parser.add_argument('--large_shards', type=whole(1), default=500, help='of the set whose memory is measured '
                         '(default: %(default)s)')
-    parser.add_argument('--workers', type=int, default=os.cpu_count())
+    parser.add_argument('--workers', type=whole(1), default=os.cpu_count())
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as place:
         if args.shards:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from configs.rules import whole
 from models.blip import BLIP
 from models.checkpoint import architecture
 from models.tokenizer import Tokenizer
@@ -75,7 +76,7 @@ def write_sources(folder: Path) -> dict[str, Path]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rounds', type=int, default=5, help='loads of each kind (default: %(default)s)')
+    parser.add_argument('--rounds', type=whole(1), default=5, help='loads of each kind (default: %(default)s)')
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as place:
         sources = write_sources(Path(place))

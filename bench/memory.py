@@ -15,6 +15,7 @@ import time
 import torch
 
 from bench.train_step import CLS, DEC, ENC, VOCABULARY, random_batch
+from configs.rules import whole
 from models.blip import BLIP
 from models.checkpoint import architecture
 from models.logs import memory_used
@@ -48,9 +49,9 @@ def measure(image_size: int, layers: int, precision: str, batch_size: int, round
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--batch', type=int, default=8, help='default: %(default)s')
-    parser.add_argument('--rounds', type=int, default=2, help='default: %(default)s')
-    parser.add_argument('--threads', type=int, default=2, help='default: %(default)s')
+    parser.add_argument('--batch', type=whole(1), default=8, help='default: %(default)s')
+    parser.add_argument('--rounds', type=whole(1), default=2, help='default: %(default)s')
+    parser.add_argument('--threads', type=whole(1), default=2, help='default: %(default)s')
     parser.add_argument('--row', nargs=3, metavar=('PX', 'BLOCKS', 'PRECISION'), help='this row alone')
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 
 from bench.inference import with_plain_linear_maps
+from configs.rules import whole
 from eval.retrieval import Texts, matching_logits, nearest, text_feats
 from models.blip import BLIP
 from models.checkpoint import architecture
@@ -60,9 +61,9 @@ def timed(function: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
 @torch.inference_mode()
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--images', type=int, default=200, help='default: %(default)s, with 5 texts each')
-    parser.add_argument('--rounds', type=int, default=7, help='default: %(default)s')
-    parser.add_argument('--threads', type=int, default=2, help='default: %(default)s')
+    parser.add_argument('--images', type=whole(1), default=200, help='default: %(default)s, with 5 texts each')
+    parser.add_argument('--rounds', type=whole(1), default=7, help='default: %(default)s')
+    parser.add_argument('--threads', type=whole(1), default=2, help='default: %(default)s')
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

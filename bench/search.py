@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from configs.rules import whole
 from prod.index import PictureIndex
 from utils import clean_exit, progress
 
@@ -23,8 +24,9 @@ WIDTH, CENTRES, CHUNK, QUERIES, K = 256, 1000, 100_000, 20, 10
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--pictures', type=int, nargs='+', default=[100_000, 1_000_000], help='default: 100000 1000000')
-    parser.add_argument('--threads', type=int, default=2, help='default: %(default)s')
+    parser.add_argument('--pictures', type=whole(1), nargs='+', default=[100_000, 1_000_000],
+                        help='default: 100000 1000000')
+    parser.add_argument('--threads', type=whole(1), default=2, help='default: %(default)s')
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ import torch
 from bench.original_step import CLS, DEC, ENC, ORIGINAL_TERMS
 from bench.train_step import VOCABULARY, OurStep, random_batch, seconds_now
 from configs import read_yaml
+from configs.rules import whole
 from data.target_store import ROW, Fields, Shard, ShardWriter, pad_targets, sides
 from models.blip import BLIP
 from models.checkpoint import architecture
@@ -63,9 +64,9 @@ def bytes_of(fields: Fields) -> int:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
-    parser.add_argument('--batch', type=int, default=8, help='default: %(default)s')
-    parser.add_argument('--rounds', type=int, default=5, help='default: %(default)s')
-    parser.add_argument('--threads', type=int, default=2, help='default: %(default)s')
+    parser.add_argument('--batch', type=whole(1), default=8, help='default: %(default)s')
+    parser.add_argument('--rounds', type=whole(1), default=5, help='default: %(default)s')
+    parser.add_argument('--threads', type=whole(1), default=2, help='default: %(default)s')
     parser.add_argument('--precisions', nargs='+', default=['fp32', 'bf16'], choices=('fp32', 'bf16'))
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)

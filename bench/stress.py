@@ -36,6 +36,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 import json_dataset
 import pretrain_dlip
+from configs.rules import whole
 from data import scene_layouts
 from models.checkpoint import read_checkpoint
 from models.logs import read_log
@@ -198,12 +199,12 @@ def differences(out: Path, reference: Path) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--trials', type=int, default=50, help='default: %(default)s')
+    parser.add_argument('--trials', type=whole(1), default=50, help='default: %(default)s')
     parser.add_argument('--size', default='micro', help='a block of configs/sizes.yaml (default: %(default)s)')
-    parser.add_argument('--image_size', type=int, default=64, help='default: %(default)s')
+    parser.add_argument('--image_size', type=whole(1), default=64, help='default: %(default)s')
     parser.add_argument('--injuries', nargs='+', choices=INJURIES, default=INJURIES, metavar='NAME',
                         help=f'default: {", ".join(INJURIES)}')
-    parser.add_argument('--seed', type=int, default=0, help='of the injuries (default: %(default)s)')
+    parser.add_argument('--seed', type=whole(0, 2 ** 32 - 1), default=0, help='of the injuries (default: %(default)s)')
     args = parser.parse_args(argv)
     torch.set_num_threads(1)  # a process with threads of its own cannot be forked
     dice, counts, redone, failed = random.Random(args.seed), Counter(), Counter(), []

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.data_throughput import photograph
 from bench.original_step import CLS, DEC, ENC, ORIGINAL_TERMS, Reference, ReferenceStep
 from configs import read_yaml
+from configs.rules import whole
 from data.datasets import first_readable
 from data.transforms import normalise, train_transform
 from models.blip import BLIP
@@ -158,10 +159,10 @@ def seconds_now(device: str) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'))
-    parser.add_argument('--batch', type=int, default=8, help='default: %(default)s')
-    parser.add_argument('--image_size', type=int, default=224, help='default: %(default)s')
-    parser.add_argument('--rounds', type=int, default=5, help='default: %(default)s')
-    parser.add_argument('--threads', type=int, default=2, help='default: %(default)s')
+    parser.add_argument('--batch', type=whole(1), default=8, help='default: %(default)s')
+    parser.add_argument('--image_size', type=whole(1), default=224, help='default: %(default)s')
+    parser.add_argument('--rounds', type=whole(1), default=5, help='default: %(default)s')
+    parser.add_argument('--threads', type=whole(1), default=2, help='default: %(default)s')
     parser.add_argument('--precisions', nargs='+', choices=('fp32', 'bf16'), default=['fp32', 'bf16'],
                         help='of our side; bf16 is slow where the CPU has no such arithmetic')
     args = parser.parse_args(argv)

@@ -19,10 +19,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from configs.rules import SHARE, whole
 from data.scene_captions import captions, vocabulary
 from data.scenes import KINDS, Scene, render, sample_split
 from models.generation import PROMPT
-from utils import atomic_write, clean_exit, progress
+from utils import atomic_write, clean_exit, progress, shorten
 
 SHARES = {'cc3m': 0.45, 'mscoco': 0.35, 'sbu': 0.17, 'vgo': 0.03}
 SHARD = 1000  # samples a shard
@@ -145,26 +146,32 @@ def build(out: Path, pretrain: int, flickr: dict[str, int], kinds: dict[str, flo
     bar.close()
 
 
+def kind_share(text: str) -> tuple[str, float]:
+    """An argparse type: KIND=SHARE."""
+    kind, _, share = text.partition('=')
+    if kind not in KINDS:
+        raise argparse.ArgumentTypeError(f'the kinds of scene are {", ".join(KINDS)}, got {shorten(kind)}')
+    return kind, SHARE(share)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', required=True, type=Path)
-    parser.add_argument('--pretrain', type=int, default=12000, help='pictures of the four pre-training sources')
-    parser.add_argument('--flickr_train', type=int, default=2000)
-    parser.add_argument('--flickr_val', type=int, default=200)
-    parser.add_argument('--flickr_test', type=int, default=1000)
-    parser.add_argument('--kinds', nargs='+', metavar='KIND=SHARE', default=[f'{k}={v}' for k, v in KINDS.items()],
+    parser.add_argument('--pretrain', type=whole(0), default=12000, help='pictures of the four pre-training sources')
+    parser.add_argument('--flickr_train', type=whole(0), default=2000)
+    parser.add_argument('--flickr_val', type=whole(0), default=200)
+    parser.add_argument('--flickr_test', type=whole(0), default=1000)
+    parser.add_argument('--kinds', nargs='+', metavar='KIND=SHARE', type=kind_share, default=list(KINDS.items()),
                         help='shares of the kinds of scene (default: %(default)s)')
-    parser.add_argument('--prompted', type=float, default=0.0, metavar='SHARE',
+    parser.add_argument('--prompted', type=SHARE, default=0.0, metavar='SHARE',
                         help=f"share of the downloads whose caption begins '{PROMPT}' (default: none)")
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--workers', type=int, default=2)
+    parser.add_argument('--seed', type=whole(0, 2 ** 32 - 1), default=0)
+    parser.add_argument('--workers', type=whole(1, 1024), default=2)
     args = parser.parse_args(argv)
     flickr = {'train': args.flickr_train, 'val': args.flickr_val, 'test': args.flickr_test}
-    kinds = {kind: float(share) for kind, _, share in (text.partition('=') for text in args.kinds)}
-    if not kinds.keys() <= KINDS.keys():
-        raise ValueError(f'--kinds {" ".join(args.kinds)}: the kinds of scene are {", ".join(KINDS)}')
-    if not 0 <= args.prompted <= 1:
-        raise ValueError(f'--prompted {args.prompted}: a share is from 0 to 1')
+    kinds = dict(args.kinds)
+    if not any(kinds.values()):
+        parser.error('argument --kinds: all shares are 0')
     made = {'pretrain': args.pretrain, 'flickr30k': flickr, 'kinds': kinds, 'prompted': args.prompted,
             'seed': args.seed}
     marker = args.out / 'scenes_made.json'  # says whose folder it is from the start, and what is in it at the end

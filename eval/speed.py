@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs import load_config
+from configs.rules import whole
 from eval.common import checkpoint_parser, compared, hardware, write_json
 from eval.page import section, table, write_page
 from eval.table import markdown, number
@@ -140,7 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = checkpoint_parser(__doc__)
     parser.add_argument('--config', default=CONFIG, help='YAML file with beams and prompt (default: %(default)s)')
     parser.add_argument('--teacher', metavar='CHECKPOINT', help='another checkpoint to stand beside it')
-    parser.add_argument('--rounds', type=int, default=20, help='timed runs of each workload (default: %(default)s)')
+    parser.add_argument('--rounds', type=whole(1), default=20,
+                        help='timed runs of each workload (default: %(default)s)')
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='override a setting, e.g. eval.num_beams=5')
     args = parser.parse_args(argv)
     config = load_config(args.config, CONFIG, args.overrides)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.datasets import ImageFolder
 
+from configs.rules import whole
 from data.datasets import clean_caption
 from data.transforms import eval_transform, open_image
 from eval.common import checkpoint_parser, image_batches, shard, spread, write_json
@@ -103,8 +104,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = checkpoint_parser(__doc__)
     parser.add_argument('--root', required=True, type=Path, help='folder with a sub-folder of pictures for each class')
     parser.add_argument('--templates', metavar='FILE', help=f"prompts, one a line (default: {', '.join(TEMPLATES)})")
-    parser.add_argument('--batch_size', default=64, type=int, help='default: %(default)s')
-    parser.add_argument('--workers', default=0, type=int, help='processes that load pictures (default: %(default)s)')
+    parser.add_argument('--batch_size', default=64, type=whole(1), help='default: %(default)s')
+    parser.add_argument('--workers', default=0, type=whole(0, 1024),
+                        help='processes that load images (default: %(default)s)')
     args = parser.parse_args(argv)
     templates = read_templates(args.templates) if args.templates else list(TEMPLATES)
     device, output_dir = setup_process(args.device), make_output_dir(args.output_dir)

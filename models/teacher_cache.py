@@ -169,8 +169,6 @@ def store_teacher(config: dict, teacher: BLIP | None, dataset: Captioned, tokeni
     settings = config['teacher']
     if teacher is None or settings['cache'] is None:
         raise ValueError('--store_teacher needs teacher.weights, and teacher.cache: the folder to write to')
-    if epochs < 1:
-        raise ValueError(f'--store_teacher {epochs}: it takes the number of epochs to store, 1 or more')
     folder = make_output_dir(settings['cache'])
     terms = stored_terms(config['loss'])
     top_k = min(settings.get('top_k', 0), len(tokenizer) - 1)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from configs.rules import whole
 from prod import DLIPProd
 from prod.images import read_image
 from prod.index import PictureIndex
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--precision', default='fp32', help='fp32, bf16 or int8 (default: %(default)s)')
     parser.add_argument('--backend', default='torch', help='torch or openvino (default: %(default)s)')
     parser.add_argument('--host', default='127.0.0.1', help='address to answer to (default: this machine alone)')
-    parser.add_argument('--port', type=int, default=7860, help='default: %(default)s')
+    parser.add_argument('--port', type=whole(0, 65535), default=7860, help='default: %(default)s')
     parser.add_argument('--max_upload', default='20mb', help='largest upload (default: %(default)s)')
     args = parser.parse_args(argv)
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')

@@ -12,6 +12,7 @@ import json
 import os
 from pathlib import Path
 
+from configs.rules import whole
 from prod import DLIPProd
 from prod.images import find_pictures, read_image
 from utils import clean_exit, logger, make_output_dir, progress, setup_process
@@ -39,8 +40,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
     parser.add_argument('--precision', default='fp32', help='fp32, bf16 or int8 (default: %(default)s)')
     parser.add_argument('--backend', default='torch', help='torch or openvino (default: %(default)s)')
-    parser.add_argument('--batch_size', type=int, default=32, help='default: %(default)s')
-    parser.add_argument('--num_beams', type=int, help="default: the checkpoint's own, or 3")
+    parser.add_argument('--batch_size', type=whole(1), default=32, help='default: %(default)s')
+    parser.add_argument('--num_beams', type=whole(1), help="default: the checkpoint's own, or 3")
     args = parser.parse_args(argv)
     device = setup_process(args.device)
     pictures = find_pictures(args.folder)

@@ -10,6 +10,7 @@ searched by its content. `--rerank 20` compares the 20 nearest again by matching
 import argparse
 from pathlib import Path
 
+from configs.rules import whole
 from eval.sheet import Sheet
 from prod import DLIPProd
 from utils import clean_exit, setup_process
@@ -21,8 +22,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('queries', nargs='+', metavar='QUERY', help='a text, or the path of a picture')
     parser.add_argument('--weight', required=True, help='a retriever: anything that DLIPProd takes')
     parser.add_argument('--index', required=True, help='folder of the index; made when absent')
-    parser.add_argument('--k', type=int, default=5, help='hits a query (default: %(default)s)')
-    parser.add_argument('--rerank', type=int, default=0, help='nearest ones to compare again (default: none)')
+    parser.add_argument('--k', type=whole(1), default=5, help='hits a query (default: %(default)s)')
+    parser.add_argument('--rerank', type=whole(0), default=0, help='nearest ones to compare again (default: none)')
     parser.add_argument('--sheet', type=Path, metavar='PNG', help='draw the hits')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
     parser.add_argument('--precision', default='fp32', help='fp32, bf16 or int8 (default: %(default)s)')

@@ -4,8 +4,14 @@ from pathlib import Path
 
 import pytest
 
+import json_dataset
+import pretrain_dlip
+import prod.caption
 from configs import flat_keys, load_config, read_yaml, script_arguments
-from utils import ROOT
+from data import scene_layouts
+from eval import speed, zeroshot
+from prod import app, search
+from utils import ROOT, shorten
 
 SCHEMAS = {'pretrain': ['pretrain', 'demo/teacher', 'demo/pretrain'],
            'retrieval_flickr': ['retrieval_flickr', 'demo/retrieval_flickr'],
@@ -93,3 +99,51 @@ def test_the_demo_differs_in_sizes_and_paths_only(name):
         if a != b:
             different.add(key)
     assert different <= SIZES_AND_PATHS
+
+
+# ---------------------------------------------------------------- command lines, and what messages quote
+
+TOOLS = {json_dataset: [], zeroshot: ['--checkpoint', 'x', '--root', 'x'], speed: ['--checkpoint', 'x'],
+         prod.caption: ['x', '--weight', 'x', '--out', 'x'], search: ['x', 'x', '--weight', 'x', '--index', 'x'],
+         app: ['--caption', 'x', '--retrieval', 'x', '--folder', 'x', '--index', 'x'],
+         scene_layouts: ['--out', 'x'], pretrain_dlip: []}
+
+
+@pytest.mark.parametrize('tool, option, values', [
+    (json_dataset, '--workers', ['0', '-1', '1e3']), (zeroshot, '--batch_size', ['0', '-1', 'nan']),
+    (zeroshot, '--workers', ['-1', 'x']), (speed, '--rounds', ['0', '9' * 5000]),
+    (prod.caption, '--batch_size', ['-1', '2.0']), (prod.caption, '--num_beams', ['0']), (search, '--k', ['0', '-3']),
+    (search, '--rerank', ['-1']), (app, '--port', ['99999', '-1']),
+    (scene_layouts, '--prompted', ['2', 'nan', '-0.1']),
+    (scene_layouts, '--kinds', ['single=-1', 'single=inf', 'double=1', 'single=0']),
+    (scene_layouts, '--pretrain', ['-1']), (pretrain_dlip, '--seed', ['-1']),
+    (pretrain_dlip, '--store_teacher', ['0'])])
+def test_numbers_of_command_lines(tool, option, values, capsys):
+    for value in values:
+        with pytest.raises(SystemExit):
+            tool.main([*TOOLS[tool], f'{option}={value}'])
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f'error: argument {option}: ' in line and len(line) < 250
+
+
+CYCLE, BOMB, DEEP = [], ['x'] * 9, 1
+CYCLE.append(CYCLE)
+for _ in range(9):
+    BOMB = [BOMB] * 9
+for _ in range(100_000):
+    DEEP = {'a': [DEEP]}
+
+
+@pytest.mark.parametrize('value', ['x\n' * 4_000_000, CYCLE, BOMB, DEEP, {str(i): i for i in range(10 ** 6)},
+                                   10 ** 5000, b'\0' * 10 ** 6, Path('x' * 10_000), OSError(1, 'no\n' * 10 ** 6),
+                                   '\u2028\x85'],
+                         ids=lambda value: type(value).__name__)
+def test_a_quoted_value_is_one_short_line(value):
+    text = shorten(value)
+    assert len(text) <= 400 and len(text.splitlines()) == 1
+
+
+def test_a_quoted_value_reads_as_itself():
+    assert [shorten(x) for x in ('a b', 3, [1.5, None], Path('/my data/a.jpg'), ValueError('it is\nodd'))] == [
+        "'a b'", '3', '[1.5, None]', '/my data/a.jpg', 'it is odd']
+    assert shorten('a' * 100 + '.tar').endswith(".tar'")

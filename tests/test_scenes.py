@@ -219,8 +219,6 @@ def test_a_share_of_the_downloads_begins_with_the_prompt(tmp_path):
     begun = [text for text in said if text.startswith(PROMPT)]
     assert 0.35 < len(begun) / len(said) < 0.65
     assert all(parse(text) == parse(text.removeprefix(PROMPT)) is not None for text in begun)
-    with pytest.raises(ValueError, match='--prompted 2'):
-        scene_layouts.main(['--out', str(tmp_path / 'other'), *SMALL, '--prompted', '2'])
 
 
 def test_a_rebuild_removes_only_what_a_build_writes(folder):
