@@ -3,6 +3,7 @@
 Each of the functions that inference calls is traced and compiled at its first use, which takes a second or two.
 """
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -28,6 +29,7 @@ def core():
     Raises:
         ImportError: openvino is not installed.
     """
+    sys.modules.setdefault('openvino_telemetry', None)  # it would report each use to Google Analytics
     try:
         import openvino
     except ImportError:

@@ -4,13 +4,23 @@
       --folder output/demo/data/flickr30k/flickr30k-images --index output/demo/index
 
 `--caption data/demo_teacher.pth --retrieval data/demo_teacher.pth --folder prod/examples --index output/examples_index`
-works in a fresh clone. The page answers to this machine alone unless `--host` says otherwise, and nothing is sent
-anywhere. Needs gradio (requirements-dev.txt).
+works in a fresh clone. The page answers only to this machine unless `--host` says otherwise. It sends nothing anywhere,
+fetches no URL, and refuses requests that another web page makes. Uploads and thumbnails lie in a private temporary
+folder, which is deleted when the page stops. Needs gradio (requirements-dev.txt).
 """
 
 import argparse
+import ipaddress
 import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -22,12 +32,82 @@ from utils import clean_exit, setup_process
 
 SHOWN = 384  # pixels, the longer side of a picture that was found
 FONTS = ['system-ui', 'sans-serif']  # gradio's own would be fetched from the network
+LOCAL = ('localhost', '127.0.0.1', '::1')
+ANY_ADDRESS = ('0.0.0.0', '::')
+CHECK_CACHE, KEEP_CACHED = 600, 3600  # seconds: uploads and thumbnails older than an hour are deleted while it runs
 
 
 def thumbnail(path: str) -> Image.Image:
     picture = read_image(path, path)
     picture.thumbnail((SHOWN, SHOWN))
     return picture
+
+
+class SameSite:
+    """ASGI middleware that answers only requests to the page's own hosts that the page itself, or nobody's page, makes.
+
+    A website that a visitor has open could otherwise read the indexed images (by DNS rebinding: its own host name made
+    to point here, so that the browser takes the page for its own) or fill the upload folder (by cross-site posts).
+
+    Args:
+        host: the address to answer to. With an address that stands for all of them (0.0.0.0), every IP address and this
+            machine's name are hosts of the page too: rebinding needs a name.
+    """
+
+    def __init__(self, app, host: str):
+        self.app, self.any_address = app, host in ANY_ADDRESS
+        self.hosts = {*LOCAL, host.lower()} | ({socket.gethostname().lower(), socket.getfqdn().lower()}
+                                               if self.any_address else set())
+
+    async def __call__(self, scope, receive, send):
+        from starlette.datastructures import Headers
+        from starlette.responses import PlainTextResponse
+
+        if scope['type'] in ('http', 'websocket'):
+            reason = self.refusal(Headers(scope=scope), scope['path'])
+            if reason:
+                return await PlainTextResponse(reason, 403)(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+    def refusal(self, headers, path: str) -> str | None:
+        """Why a request is refused; None: it is answered."""
+        host, origin = headers.get('host', ''), headers.get('origin')
+        if not self.is_own(host):
+            return 'This page does not answer to that host: see --host.'
+        from_elsewhere = headers.get('sec-fetch-site') == 'cross-site' and headers.get('sec-fetch-mode') != 'navigate'
+        if from_elsewhere or (origin is not None and urlsplit(origin).netloc.lower() != host.lower()):
+            return 'This page does not answer to other web pages.'
+        if any(scheme in path.lower() for scheme in ('=http:', '=https:')):
+            return 'This page fetches no URL.'
+        return None
+
+    def is_own(self, host: str) -> bool:
+        try:
+            name = urlsplit(f'//{host}').hostname or ''
+            return name in self.hosts or (self.any_address and bool(ipaddress.ip_address(name)))
+        except ValueError:
+            return False
+
+
+def without_urls(move):
+    """A gradio block's way to bring a file into its cache, which downloads a URL; without that."""
+    async def local_only(path):
+        if path is not None and str(path).lower().startswith(('http:', 'https:')):
+            raise ValueError('this page fetches no URL')
+        return await move(path)
+    return local_only
+
+
+@contextmanager
+def private_cache():
+    """A folder for gradio's uploads and thumbnails that only this user can read; deleted at the end."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # by default the process would end before the folder is gone
+    folder = tempfile.mkdtemp(prefix='dlip-page-', dir=os.environ.get('GRADIO_TEMP_DIR'))  # mode 0700
+    os.environ['GRADIO_TEMP_DIR'] = folder
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def build(captioner: DLIPProd, retriever: DLIPProd, index: PictureIndex):
@@ -62,7 +142,7 @@ def build(captioner: DLIPProd, retriever: DLIPProd, index: PictureIndex):
         hits = asked(lambda: retriever.search(query, index, count, rerank=4 * count if rerank else 0))
         return [(thumbnail(path), f'{score:.3f}  {Path(path).name}') for path, score in hits]
 
-    with gradio.Blocks(title='DLIP', analytics_enabled=False) as page:
+    with gradio.Blocks(title='DLIP', analytics_enabled=False, delete_cache=(CHECK_CACHE, KEEP_CACHED)) as page:
         gradio.Markdown('# DLIP\nCaptions and search by a small vision-language model, on this machine.')
         with gradio.Tab('Caption a picture'), gradio.Row():
             with gradio.Column():
@@ -84,7 +164,34 @@ def build(captioner: DLIPProd, retriever: DLIPProd, index: PictureIndex):
             found = gradio.Gallery(label='Found', columns=4, height='auto')
             for event in (find.click, text.submit):
                 event(search, [text, like, wanted, rerank], found)
+    for block in page.blocks.values():
+        if hasattr(block, 'async_move_resource_to_block_cache'):
+            block.async_move_resource_to_block_cache = without_urls(block.async_move_resource_to_block_cache)
     return page
+
+
+def serve(page, host: str, port: int, max_upload: str) -> None:
+    """Answer to requests until SIGINT or SIGTERM.
+
+    Raises:
+        OSError: the address cannot be listened to; names host and port.
+    """
+    import gradio
+    import uvicorn
+    from fastapi import FastAPI
+    from starlette.middleware import Middleware
+
+    app = FastAPI(middleware=[Middleware(SameSite, host=host)])
+    gradio.mount_gradio_app(
+        app, page, '/', host, port, footer_links=[], max_file_size=max_upload,
+        theme=gradio.themes.Default(font=FONTS, font_mono=['ui-monospace', 'monospace']))
+    server = uvicorn.Server(uvicorn.Config(app, host, port, log_level='warning', timeout_graceful_shutdown=3))
+    try:
+        listening = server.config.bind_socket()
+    except SystemExit:  # uvicorn has logged the reason
+        raise OSError(f'cannot listen to {host}:{port}: choose another --port or --host') from None
+    print(f'Running on local URL:  http://{host}:{port}', flush=True)
+    server.run(sockets=[listening])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,18 +208,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--max_upload', default='20mb', help='largest upload (default: %(default)s)')
     args = parser.parse_args(argv)
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
-    try:
-        import gradio
-    except ImportError:
-        raise ImportError('the web page needs gradio: pip install gradio') from None
+    if find_spec('gradio') is None:
+        raise ImportError('the web page needs gradio: pip install gradio')
     device = str(setup_process(args.device))
     served = {'device': device, 'precision': args.precision, 'backend': args.backend}
     captioner = DLIPProd('caption', args.caption, **served)
     retriever = captioner if args.retrieval == args.caption else DLIPProd('retrieval', args.retrieval, **served)
     index = retriever.index(args.folder, args.index)
-    build(captioner, retriever, index).launch(
-        server_name=args.host, server_port=args.port, share=False, max_file_size=args.max_upload, footer_links=[],
-        theme=gradio.themes.Default(font=FONTS, font_mono=['ui-monospace', 'monospace']))
+    with private_cache():
+        serve(build(captioner, retriever, index), args.host, args.port, args.max_upload)
 
 
 if __name__ == '__main__':
