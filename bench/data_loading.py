@@ -34,7 +34,8 @@ THEIRS = """
 import json
 import torch
 from data.captions import clean_caption
-from data.transforms import open_part, train_transform
+from data.images import open_part
+from data.transforms import train_transform
 class Pairs(torch.utils.data.Dataset):
     def __init__(self):
         self.pairs, self.transform = json.load(open(path)), train_transform(16, 0.5, False)

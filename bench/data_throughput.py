@@ -27,7 +27,8 @@ from torchvision.io import decode_jpeg
 from configs.rules import whole
 from data.augment import rand_augment
 from data.datasets import first_readable, seeded
-from data.transforms import MEAN, STD, normalise, open_part, train_transform
+from data.images import open_part
+from data.transforms import MEAN, STD, normalise, train_transform
 from utils import clean_exit
 
 SIZE, SCALE = 224, (0.2, 1.0)

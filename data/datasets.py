@@ -17,16 +17,9 @@ import torch
 
 from data.captions import clean_caption, is_empty
 from data.flickr import Picture, load_flickr
+from data.images import BrokenPicture, file_name, open_image, open_part
 from data.index import COLUMNS, build_index, read_index
-from data.transforms import (
-    BrokenPicture,
-    eval_transform,
-    file_name,
-    open_image,
-    open_part,
-    train_transform,
-    whole_transform,
-)
+from data.transforms import eval_transform, train_transform, whole_transform
 from utils import barrier, logger
 
 MAX_TRIES = 20  # broken pictures in a row that end the run

@@ -1,132 +1,18 @@
-"""Pictures in: any file or PIL image to RGB, and BLIP's training and evaluation transforms."""
+"""BLIP's training and evaluation transforms."""
 
 import math
-import os
 import random
 import re
-from collections.abc import Callable
-from contextlib import contextmanager, suppress
 from functools import cache
-from typing import BinaryIO
 
-import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from torch.nn.functional import interpolate as resize
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import functional as F
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as BLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
 ASPECT = math.log(4 / 3)  # crops are between 3:4 and 4:3
-# White of a grey picture. The modes I and F do not tell theirs: the first of these that no pixel exceeds.
-WHITE = {'I;16': (65535,), 'I;16B': (65535,), 'I;16L': (65535,), 'I;16N': (65535,), 'I': (255, 65535),
-         'F': (1, 255, 65535)}
-
-
-class BrokenPicture(ValueError):
-    """A file that no picture can be read from.
-
-    Attributes:
-        kind: 'not a picture', 'damaged' (truncated or corrupt) or 'too large' (a decompression bomb).
-    """
-
-    def __init__(self, message: str, kind: str = 'not a picture'):
-        super().__init__(message)
-        self.kind = kind
-
-
-def orientation(image: Image.Image) -> int:
-    """EXIF's: 1 is upright, 5 to 8 lie on their side."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # broken EXIF data raise anything: struct.error, SyntaxError ...
-        return 1
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """PIL image of any mode -> upright 8-bit RGB: EXIF applied, alpha on white, 16 bit scaled, first frame."""
-    image.load()
-    if orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode in WHITE:
-        pixels = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        white = next((white for white in WHITE[image.mode] if pixels.max() <= white), pixels.max())
-        image = Image.fromarray((pixels.clip(0) * (255 / white)).round().astype(np.uint8))
-    if image.mode == 'La':  # premultiplied alpha
-        image = image.convert('LA')
-    if image.mode in ('RGBA', 'LA', 'PA', 'RGBa') or 'transparency' in image.info:
-        image = image.convert('RGBA')
-        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-    return image if image.mode == 'RGB' else image.convert('RGB')
-
-
-def file_name(file: str | os.PathLike | BinaryIO) -> str:
-    """A path, or what an open file says of its own: the attribute `name`."""
-    return os.fspath(file) if isinstance(file, str | os.PathLike) else getattr(file, 'name', str(file))
-
-
-@contextmanager
-def opened(file: str | os.PathLike | BinaryIO):
-    """A picture file as an image that is not decoded yet; an error in the block is the file's.
-
-    Raises:
-        FileNotFoundError: no such file.
-        BrokenPicture: names the file (see `file_name`) and what is wrong with it.
-    """
-    name, kind = file_name(file), 'not a picture'
-    try:
-        with Image.open(file) as image:
-            kind = 'damaged'
-            yield image
-    except FileNotFoundError:
-        raise FileNotFoundError(f'no picture {name}') from None
-    except Exception as error:  # a decoder may raise anything on a damaged file
-        if isinstance(error, Image.DecompressionBombError | MemoryError):
-            kind = 'too large'
-        raise BrokenPicture(f'{name} is not a readable picture: {str(error)[:120]}', kind) from None
-
-
-def open_image(file: str | os.PathLike | BinaryIO) -> Image.Image:
-    """Read a picture file as upright RGB.
-
-    Raises:
-        FileNotFoundError, BrokenPicture: see `opened`.
-    """
-    with opened(file) as image:
-        return to_rgb(image)
-
-
-def open_part(file: str | os.PathLike | BinaryIO, choose: Callable, side: int) -> torch.Tensor:
-    """Read a part of a picture file -> upright RGB, uint8 [3, h, w]
-
-    Args:
-        choose: from the upright picture's (height, width) to the (top, left, height, width) that are wanted.
-        side: a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, which is faster, where both sides of the part keep this
-            many pixels.
-
-    Raises:
-        FileNotFoundError, BrokenPicture: see `opened`.
-    """
-    with opened(file) as image:
-        if image.format != 'JPEG':  # of others the size may be another after decoding
-            image = to_rgb(image)
-        turn = orientation(image)
-        width, height = image.size[::-1] if turn in (5, 6, 7, 8) else image.size
-        box = choose(height, width)
-        scale = next((scale for scale in (8, 4, 2) if min(box[2:]) >= scale * side), 1)
-        top, left, height, width = (round(value / scale) for value in box)
-        if scale == 1 and turn == 1 and image.format == 'JPEG' and image.mode == 'RGB':
-            with suppress(RuntimeError):  # faster than PIL, which says better what is wrong with a file
-                whole = decode_jpeg(file_bytes(image.fp), ImageReadMode.RGB)
-                return whole[:, top:top + height, left:left + width]
-        image.draft(None, (image.width // scale, image.height // scale))
-        return F.pil_to_tensor(to_rgb(image).crop((left, top, left + width, top + height)))
-
-
-def file_bytes(file: BinaryIO) -> torch.Tensor:
-    file.seek(0)
-    return torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
 
 
 @cache

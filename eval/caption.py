@@ -19,9 +19,10 @@ import torch
 
 from configs import load_config
 from data.datasets import ImageTextEval
+from data.images import open_image
 from data.scene_captions import slots_match
 from data.scenes import Scene
-from data.transforms import eval_transform, open_image
+from data.transforms import eval_transform
 from eval.common import compared, evaluation_parser, hardware, image_batches, shard, write_json
 from eval.metrics import caption_metrics
 from eval.page import caption_card, grid, section, table, write_page

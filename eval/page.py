@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from data.transforms import open_image
+from data.images import open_image
 from utils import atomic_write
 
 STYLE = '''

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from data.images import open_image
 from eval.page import thumbnail
 from utils import atomic_write
 
@@ -109,9 +110,7 @@ class Sheet:
         self.y += 24
 
     def figure(self, png: Path) -> None:
-        with Image.open(png) as image:
-            image = image.convert('RGB')
-        image = ImageOps.contain(image, (WIDTH - 2 * MARGIN - 32, 900))
+        image = ImageOps.contain(open_image(png), (WIDTH - 2 * MARGIN - 32, 900))
         self.card(MARGIN, self.y, WIDTH - 2 * MARGIN, image.height + 32)
         self.paper.paste(image, ((WIDTH - image.width) // 2, self.y + 16))
         self.y += image.height + 32 + 24

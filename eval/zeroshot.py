@@ -18,7 +18,8 @@ from torchvision.datasets import ImageFolder
 
 from configs.rules import whole
 from data.datasets import clean_caption
-from data.transforms import eval_transform, open_image
+from data.images import open_image
+from data.transforms import eval_transform
 from eval.common import checkpoint_parser, image_batches, shard, spread, write_json
 from eval.metrics import recall_at_k
 from eval.page import caption_card, grid, section, table, write_page

@@ -11,9 +11,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from data.images import open_image
 from utils import atomic_write, gather_objects, is_main, rank, world_size
 
 
@@ -152,8 +152,9 @@ def picture_grid(samples: list[tuple[Path, str]], columns: int = 4):
     for axis in axes.flat:
         axis.axis('off')
     for axis, (path, caption) in zip(axes.flat, samples, strict=False):
-        with Image.open(path) as picture:
-            axis.imshow(picture.convert('RGB'))
+        image = open_image(path)
+        image.thumbnail((512, 512))
+        axis.imshow(image)
         axis.set_title(textwrap.fill(caption, 34), fontsize=8)
     figure.tight_layout()
     return figure

@@ -290,7 +290,7 @@ class DLIPProd:
 
         for name, image in named_images(images):
             try:
-                pixels.append(self.transform(read_image(image, name, bgr)))
+                pixels.append(self.transform(read_image(image, name, bgr, self.memory)))
                 read.append(True)
             except (TypeError, ValueError):
                 if on_error == 'raise':

@@ -80,7 +80,7 @@ def test_a_picture_is_captioned_and_a_bad_one_named(page, tmp_path):
     (tmp_path / 'broken.png').write_bytes(b'no picture')
     upload(page, tmp_path / 'broken.png')
     page.get_by_role('button', name='Caption', exact=True).click()
-    expect(page.get_by_text('is not a readable picture')).to_be_visible()
+    expect(page.get_by_text('is not a readable image')).to_be_visible()
     (tmp_path / 'large.png').write_bytes(bytes(200_000))
     page.reload()
     upload(page, tmp_path / 'large.png')

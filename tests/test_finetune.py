@@ -17,7 +17,8 @@ import train_dlip_retrieval_flickr
 from bench.stress import same
 from data.captions import clean_caption
 from data.datasets import FlickrPictures, FlickrTrain
-from data.transforms import eval_transform, normalise, open_image, whole_transform
+from data.images import open_image
+from data.transforms import eval_transform, normalise, whole_transform
 from eval.cider import END, CiderReward
 from eval.metrics import simple_tokens
 from models import losses

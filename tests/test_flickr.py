@@ -12,7 +12,8 @@ from test_datasets import TRANSFORM, write_pictures
 from data import datasets
 from data.datasets import FlickrTrain, ImageTextEval
 from data.flickr import SPLITS, Picture, hash_split, load_flickr
-from data.transforms import eval_transform, open_part
+from data.images import open_part
+from data.transforms import eval_transform
 
 CAPTIONS = {'train': [['A man.', 'a red DOG', ''], ['two cats']], 'val': [['a bus', 'the bus']],
             'test': [['x one', 'x two'], ['y one'], ['z', 'z z', 'z z z']]}

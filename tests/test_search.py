@@ -78,7 +78,7 @@ def test_an_index_of_another_net_or_no_index_is_refused(retrieval, pictures, tmp
     with pytest.raises(FileNotFoundError, match="no folder '/nowhere'"):
         retrieval.index('/nowhere', tmp_path / 'new')
     (tmp_path / 'none').mkdir()
-    with pytest.raises(FileNotFoundError, match='no pictures in the folder'):
+    with pytest.raises(FileNotFoundError, match='no images in the folder'):
         retrieval.index(tmp_path / 'none', tmp_path / 'new')
     with pytest.raises(ValueError, match='is empty: add pictures'):
         retrieval.search('a dog', retrieval.index([], tmp_path / 'new'))
@@ -91,7 +91,7 @@ def test_skipped_pictures_leave_their_place(caption, retrieval, picture):
     features = retrieval.get_image_feat(mixed, batch_size=1, on_error='skip')
     assert torch.allclose(features[[0, 2]], retrieval.get_image_feat([picture] * 2), atol=1e-6)
     assert features[[1, 3]].isnan().all()
-    with pytest.raises(ValueError, match=r'images\[1\].*is not a readable picture'):
+    with pytest.raises(ValueError, match=r'images\[1\].*is not a readable image'):
         caption.generate(mixed)
     with pytest.raises(ValueError, match="on_error is 'ignore': raise or skip"):
         caption.generate(mixed, on_error='ignore')
@@ -206,7 +206,7 @@ def test_captioning_a_folder_goes_on_where_it_stopped(folder, pictures, tmp_path
     caption_tool.main(command)
     whole = out.read_text()
     rows = [json.loads(line) for line in whole.splitlines()]
-    assert len(rows) == 8 and 'is not a readable picture' in next(row['error'] for row in rows if 'error' in row)
+    assert len(rows) == 8 and 'is not a readable image' in next(row['error'] for row in rows if 'error' in row)
     assert [row['path'] for row in rows] == sorted(row['path'] for row in rows)
     out.write_text(whole[:whole.rindex('{') + 9])  # cut off in its last line
     caption_tool.main(command)

@@ -187,7 +187,7 @@ def test_odd_captions_and_a_broken_picture_do_not_end_a_run(pretrained, scenes, 
     data = broken_set(scenes, tmp_path, edit)
     run(pretrain_dlip, pretrained[0], tmp_path / 'out', f'data.train={data}')
     printed = capsys.readouterr().out
-    assert 'cut.jpg is not a readable picture' in printed and '1 pairs without a caption' in printed
+    assert 'cut.jpg is truncated or damaged' in printed and '1 pairs without a caption' in printed
 
 
 def test_weight_decay_is_for_matrices_only(nano):
