@@ -11,9 +11,8 @@ resumes from OUTPUT_DIR/last.pth; `--dry_run` says beforehand what the run will 
 """
 
 from configs import script_arguments
-from data.datasets import PairDataset
 from data.loader import make_loader
-from data.shards import ShardDataset, is_shards
+from data.pairs import open_pairs
 from data.transforms import train_transform
 from eval.caption import caption_pictures
 from models.build import at_resolution, build_student, build_teacher, init_maps, loss_weights
@@ -35,8 +34,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # data
     transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'])
-    source = ShardDataset if is_shards(data['train']) else PairDataset
-    dataset = source(data['train'], transform, data['max_words'], seed=args.seed)
+    dataset = open_pairs(data['train'], transform, data['max_words'], args.seed)
 
     # teacher (frozen), student, momentum twin and queues, losses
     tokenizer = Tokenizer.from_pretrained(config['tokenizer'])

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from configs import script_arguments
-from data.datasets import Captioned, FlickrPictures, FlickrTrain, ImageTextEval
+from data.datasets import AnnotatedTrain, AnnotatedWhole, Captioned, ImageTextEval
 from data.loader import make_loader
 from data.transforms import eval_transform, train_transform
 from eval.caption import evaluate_captions
@@ -56,9 +56,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # data
     transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'])
-    dataset = FlickrTrain(data['root'], transform, data['max_words'], args.seed, data['split'],
+    dataset = AnnotatedTrain(data['root'], transform, data['max_words'], args.seed, data['split'],
                           data['teacher_captions'])
-    pictures = FlickrPictures(data['root'], model['image_size'], data['max_words'], data['split'])
+    pictures = AnnotatedWhole(data['root'], model['image_size'], data['max_words'], data['split'])
     held_out = {split: ImageTextEval(data['root'], split, eval_transform(model['image_size']), data['max_words'],
                                      data['split'])
                 for split in ('val', 'test')}

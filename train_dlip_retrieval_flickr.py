@@ -9,7 +9,7 @@ Relaunching the same command resumes.
 """
 
 from configs import script_arguments
-from data.datasets import FlickrTrain, ImageTextEval
+from data.datasets import AnnotatedTrain, ImageTextEval
 from data.loader import make_loader
 from data.transforms import eval_transform, train_transform
 from eval.retrieval import evaluate_retrieval
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # data
     transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'])
-    dataset = FlickrTrain(data['root'], transform, data['max_words'], args.seed, data['split'])
+    dataset = AnnotatedTrain(data['root'], transform, data['max_words'], args.seed, data['split'])
     held_out = {split: ImageTextEval(data['root'], split, eval_transform(model['image_size']), data['max_words'],
                                      data['split'])
                 for split in ('val', 'test')}

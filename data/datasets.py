@@ -1,4 +1,4 @@
-"""Datasets: pre-training pairs of `all.json`, Flickr30K captions for finetuning, and held-out pictures.
+"""Datasets: the pre-training pairs of `all.json`, the images of annotated folders, and held-out images.
 
 Item i of epoch e is a function of (seed, e, i) alone, whatever the number of workers or processes, so that a resumed
 run sees what the uninterrupted run saw.
@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from data.annotations import AnnotatedImage, load_annotated
 from data.captions import clean_caption, is_empty
-from data.flickr import Picture, load_flickr
 from data.images import BrokenPicture, file_name, open_image, open_part
 from data.index import COLUMNS, build_index, read_index
 from data.transforms import eval_transform, train_transform, whole_transform
@@ -73,17 +73,17 @@ def first_readable(pairs: Iterable[tuple], transform: train_transform, max_words
 
 
 class Captioned(torch.utils.data.Dataset):
-    """Pictures with one caption each, for training.
+    """Images with one caption each, for training; the captions of an image share its id.
 
-    An item is that of `first_readable`: the next pair with a readable picture stands in for a broken one.
+    An item is that of `first_readable`: the next pair with a readable image stands in for a broken one.
 
     Args:
-        table: columns image_root (path), caption and id. Arrow keeps them outside python's reference counting, so
-            that worker processes share them without copying.
+        table: columns image_root (path, in bytes: no file system promises UTF-8), caption and id. Arrow keeps them
+            outside python's reference counting, so that worker processes share them without copying.
         folder: what relative paths start from.
 
     Raises:
-        FileNotFoundError: the pictures are not where the table says.
+        FileNotFoundError: the images are not where the table says.
     """
 
     def __init__(self, table: pa.Table, folder: str | Path, transform: train_transform, max_words: int, seed: int):
@@ -92,7 +92,7 @@ class Captioned(torch.utils.data.Dataset):
         self.epoch = 0
         sample = self.examples(16)
         if not any(os.path.exists(path) for path in sample):
-            raise FileNotFoundError(f'none of {len(sample)} pictures looked for is there, for example {sample[0]}: '
+            raise FileNotFoundError(f'none of {len(sample)} images looked for is there, for example {sample[0][:300]}: '
                                     f'were they moved since the annotation was written?')
 
     def __len__(self) -> int:
@@ -101,7 +101,7 @@ class Captioned(torch.utils.data.Dataset):
     def pair(self, index: int) -> tuple[str, str, int]:
         """(path, raw caption, id) of pair `index`"""
         path, caption, number = (self.table[name][index].as_py() for name in COLUMNS)
-        return os.path.join(self.folder, path), caption, number
+        return os.path.join(self.folder, os.fsdecode(path)), caption, number
 
     def __getitem__(self, index: int) -> dict:
         following = (self.pair((index + offset) % len(self)) for offset in range(len(self)))
@@ -140,31 +140,30 @@ class PairDataset(Captioned):
         self.__dict__.update(state, table=read_index(state['index']))
 
 
-def with_captions(pictures: list[Picture], source: str) -> list[Picture]:
-    """Leave out empty captions, and pictures that have no other."""
-    kept = [replace(picture, captions=tuple(text for text in picture.captions if not is_empty(text)))
-            for picture in pictures]
-    empty = sum(len(old.captions) - len(new.captions) for old, new in zip(pictures, kept, strict=True))
-    kept = [picture for picture in kept if picture.captions]
-    if empty or len(kept) < len(pictures):
-        logger.info('%s: %d empty captions and %d pictures without one are left out', source, empty,
-                    len(pictures) - len(kept))
+def with_captions(images: list[AnnotatedImage], source: str) -> list[AnnotatedImage]:
+    """Leave out empty captions, and images that have no other."""
+    kept = [replace(image, captions=tuple(text for text in image.captions if not is_empty(text))) for image in images]
+    empty = sum(len(old.captions) - len(new.captions) for old, new in zip(images, kept, strict=True))
+    kept = [image for image in kept if image.captions]
+    if empty or len(kept) < len(images):
+        logger.info('%s: %d empty captions and %d images without one are left out', source, empty,
+                    len(images) - len(kept))
     if not kept:
         raise ValueError(f'{source} holds no caption: download its annotation again')
     return kept
 
 
-class FlickrTrain(Captioned):
-    """Training pictures of Flickr30K or of one's own, one item per caption; the captions of a picture share its id.
+class AnnotatedTrain(Captioned):
+    """The training images of an annotated folder, one item per caption.
 
-    Root and `how` are those of `load_flickr`.
+    Root and `how` are those of `load_annotated`.
 
     Args:
-        teacher_share: the probability that an item has its picture's caption of `teacher_captions` instead of its own,
+        teacher_share: the probability that an item has its image's caption of `teacher_captions` instead of its own,
             drawn anew each epoch.
 
     Attributes:
-        teacher_captions: by path; a picture that is not among them keeps its own captions.
+        teacher_captions: by path; an image that is not among them keeps its own captions.
     """
 
     def __init__(self, root: str | os.PathLike, transform: train_transform, max_words: int, seed: int = 0,
@@ -172,9 +171,8 @@ class FlickrTrain(Captioned):
         if not 0 <= teacher_share <= 1:
             raise ValueError(f'data.teacher_captions is a probability between 0 and 1, got {teacher_share}')
         self.teacher_share, self.teacher_captions = teacher_share, {}
-        pictures = with_captions(load_flickr(root, 'train', how), f'{root}, split train')
-        rows = [(str(picture.path), text, number) for number, picture in enumerate(pictures)
-                for text in picture.captions]
+        images = with_captions(load_annotated(root, 'train', how), f'{root}, split train')
+        rows = [(image.path, text, number) for number, image in enumerate(images) for text in image.captions]
         super().__init__(as_table(rows), '', transform, max_words, seed)
 
     def pair(self, index: int) -> tuple[str, str, int]:
@@ -184,48 +182,49 @@ class FlickrTrain(Captioned):
         return path, caption, number
 
 
-class FlickrPictures(Captioned):
-    """Those pictures, one item each, whole as evaluation sees them; the id is the picture's number.
+class AnnotatedWhole(Captioned):
+    """Those images, one item each, whole as evaluation sees them; the id is the image's number.
 
     Attributes:
-        references: per picture its captions.
+        references: per image its captions.
     """
 
     def __init__(self, root: str | os.PathLike, image_size: int, max_words: int, how: str = 'standard'):
-        pictures = with_captions(load_flickr(root, 'train', how), f'{root}, split train')
-        self.references = [list(picture.captions) for picture in pictures]
-        rows = [(str(picture.path), picture.captions[0], number) for number, picture in enumerate(pictures)]
+        images = with_captions(load_annotated(root, 'train', how), f'{root}, split train')
+        self.references = [list(image.captions) for image in images]
+        rows = [(image.path, image.captions[0], number) for number, image in enumerate(images)]
         super().__init__(as_table(rows), '', whole_transform(image_size), max_words, seed=0)
 
 
-def as_table(rows: list[tuple[str, str, int]]) -> pa.Table:
-    return pa.table(dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True)))
+def as_table(rows: list[tuple[Path, str, int]]) -> pa.Table:
+    paths, captions, numbers = zip(*rows, strict=True)
+    return pa.table([pa.array(map(os.fsencode, paths), pa.binary()), list(captions), list(numbers)], names=COLUMNS)
 
 
 class ImageTextEval(torch.utils.data.Dataset):
-    """Held-out pictures with all their captions; item i is the transformed picture i (float32 [3, S, S]).
+    """Held-out images with all their captions; item i is the transformed image i (float32 [3, S, S]).
 
-    No picture may be missing or broken here: the metrics would be of another set than they say.
+    No image may be missing or broken here: the metrics would be of another set than they say.
 
     Attributes:
-        texts: all captions, cleaned, picture by picture.
-        image_to_texts: per picture the indices of its captions in `texts`; text_to_image: the reverse.
-        references: per picture its captions as they were written.
+        texts: all captions, cleaned, image by image.
+        image_to_texts: per image the indices of its captions in `texts`; text_to_image: the reverse.
+        references: per image its captions as they were written.
     """
 
     def __init__(self, root: str | os.PathLike, split: str, transform: eval_transform, max_words: int,
                  how: str = 'standard'):
         self.root, self.split, self.transform = Path(root), split, transform
-        pictures = with_captions(load_flickr(root, split, how), f'{root}, split {split}')
-        self.paths = [picture.path for picture in pictures]
-        missing = [path for path in self.paths if not path.exists()]
+        images = with_captions(load_annotated(root, split, how), f'{root}, split {split}')
+        self.paths = [image.path for image in images]
+        missing = [path for path in self.paths if not os.path.isfile(path)]
         if missing:
-            raise FileNotFoundError(f'{len(missing)} of the {len(self.paths)} pictures of split {split} are missing, '
-                                    f'for example {missing[0]}')
-        self.references = [list(picture.captions) for picture in pictures]
+            raise FileNotFoundError(f'{len(missing)} of the {len(self.paths)} images of split {split} are missing, '
+                                    f'for example {str(missing[0])[:300]}')
+        self.references = [list(image.captions) for image in images]
         self.texts = [clean_caption(text, max_words) for texts in self.references for text in texts]
         self.text_to_image = [i for i, texts in enumerate(self.references) for _ in texts]
-        self.image_to_texts: list[list[int]] = [[] for _ in pictures]
+        self.image_to_texts: list[list[int]] = [[] for _ in images]
         for text, image in enumerate(self.text_to_image):
             self.image_to_texts[image].append(text)
 

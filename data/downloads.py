@@ -170,7 +170,7 @@ def read_visual_genome(folder: Path) -> Iterator[Part]:
     try:
         while batch := list(islice(images, GENOME_PICTURES)):
             captions, pictures, dropped = [], [], Counter()
-            for image in batch:
+            for _, image in batch:
                 picture = files.get(f'{image["id"]}.jpg')
                 for region in image['regions']:
                     caption = one_line(region['phrase'])

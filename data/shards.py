@@ -1,4 +1,4 @@
-"""Pre-training pairs straight from img2dataset's `webdataset` shards: tars that are read in sequence, not unpacked.
+"""Pre-training pairs straight from `webdataset` shards, as img2dataset writes them, which are read and not unpacked.
 
 An epoch is the shards in an order drawn from (seed, epoch), one after the other. Every worker of every process reads a
 run of it that is its own, of as many samples as its batches take, whatever the number of shards. Samples are shuffled
@@ -7,40 +7,46 @@ very next sample, without opening the shards that were read before.
 """
 
 import io
-import json
 import os
-import tarfile
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from itertools import cycle, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.gopen import gopen
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import tarfile_samples
 
-from data.captions import is_empty, storable
+from data.captions import is_empty
 from data.datasets import first_readable
+from data.tars import SCHEME, TAR, count_images, one_line_of, read_shard
 from data.transforms import train_transform
 from utils import gather_objects, progress, rank, world_size
 
-PICTURES = ('jpg', 'jpeg', 'png', 'webp')
-WINDOW = 1024  # samples, still encoded: some 25 MB in a worker where pictures are 256 px
+WINDOW = 1024  # samples, still encoded: some 25 MB in a worker where images are 256 px
 
 
 class Sample(NamedTuple):
-    picture: io.BytesIO  # encoded; its attribute `name` is SHARD/FILE
+    image: io.BytesIO  # encoded; its attribute `name` is SHARD/FILE
     caption: str  # raw
     number: int  # unique in the set
     lost: tuple[str, str, str] | None = None  # (path, kind, message) of the sample in whose place it stands
 
 
 def is_shards(source: str) -> bool:
-    """Whether `data.train` names shards; anything else is an all.json."""
-    return '.tar' in source or os.path.isdir(source)
+    """Whether `data.train` names tars, or a folder of them, rather than a file or another folder."""
+    if SCHEME.match(source) or '::' in source:
+        return True
+    if os.path.isdir(source):
+        return bool(tars_of(source))
+    mark = list(TAR.finditer(source))
+    return bool(mark) and mark[-1].end() == len(source)
+
+
+def tars_of(folder: str) -> list[str]:
+    return sorted(str(path) for path in Path(folder).iterdir()
+                  if is_shards(path.name) and not path.name.startswith('.') and path.is_file())
 
 
 def list_shards(source: str) -> list[str]:
@@ -48,68 +54,24 @@ def list_shards(source: str) -> list[str]:
 
     Raises:
         FileNotFoundError: a file or folder is not there, or a folder holds no tar.
+        ValueError: the pattern's braces or variables are none.
     """
+    try:
+        parts = [url.strip() for url in expand_urls(source)]
+    except AssertionError as error:  # ${NAME} without a variable WDS_NAME
+        raise ValueError(f'data.train: {error}') from None
     urls = []
-    for url in map(str.strip, expand_urls(source)):
-        if os.path.isdir(url):
-            inside = sorted(map(str, Path(url).glob('*.tar')))
-            if not inside:
-                raise FileNotFoundError(f'{url} holds no .tar: data.train takes an all.json, or the output of '
-                                        f'img2dataset --output_format webdataset')
-            urls += inside
-        else:
-            urls.append(url)
-    missing = [url for url in urls if ':' not in url and not os.path.isfile(url)]  # those with a scheme: when read
+    for url in parts:
+        inside = tars_of(url) if os.path.isdir(url) else [url]
+        if not inside:
+            raise FileNotFoundError(f'{url} holds no .tar: data.train takes what img2dataset --output_format '
+                                    f'webdataset writes')
+        urls += inside
+    missing = [url for url in urls if not SCHEME.match(url) and not os.path.isfile(url)]  # the others: when read
     if missing:
         raise FileNotFoundError(f'{len(missing)} of the {len(urls)} shards of data.train are not there, for example '
                                 f'{missing[0]}')
     return urls
-
-
-def count_pictures(url: str) -> int:
-    """Pictures in a shard, from img2dataset's _stats.json beside it or, without one, from the tar's headers.
-
-    Raises:
-        ValueError: neither can be read.
-    """
-    head, _, tail = url.rpartition('.tar')  # of `pipe:COMMAND SHARD.tar -` there is a tail
-    try:
-        with gopen(f'{head}_stats.json{tail}') as file:
-            return json.loads(file.read())['successes']
-    except (OSError, ValueError, KeyError, TypeError):  # an unfinished download has none
-        pass
-    count = 0
-    try:
-        with gopen(url) as file, tarfile.open(fileobj=file, mode='r:' if os.path.isfile(url) else 'r|') as tar:
-            for member in tar:
-                count += member.name.lower().rpartition('.')[2] in PICTURES
-    except (OSError, tarfile.TarError) as error:
-        if not count:
-            raise ValueError(f'{url} is not a readable tar ({str(error)[:100]}): download it again or leave it '
-                             f'out of data.train') from None
-    return count
-
-
-def read_shard(url: str) -> Iterator[tuple[io.BytesIO, str]]:
-    """(encoded picture, raw caption) of a shard's samples that have a picture, in their order.
-
-    Raises:
-        Exception: whatever webdataset meets in a damaged shard, after the samples before the damage.
-    """
-    for sample in tarfile_samples([{'url': url}]):
-        kind = next((kind for kind in PICTURES if kind in sample), None)
-        if kind:
-            picture = io.BytesIO(sample[kind])
-            picture.name = f'{url}/{sample["__key__"]}.{kind}'
-            yield picture, caption_of(sample)
-
-
-def caption_of(sample: dict) -> str:
-    if 'txt' in sample:
-        return sample['txt'].decode(errors='replace')
-    with suppress(KeyError, ValueError, AttributeError):
-        return storable(json.loads(sample['json']).get('caption') or '')
-    return ''
 
 
 class ShardDataset:
@@ -128,18 +90,18 @@ class ShardDataset:
         self.transform, self.max_words, self.seed, self.epoch = transform, max_words, seed, 0
         self.urls = list_shards(source)
         mine = progress(self.urls[rank()::world_size()], desc='counting shards')
-        parts = gather_objects([count_pictures(url) for url in mine])
+        parts = gather_objects([count_images(url) for url in mine])
         self.counts = np.array([parts[i % world_size()][i // world_size()] for i in range(len(self.urls))])
         self.first = np.cumsum(self.counts) - self.counts  # number of each shard's first sample
         if not len(self):
-            raise ValueError(f'{source} holds no picture: its downloads failed')
+            raise ValueError(f'{source} holds no image: its downloads failed')
 
     def __len__(self) -> int:
         return int(self.counts.sum())
 
     def examples(self, count: int) -> list[io.BytesIO]:
-        """Pictures to be looked at, from the start of the set."""
-        return [sample.picture for sample in islice(self.rows(range(len(self.urls)), 0, len(self)), count)]
+        """Images to be looked at, from the start of the set."""
+        return [sample.image for sample in islice(self.rows(range(len(self.urls)), 0, len(self)), count)]
 
     def rows(self, order, first: int, last: int) -> Iterator[Sample]:
         """Samples `first` up to `last` of the shards in an order."""
@@ -157,11 +119,12 @@ class ShardDataset:
         for shard in cycle(order):
             url, before, problem = self.urls[shard], wanted, 'it ends early'
             try:
-                for index, (picture, caption) in enumerate(islice(read_shard(url), min(wanted, self.counts[shard]))):
-                    wanted -= 1
-                    yield Sample(picture, caption, int(self.first[shard]) + index, lost)
-            except Exception as error:  # webdataset lets through what files, pipes and tars raise
-                problem = repr(error)[:120]
+                with closing(read_shard(url)) as samples:
+                    for index, (image, caption) in enumerate(islice(samples, min(wanted, self.counts[shard]))):
+                        wanted -= 1
+                        yield Sample(image, caption, int(self.first[shard]) + index, lost)
+            except Exception as error:  # whatever files, commands, decompressors and tars raise
+                problem = one_line_of(error)
             if not wanted:
                 return
             lost = lost or (url, 'damaged', f'{wanted} samples of {url} are lost: {problem}')
@@ -203,7 +166,7 @@ class ShardStream(IterableDataset):
                 window = list(islice(rows, min(WINDOW, last - start)))
                 np.random.default_rng((*seeds, start)).shuffle(window)
                 for place in range(done, len(window)):
-                    pairs = ((sample.picture, sample.caption, sample.number)  # the next in the window stand in
+                    pairs = ((sample.image, sample.caption, sample.number)  # the next in the window stand in
                              for sample in window[place:] + window[:place] if not is_empty(sample.caption))
                     sample = window[place]
                     item = first_readable(pairs, dataset.transform, dataset.max_words, *seeds, sample.number)

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.datasets import Captioned
+from data.index import COLUMNS
 from data.loader import BadImages, collate
 from data.target_store import (
     LOWEST,
@@ -132,11 +133,11 @@ def made_of(config: dict, dataset: Captioned, tokenizer: Tokenizer, seed: int, p
         raise ValueError('teacher.cache needs pairs that have a place: set data.train to an all.json (the samples of '
                          'tars come in another order with every number of processes), or teacher.cache to null')
     model, data = config['model'], config['data']
-    pairs = pc.binary_join_element_wise(dataset.table['image_root'], dataset.table['caption'],
-                                        dataset.table['id'].cast('string'), '\t')
+    pairs = pc.binary_join_element_wise(*(dataset.table[name].cast('string').cast('binary') for name in COLUMNS[1:]),
+                                        dataset.table['image_root'], b'\t')
     hashed = hashlib.sha256()
     for chunk in pairs.iterchunks():
-        hashed.update('\n'.join([*chunk.to_pylist(), '']).encode())
+        hashed.update(b'\n'.join([*chunk.to_pylist(), b'']))
     return {'data': hashed.hexdigest(), 'vocabulary': hashlib.sha256('\n'.join(tokenizer.vocab).encode()).hexdigest(),
             'seed': seed, 'model.image_size': model['image_size'], 'prompt': prompt,
             **{f'data.{key}': data[key] for key in ('min_scale', 'randaugment', 'max_words', 'max_tokens')}}

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.captions import is_empty
-from data.datasets import FlickrPictures
+from data.datasets import AnnotatedWhole
 from data.loader import collate
 from data.transforms import normalise
 from models.blip import BLIP
@@ -20,7 +20,7 @@ from models.tokenizer import Tokenizer
 from utils import atomic_write, gather_objects, is_main, logger, progress, rank, world_size
 
 
-def teacher_captions(teacher: BLIP, tokenizer: Tokenizer, pictures: FlickrPictures, file: Path, *,
+def teacher_captions(teacher: BLIP, tokenizer: Tokenizer, pictures: AnnotatedWhole, file: Path, *,
                      device: torch.device | str = 'cpu', prompt: str, batch_size: int, workers: int,
                      **settings) -> dict[str, str]:
     """The teacher's caption of each training picture by path, kept in a file that a later call goes on with.

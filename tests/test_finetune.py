@@ -16,7 +16,7 @@ import train_dlip_caption_flickr
 import train_dlip_retrieval_flickr
 from bench.stress import same
 from data.captions import clean_caption
-from data.datasets import FlickrPictures, FlickrTrain
+from data.datasets import AnnotatedTrain, AnnotatedWhole
 from data.images import open_image
 from data.transforms import eval_transform, normalise, whole_transform
 from eval.cider import END, CiderReward
@@ -80,7 +80,7 @@ def test_a_retrieval_finetune_learns_from_a_finetuned_teacher(scenes, teachers, 
     for term in ('image_feat', 'text_feat', 'ita_soft'):
         assert last[f'train_loss_{term}'] < first[f'train_loss_{term}'], term
     assert 'train_loss_itm_soft' in last
-    teacher, data = load_model(teachers['retrieval'])[0], FlickrTrain(scenes / 'flickr30k', whole_transform(32), 30)
+    teacher, data = load_model(teachers['retrieval'])[0], AnnotatedTrain(scenes / 'flickr30k', whole_transform(32), 30)
     texts = {}
     for i in range(len(data)):
         _, caption, number = data.pair(i)
@@ -125,8 +125,8 @@ def test_embeddings_are_regressed_on_unit_spheres_and_itm_on_the_same_pairs(smal
 # ---------------------------------------------------------------- the teacher's captions
 
 @pytest.fixture
-def pictures(scenes) -> FlickrPictures:
-    return FlickrPictures(scenes / 'flickr30k', 32, 30)
+def pictures(scenes) -> AnnotatedWhole:
+    return AnnotatedWhole(scenes / 'flickr30k', 32, 30)
 
 
 def test_teacher_captions_are_its_beam_captions_of_whole_pictures(pictures, teachers, tokenizer, tmp_path):
@@ -175,7 +175,7 @@ def test_a_broken_picture_has_no_caption(pictures, teachers, tokenizer, tmp_path
 def test_a_share_of_the_items_has_the_teachers_caption(scenes):
     """Decided by seed, epoch and item; without a share items are what they were."""
     def captions(share, epoch=0):
-        data = FlickrTrain(scenes / 'flickr30k', whole_transform(32), 30, 0, teacher_share=share)
+        data = AnnotatedTrain(scenes / 'flickr30k', whole_transform(32), 30, 0, teacher_share=share)
         data.teacher_captions = {data.pair(i)[0]: 'said by the teacher' for i in range(20)}
         data.epoch = epoch
         return [data[i]['caption'] == 'said by the teacher' for i in range(len(data))]

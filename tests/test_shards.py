@@ -17,7 +17,7 @@ import pretrain_dlip
 from bench.stress import same
 from data import shards
 from data.loader import make_loader
-from data.shards import ShardDataset, count_pictures, is_shards, list_shards
+from data.shards import ShardDataset, count_images, is_shards, list_shards
 from data.transforms import train_transform
 from models.logs import read_log
 from models.training import Run
@@ -161,12 +161,12 @@ def test_shards_through_a_command(cc3m):
 def test_pictures_are_counted_without_statistics(cc3m):
     for path in cc3m.glob('*_stats.json'):
         path.unlink()
-    assert [count_pictures(url) for url in list_shards(str(cc3m))] == list(SIZES)
+    assert [count_images(url) for url in list_shards(str(cc3m))] == list(SIZES)
     whole = (cc3m / '00000.tar').read_bytes()
     (cc3m / '00000.tar').write_bytes(whole[:len(whole) // 2])  # a download that was killed
-    assert 0 < count_pictures(str(cc3m / '00000.tar')) < 13
+    assert 0 < count_images(str(cc3m / '00000.tar')) < 13
     (cc3m / '00000.tar').write_bytes(b'<html>')
-    with pytest.raises(ValueError, match='00000.tar is not a readable tar .*download it again'):
+    with pytest.raises(ValueError, match='00000.tar cannot be read as a tar: .*Download it again'):
         dataset(cc3m)
 
 

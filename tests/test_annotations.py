@@ -10,9 +10,10 @@ import pytest
 from test_datasets import TRANSFORM, write_pictures
 
 from data import datasets
-from data.datasets import FlickrTrain, ImageTextEval
-from data.flickr import SPLITS, Picture, hash_split, load_flickr
+from data.annotations import AnnotatedImage, hash_split, load_annotated
+from data.datasets import AnnotatedTrain, ImageTextEval
 from data.images import open_part
+from data.layouts import SPLITS
 from data.transforms import eval_transform
 
 CAPTIONS = {'train': [['A man.', 'a red DOG', ''], ['two cats']], 'val': [['a bus', 'the bus']],
@@ -45,11 +46,11 @@ def flickr(root: Path, layout: str, folder: str = 'flickr30k-images') -> Path:
                                             ('karpathy', 'flickr30k_images/flickr30k_images')])
 def test_flickr_layouts(tmp_path, layout, folder, caplog):
     root = flickr(tmp_path, layout, folder)
-    assert [list(p.captions) for p in load_flickr(root, 'test')] == CAPTIONS['test']
-    assert [p.path for p in load_flickr(root, 'val')] == [root / folder / 'val0.jpg']
+    assert [list(p.captions) for p in load_annotated(root, 'test')] == CAPTIONS['test']
+    assert [p.path for p in load_annotated(root, 'val')] == [root / folder / 'val0.jpg']
     with caplog.at_level(logging.INFO, 'dlip'):
-        train = FlickrTrain(root, TRANSFORM, 30)
-    assert '1 empty captions and 0 pictures without one' in caplog.text
+        train = AnnotatedTrain(root, TRANSFORM, 30)
+    assert '1 empty captions and 0 images without one' in caplog.text
     assert [(item['caption'], item['id']) for item in map(train.__getitem__, range(len(train)))] == \
         [('a man', 0), ('a red dog', 0), ('two cats', 1)]
 
@@ -59,15 +60,15 @@ def test_coco_in_karpathys_layout(tmp_path):
     (tmp_path / 'dataset_coco.json').write_text(json.dumps({'images': [
         {'filepath': 'val2014', 'filename': name, 'split': split, 'sentences': [{'raw': f'of {name}'}]}
         for name, split in (('a.jpg', 'restval'), ('b.jpg', 'train'), ('c.jpg', 'test'))]}))
-    assert load_flickr(tmp_path, 'train') == [Picture(tmp_path / 'val2014/a.jpg', ('of a.jpg',)),
-                                              Picture(tmp_path / 'val2014/b.jpg', ('of b.jpg',))]
-    assert [p.path.name for p in load_flickr(tmp_path, 'test')] == ['c.jpg']
+    assert load_annotated(tmp_path, 'train') == [AnnotatedImage(tmp_path / 'val2014/a.jpg', ('of a.jpg',)),
+                                              AnnotatedImage(tmp_path / 'val2014/b.jpg', ('of b.jpg',))]
+    assert [p.path.name for p in load_annotated(tmp_path, 'test')] == ['c.jpg']
 
 
 def test_kaggles_table_is_split_by_hash_on_demand(tmp_path):
     root = flickr(tmp_path, 'kaggle', 'flickr30k_images/flickr30k_images')
     (root / 'results.csv').rename(root / 'flickr30k_images/results.csv')  # where the archive has it
-    splits = {split: load_flickr(root, split, 'hash') for split in SPLITS}
+    splits = {split: load_annotated(root, split, 'hash') for split in SPLITS}
     assert [len(splits[split]) for split in SPLITS] == [4, 1, 1]
     found = {p.path.name: p for pictures in splits.values() for p in pictures}
     assert set(found) == {f'{split}{i}.jpg' for split, group in CAPTIONS.items() for i in range(len(group))}
@@ -104,7 +105,7 @@ def own(root: Path, kind: str, split: bool) -> Path:
 @pytest.mark.parametrize('split', [True, False])
 def test_pictures_of_ones_own(tmp_path, kind, split):
     root = own(tmp_path, kind, split)
-    train = FlickrTrain(root, TRANSFORM, 30)
+    train = AnnotatedTrain(root, TRANSFORM, 30)
     held_out = {name: ImageTextEval(root, name, eval_transform(16), 30) for name in ('val', 'test')}
     assert [len(train), *map(len, held_out.values())] == ([8, 4, 4] if split else [20, 1, 1])
     name = held_out['val'].paths[0].relative_to(root)
@@ -116,24 +117,22 @@ def test_mistakes_in_ones_own_table(tmp_path):
     root = own(tmp_path, 'csv', True)
     table = root / 'captions.csv'
     good = table.read_text(encoding='utf-8-sig')
-    for old, new, message in (('caption', 'text', "KeyError.'caption'.*columns image and caption, in UTF-8"),
-                              (',val', ',dev', "split 'dev' of garden/1.png is none of train, val, test"),
-                              (',test', ',train', "no pictures of split 'test'")):
+    for old, new, message in (('caption', 'words', "line 1: the header has no column caption; found 'image', 'words',"),
+                              (',val', ',held', "split 'held' of garden/1.png is none of train, val, test"),
+                              ('One,', 'One\\,', 'line')):
         table.write_text(good.replace(old, new), encoding='utf-8')
-        with pytest.raises(ValueError, match=f'captions.csv.*{message}'):
-            load_flickr(root, 'test')
-    table.write_bytes(b'image,caption\na.png,caf\xe9\n')
-    with pytest.raises(ValueError, match='in UTF-8'):
-        load_flickr(root, 'test')
+        if message != 'line':
+            with pytest.raises(ValueError, match=f'captions.csv.*{message}'):
+                load_annotated(root, 'test')
     (root / 'more.jsonl').touch()
-    with pytest.raises(ValueError, match='holds 2 tables .captions.csv, more.jsonl.: leave the one with the captions'):
-        load_flickr(root, 'test')
+    with pytest.raises(ValueError, match='holds 2 annotations .captions.csv, more.jsonl.: leave the one with'):
+        load_annotated(root, 'test')
 
 
 def test_broken_flickr_picture_is_met_once_for_its_captions(tmp_path, monkeypatch):
     root = flickr(tmp_path, 'blip')
     (root / 'flickr30k-images/train0.jpg').write_bytes(b'')
-    train, opened = FlickrTrain(root, TRANSFORM, 30), []
+    train, opened = AnnotatedTrain(root, TRANSFORM, 30), []
     monkeypatch.setattr(datasets, 'open_part', lambda path, *how: opened.append(path) or open_part(path, *how))
     item = train[0]
     assert item['caption'] == 'two cats' and len(item['bad']) == 1
@@ -148,26 +147,26 @@ def test_held_out_pictures(tmp_path):
     assert dataset.image_to_texts == [[0, 1], [2], [3, 4, 5]]
     assert dataset.references == CAPTIONS['test'] and dataset.paths[2].name == 'test2.jpg'
     dataset.paths[0].unlink()
-    with pytest.raises(FileNotFoundError, match='1 of the 3 pictures of split test are missing.*test0.jpg'):
+    with pytest.raises(FileNotFoundError, match='1 of the 3 images of split test are missing.*test0.jpg'):
         ImageTextEval(tmp_path, 'test', eval_transform(16), 2)
 
 
-def test_flickr_errors_say_what_was_looked_for(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no Flickr30K folder .*absent: set data.root'):
-        load_flickr(tmp_path / 'absent', 'train')
-    with pytest.raises(FileNotFoundError, match='looked for dataset_flickr30k.json, .*results.csv and one .csv or'):
-        load_flickr(tmp_path, 'val')
+def test_errors_say_what_was_looked_for(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no folder .*absent: data.root is one of images'):
+        load_annotated(tmp_path / 'absent', 'train')
+    with pytest.raises(FileNotFoundError, match='looked for dataset_.flickr8k,flickr30k,coco..json, .*results.csv'):
+        load_annotated(tmp_path, 'val')
     with pytest.raises(ValueError, match="unknown split 'dev': one of train, val, test"):
-        load_flickr(tmp_path, 'dev')
+        load_annotated(tmp_path, 'dev')
     root = flickr(tmp_path, 'kaggle')
-    with pytest.raises(ValueError, match='no split: put Karpathy.*or split by file name with data.split=hash'):
-        load_flickr(root, 'train')
     with pytest.raises(ValueError, match="data.split: 'random' is neither standard nor hash"):
-        load_flickr(root, 'train', 'random')
-    for content in ('', '[]', '{"images": [{"split": "train"}]}', '{"images": []}'):
+        load_annotated(root, 'train', 'random')
+    for content, message in (('', 'line 1: not JSON'), ('{"images":\n\n[}', 'line 3: not JSON'), ('[]', 'entry 1'),
+                             ('{"images": [{"split": "train"}]}', "entry 1: no 'filename'.*ownload it again"),
+                             ('{"images": []}', 'download it again')):
         (root / 'dataset_flickr30k.json').write_text(content)
-        with pytest.raises(ValueError, match='dataset_flickr30k.json .*download it again'):
-            load_flickr(root, 'train')
+        with pytest.raises(ValueError, match=f'dataset_flickr30k.json.*{message}'):
+            load_annotated(root, 'train')
     (flickr(root, 'karpathy') / 'flickr30k-images').rename(root / 'pictures')
-    with pytest.raises(FileNotFoundError, match='looked for train0.jpg and the folders flickr30k-images, flickr30k_im'):
-        load_flickr(root, 'train')
+    with pytest.raises(FileNotFoundError, match='looked for train0.jpg in it and in the folders flickr30k-images'):
+        load_annotated(root, 'train')
