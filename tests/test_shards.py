@@ -184,7 +184,7 @@ def test_shards_that_are_not_there(cc3m, tmp_path):
         with pytest.raises(error, match=message):
             dataset(source)
     write_stats(write_tar(tmp_path / 'failed/0.tar', []), 0)
-    with pytest.raises(ValueError, match='holds no picture: its downloads failed'):
+    with pytest.raises(ValueError, match='holds no image: its downloads failed'):
         dataset(tmp_path / 'failed')
     with pytest.raises(ValueError, match='26 training samples are less than one batch of 27'):
         epoch(cc3m, batch_size=27)
