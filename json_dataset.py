@@ -1,6 +1,6 @@
 """Turn downloaded CC3M, COCO, SBU and Visual Genome into `all.json` for pre-training.
 
-    python json_dataset.py --root /datadrive --out /datadrive/dataloader
+    python json_dataset.py                  # of /datadrive; or --root FOLDER [--out FOLDER/dataloader]
 
 Reads ROOT/cc3m, ROOT/mscoco, ROOT/sbu (img2dataset, `--output_format files`) and ROOT/vgo (Visual Genome:
 region_descriptions.json with VG_100K and VG_100K_2), whichever are there. Writes cc3m.json, coco.json, sbu.json,
@@ -204,19 +204,24 @@ def draw(tallies: dict[str, Tally], file) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--root', required=True, type=Path, help='folder of the downloaded sources')
-    parser.add_argument('--out', required=True, type=Path, help='folder for the JSON files')
+    parser.add_argument('--root', default='/datadrive', type=Path,
+                        help='folder of the downloaded sources (default: %(default)s)')
+    parser.add_argument('--out', type=Path, help='folder for the JSON files (default: ROOT/dataloader)')
     parser.add_argument('--sources', nargs='+', choices=SOURCES, default=list(SOURCES))
     parser.add_argument('--workers', type=whole(1, 1024), default=os.cpu_count(),
                         help='processes (default: one per core)')
     args = parser.parse_args(argv)
     if not args.root.is_dir():
-        raise FileNotFoundError(f'no data folder {args.root}')
-    tallies = build(args.root.resolve(), make_output_dir(args.out), args.sources, args.workers)
-    with atomic_write(args.out / 'pairs.png', 'wb') as file:
+        raise FileNotFoundError(f'no data folder {args.root}: name it with --root')
+    root = args.root.resolve()
+    if not str(root).isascii() and '\ufffd' in os.fsencode(root).decode(errors='replace'):
+        raise ValueError(f'the path {str(root)!r} is not UTF-8, and all.json must be: rename the folder')
+    out = make_output_dir(args.out or root / 'dataloader')
+    tallies = build(root, out, args.sources, args.workers)
+    with atomic_write(out / 'pairs.png', 'wb') as file:
         draw(tallies, file)
     print(summary(tallies))
-    print(f'written to {args.out / "all.json"}, histograms to {args.out / "pairs.png"}')
+    print(f'written to {out / "all.json"}, histograms to {out / "pairs.png"}')
 
 
 if __name__ == '__main__':

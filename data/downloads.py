@@ -21,11 +21,11 @@ from data.captions import one_line
 from data.json_list import read_json_list
 from data.text_columns import one_lines, quoted, text_column
 
-PICTURES = ('.jpg', '.jpeg', '.png', '.webp')
+IMAGES = ('.jpg', '.jpeg', '.png', '.webp')
 REQUIRED, TEXTS = {'key', 'caption', 'status'}, ('key', 'caption', 'url')
 SIZES = ('width', 'height', 'original_width', 'original_height')
 MIN_WORDS, MIN_AREA = 5, 0.2 * 800 * 600  # Visual Genome regions: more than 4 words, more than 20% of 800 x 600
-GENOME_PICTURES = 2000  # of Visual Genome in a part
+GENOME_IMAGES = 2000  # of Visual Genome in a part
 NONE = pa.array([], pa.string())
 
 
@@ -72,22 +72,24 @@ def make_part(captions: pa.StringArray, pictures: pa.StringArray, addresses: pa.
 
 
 def find_shards(folder: Path) -> list[Path]:
-    """Shard folders (00000, ...) of a source; those of a folder in it (a second try of what failed) come first.
+    """Shard folders (00000, ...) of a source; first those of the folders in it (`cc3m/cc3m`, a second try).
 
     Raises:
         ValueError: there are none, or they are tar files.
     """
-    entries = sorted(folder.iterdir())
-    shards = [entry for entry in entries if entry.name.isdigit() and entry.is_dir()]
-    more = [shard for entry in entries if not entry.name.isdigit() and entry.is_dir()
-            for shard in sorted(entry.iterdir()) if shard.name.isdigit() and shard.is_dir()]
-    if not shards and not more:
-        if any(entry.suffix == '.tar' for entry in entries):
-            raise ValueError(f'{folder} holds webdataset shards (.tar): pre-training reads them without all.json, '
-                             f'by data.train={folder}; leave {folder.name} out with --sources')
-        raise ValueError(f'{folder} holds no img2dataset shards (00000, 00001, ...): download with '
-                         f'--output_format files into it')
-    return more + shards
+    entries = sorted(entry for entry in folder.iterdir() if entry.is_dir() or entry.suffix == '.tar')
+    inside = [entry for entry in entries if entry.is_dir() and not entry.name.isdigit()]
+    places = [*(deeper for entry in inside for deeper in sorted(entry.iterdir())
+                if deeper.is_dir() and not deeper.name.isdigit()), *inside, folder]
+    shards = [shard for place in places for shard in sorted(place.iterdir()) if shard.name.isdigit() and shard.is_dir()]
+    if shards:
+        return shards
+    tars = next((place for place in places if any(place.glob('*.tar'))), None)
+    if tars:
+        raise ValueError(f'{tars} holds webdataset shards (.tar): pre-training reads them without all.json, by '
+                         f'data.train={tars}; leave {folder.name} out with --sources')
+    raise ValueError(f'{folder} holds no img2dataset shards (00000, 00001, ...): download with --output_format files '
+                     f'into it')
 
 
 def read_shard(shard: Path) -> Part:
@@ -96,18 +98,22 @@ def read_shard(shard: Path) -> Part:
     Raises:
         ValueError: a parquet file without captions, named.
     """
-    files = set(os.listdir(shard))
     dropped, note = Counter(), ''
     try:
-        table = read_parquet(shard.with_suffix('.parquet'))
+        files = set(os.listdir(shard))
+    except OSError as error:
+        files, note = set(), f'{shard} cannot be read ({error.strerror}): its images are missing'
+    stems, extensions = zip(*(os.path.splitext(name) for name in sorted(files) if name.endswith(IMAGES)), strict=True) \
+        if any(name.endswith(IMAGES) for name in files) else ((), ('',))
+    try:
+        table = read_parquet(shard.with_suffix('.parquet'), len(stems[0]) if stems else 0)
     except FileNotFoundError:
         table = read_side_files(shard, files, dropped)
     except (pa.ArrowException, OSError) as error:
         table = read_side_files(shard, files, dropped)
         note = f'{shard}.parquet is broken ({str(error)[:60]}): the .json and .txt files of {shard.name} were read'
     prefix = f'{shard}{os.sep}'
-    extension = next((os.path.splitext(name)[1] for name in files if name.endswith(PICTURES)), '')  # all have the same
-    names = pc.binary_join_element_wise(table['key'].fill_null(''), extension, '')
+    names = pc.binary_join_element_wise(table['key'].fill_null(''), extensions[0], '')  # all have the same
     captions, urls = one_lines(table['caption']), table['url'].fill_null('')
     there = np.fromiter(map(files.__contains__, names.to_pylist()), bool, len(names))
     said, known = (pc.binary_length(texts).to_numpy() > 0 for texts in (captions, urls))
@@ -123,36 +129,74 @@ def read_shard(shard: Path) -> Part:
                      (urls.filter(again), captions.filter(again)), note)
 
 
-def read_parquet(path: Path) -> dict[str, pa.StringArray | np.ndarray]:
+def read_parquet(path: Path, key_length: int) -> dict[str, pa.StringArray | np.ndarray]:
+    """The columns by name, whatever the writer made of their types.
+
+    Args: key_length: of the keys, should they be numbers, which have lost their leading zeros.
+    """
     file = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
     there = set(file.schema_arrow.names)
     if not there >= REQUIRED:
         raise ValueError(f'{path} has no column {", ".join(sorted(REQUIRED - there))}: download the shard again '
                          f'as the README says, or remove it to read the .json and .txt files')
     table = file.read([name for name in (*TEXTS, 'status', *SIZES) if name in there], use_threads=False)
-    columns = {name: table[name].cast(pa.string()).combine_chunks() if name in there
-               else pa.nulls(len(table), pa.string()) for name in TEXTS}
-    columns['success'] = pc.equal(table['status'], 'success').fill_null(False).to_numpy()
-    return columns | {name: table[name].cast(pa.int64()).fill_null(0).to_numpy() if name in there
-                      else np.zeros(len(table), int) for name in SIZES}
+    columns = {name: plain(table[name]) if name in there else pa.nulls(len(table))
+               for name in (*TEXTS, 'status', *SIZES)}
+    if pa.types.is_floating(columns['key'].type):
+        columns['key'] = pa.array([int(key) if key is not None and key == key else None
+                                   for key in columns['key'].to_pylist()], pa.int64())
+    if pa.types.is_integer(columns['key'].type):
+        columns['key'] = pc.utf8_lpad(columns['key'].cast(pa.string()), key_length, '0')
+    texts = {name: texts_of(columns[name]) for name in TEXTS}
+    success = pc.equal(texts_of(columns['status']), 'success').fill_null(False).to_numpy(zero_copy_only=False)
+    return texts | {'success': success} | {name: sizes_of(columns[name]) for name in SIZES}
+
+
+def plain(column: pa.ChunkedArray) -> pa.Array:
+    column = column.combine_chunks()
+    return column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+
+
+def texts_of(column: pa.Array) -> pa.StringArray:
+    """Null for what is no text: numbers, and the NaN that a missing caption becomes."""
+    kind = column.type
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return pa.array([value and value.decode('utf-8', 'ignore') for value in column.to_pylist()], pa.string())
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or 'string_view' in str(kind)
+    return column.cast(pa.string()) if is_text else pa.nulls(len(column), pa.string())
+
+
+def sizes_of(column: pa.Array) -> np.ndarray:
+    """int64 [N]; 0 where there is no number."""
+    try:
+        values = column.cast(pa.float64()).fill_null(0).to_numpy(zero_copy_only=False)
+    except pa.ArrowException:
+        return np.zeros(len(column), int)
+    return np.nan_to_num(values, nan=0, posinf=0, neginf=0).clip(0, 2 ** 31).astype(int)
 
 
 def read_side_files(shard: Path, files: set[str], dropped: Counter) -> dict[str, pa.StringArray | np.ndarray]:
+    """The .json or .txt file of each image; a broken one costs its pair, and is counted."""
     rows = []
-    for key in sorted(os.path.splitext(name)[0] for name in files if name.endswith(PICTURES)):
+    for key in sorted(os.path.splitext(name)[0] for name in files if name.endswith(IMAGES)):
         row = {}
-        if f'{key}.json' in files:
-            try:
-                row = dict(json.loads((shard / f'{key}.json').read_text(encoding='utf-8')))
-            except (ValueError, TypeError):  # the download was killed while it wrote
-                dropped['broken record'] += 1
-                continue
-        elif f'{key}.txt' in files:
-            row['caption'] = (shard / f'{key}.txt').read_text(encoding='utf-8', errors='replace')
+        try:
+            if f'{key}.json' in files:
+                row = dict(json.loads((shard / f'{key}.json').read_text(encoding='utf-8-sig')))
+            elif f'{key}.txt' in files:
+                row['caption'] = (shard / f'{key}.txt').read_text(encoding='utf-8-sig', errors='replace')
+        except (OSError, ValueError, TypeError, RecursionError):  # the download was killed while it wrote, for example
+            dropped['broken record'] += 1
+            continue
         rows.append(row | {'key': key})
     columns = {name: text_column([row.get(name) for row in rows]) for name in TEXTS}
     columns['success'] = np.ones(len(rows), bool)
-    return columns | {name: np.array([row.get(name) or 0 for row in rows], int) for name in SIZES}
+    return columns | {name: np.array([size(row.get(name)) for row in rows], int) for name in SIZES}
+
+
+def size(value) -> int:
+    """0 for what is no number, or none of an image's."""
+    return int(value) if isinstance(value, int | float) and 0 < value < 2 ** 31 else 0
 
 
 def read_visual_genome(folder: Path) -> Iterator[Part]:
@@ -166,11 +210,12 @@ def read_visual_genome(folder: Path) -> Iterator[Part]:
         raise FileNotFoundError(f'no {path}: unpack region_descriptions.json.zip of Visual Genome there')
     files = {entry.name: entry.path for part in ('VG_100K_2', 'VG_100K') if (folder / part).is_dir()
              for entry in os.scandir(folder / part)}
-    images = read_json_list(path)
+    images, line = read_json_list(path), None
     try:
-        while batch := list(islice(images, GENOME_PICTURES)):
+        while batch := list(islice(images, GENOME_IMAGES)):
             captions, pictures, dropped = [], [], Counter()
-            for _, image in batch:
+            for item in batch:
+                line, image = item
                 picture = files.get(f'{image["id"]}.jpg')
                 for region in image['regions']:
                     caption = one_line(region['phrase'])
@@ -184,6 +229,9 @@ def read_visual_genome(folder: Path) -> Iterator[Part]:
                         pictures.append(picture)
             pictures = pa.array(pictures, pa.string())
             yield make_part(pa.array(captions, pa.string()), pictures, pictures, dropped)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path} is not Visual Genome\'s list of images with regions ({error!r}): '
-                         f'unpack region_descriptions.json.zip again') from None
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f'no {error}' if isinstance(error, KeyError) else str(error)[:80]
+        raise ValueError(f'{path}, line {line}: not Visual Genome\'s list of images with regions ({what}): unpack '
+                         f'region_descriptions.json.zip again') from None
+    except ValueError as error:
+        raise ValueError(f'{error}: unpack region_descriptions.json.zip again') from None

@@ -305,3 +305,46 @@ def test_a_broken_file_is_named_and_good_output_stays(tmp_path, breakage):
         run(tmp_path)
     assert str(broken) in str(caught.value)
     assert [path.name for path in out.iterdir()] == ['all.json'] and read(out / 'all.json') == []
+
+
+def test_parquet_whose_types_drift(tmp_path, capsys):
+    """pandas makes numbers of keys, floats of sizes and of captions that are all missing; others write other texts."""
+    captions, nan = ['a dog', None, 'a cat'], float('nan')
+    kinds = {'00000': ([0, 1, 2], pa.array(captions), pa.array([256.0, nan, 192.0])),
+             '00001': ([0.0, 1.0, 2.0], pa.array([nan] * 3), pa.array([256, None, 192])),
+             '00002': (['000', '001', '002'], pa.array(captions).dictionary_encode(), pa.nulls(3)),
+             '00003': ([0, 1, 2], pa.array(captions, pa.large_string()), pa.array(['256', 'x', '1'])),
+             '00004': ([0, 1, 2], pa.array([b'a dog', None, b'a c\xe9at']), pa.array([2.5, nan, 1e30])),
+             '00005': ([0, 1, 2], pa.nulls(3), pa.array([256, 256, 256], pa.uint16()))}
+    for shard, (keys, texts, sizes) in kinds.items():
+        write_shard(tmp_path / 'cc3m' / shard, dict.fromkeys(('000', '001', '002'), 'from a side file'), {
+            'width': sizes, 'height': sizes, 'key': keys, 'caption': texts,
+            'status': pa.array(['success'] * 3).dictionary_encode()})
+    records = read(run(tmp_path) / 'cc3m.json')
+    assert [r['caption'] for r in records] == ['a dog', 'a cat'] * 4
+    assert [Path(r['image_root']).name for r in records] == ['000.jpg', '002.jpg'] * 4
+    printed = capsys.readouterr().out
+    assert 'broken' not in printed and counts(printed, 'cc3m') == {'kept': 8, 'empty caption': 10}
+
+
+def test_a_broken_side_file_costs_one_pair(tmp_path, capsys):
+    odd = {'0': '[' * 100_000, '1': '{"caption": "a', '2': '5', '5': '\ufeff{"caption": "a cat"}',
+           '3': '{"caption": "a dog", "width": NaN, "height": "x"}', '6': '{"caption": NaN}',
+           '4': '{"caption": "a dog, far", "width": 1e300, "original_width": [], "url": 7}'}
+    shard = write_shard(tmp_path / 'cc3m' / '00000', dict.fromkeys([*odd, '7', '8'], 'a bird'))
+    for key, text in odd.items():
+        (shard / f'{key}.json').write_text(text, encoding='utf-8')
+    (shard / '7.json').unlink()
+    (shard / '7.json').mkdir()
+    (shard / '8.json').write_bytes(b'{"caption": "\xff"}')
+    assert [r['caption'] for r in read(run(tmp_path) / 'all.json')] == ['a dog', 'a dog, far', 'a cat']
+    assert counts(capsys.readouterr().out, 'cc3m') == {'kept': 3, 'broken record': 5, 'empty caption': 1}
+
+
+def test_folders_in_the_sources_and_the_default_output(tmp_path):
+    for folder in ('cc3m/cc3m', 'mscoco/mscoco', 'sbu/sbucaptions', 'sbu/sbucaptions/again'):
+        write_shard(tmp_path / folder / '00000', {'0': f'of {folder}'})
+    json_dataset.main(['--root', str(tmp_path), '--workers', '1'])
+    assert [r['caption'] for r in read(tmp_path / 'dataloader' / 'all.json')] == [
+        'of cc3m/cc3m', 'of mscoco/mscoco', 'of sbu/sbucaptions/again', 'of sbu/sbucaptions']
+    assert '/datadrive' in json_dataset.__doc__
