@@ -23,7 +23,7 @@ from models.build import at_resolution, build_student, build_teacher, init_maps,
 from models.checkpoint import load_model
 from models.objective import Objective
 from models.rehearsal import rehearse
-from models.self_critical import SelfCritical, check_samples
+from models.self_critical import SelfCritical
 from models.teacher_cache import store_teacher, with_cache
 from models.teacher_captions import teacher_captions
 from models.tokenizer import DEC, Tokenizer
@@ -48,8 +48,6 @@ def main(argv: list[str] | None = None) -> None:
     output_dir = make_output_dir(args.output_dir)
     seed_everything(args.seed)
     model, data, train, scst = config['model'], config['data'], config['train'], config['scst']
-    if scst['epochs']:
-        check_samples(scst['samples'])  # now rather than after the epochs before it
     if data['teacher_captions'] and config['teacher']['cache']:
         raise ValueError('teacher.cache holds answers about the references alone: set data.teacher_captions to 0, or '
                          'teacher.cache to null')

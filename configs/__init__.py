@@ -1,95 +1,200 @@
-"""Configs: reading YAML, checking it against the shipped file of its script, `key=value` overrides."""
+"""Configs: a user's YAML is laid over the shipped file of its script, then `key=value` overrides; all of it is checked
+against configs/rules.py."""
 
 import argparse
+import codecs
 import difflib
 import os
+from collections import Counter
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 
-from configs.rules import whole
-from utils import ROOT
+from configs.rules import SIZE_DEFAULTS, SIZE_RULES, Text, relations, rule, size_relations, whole
+from utils import ROOT, shorten
+
+MOST_BYTES, MOST_VALUES, DEEPEST = 2 ** 20, 10_000, 20  # of a YAML file; the shipped ones hold about 100 values
+SIZES = ROOT / 'configs' / 'sizes.yaml'
+
+
+def parse_yaml(text: str, source: str):
+    """The value of a YAML text.
+
+    Raises:
+        ValueError: it is no YAML, or is too large, too deep, or would be with its aliases written out.
+    """
+    if len(text) > MOST_BYTES:
+        raise ValueError(f'{source} is too large for settings: {len(text):,} characters')
+    try:
+        refused = excess(text)
+        value = None if refused else YAML(typ='safe').load(text)
+    except YAMLError as error:
+        mark = getattr(error, 'problem_mark', None)
+        place = f' (line {mark.line + 1})' if mark else ''
+        problem = ValueError(getattr(error, 'problem', None) or error)
+        raise ValueError(f'{source} is not valid YAML: {shorten(problem, 200)}{place}') from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # odd tags
+        raise ValueError(f'{source} is not valid YAML: {shorten(error, 200)}') from None
+    if refused:
+        raise ValueError(f'{source} {refused}')
+    return value
+
+
+def excess(text: str) -> str | None:
+    """What is too much in a YAML text with its aliases written out, found from its events alone: nothing is built."""
+    counts: dict[str, int] = {}  # values under each anchor
+    nodes: list[tuple[str | None, int]] = [(None, 0)]  # open collections: anchor, values so far
+    for event in YAML(typ='safe').parse(text):
+        if isinstance(event, CollectionStartEvent):
+            nodes.append((event.anchor, 1))
+            if len(nodes) > DEEPEST:
+                return f'is nested more than {DEEPEST} levels deep'
+            continue
+        if isinstance(event, CollectionEndEvent):
+            anchor, count = nodes.pop()
+        elif isinstance(event, ScalarEvent):
+            anchor, count = event.anchor, 1
+        elif isinstance(event, AliasEvent):
+            if event.anchor not in counts:
+                return f'has an alias {shorten("*" + event.anchor)} that stands for nothing, or for itself'
+            anchor, count = None, counts[event.anchor]
+        else:
+            continue
+        if anchor:
+            counts[anchor] = count
+        outer, before = nodes[-1]
+        nodes[-1] = outer, before + count
+        if before + count > MOST_VALUES:
+            return f'holds more than {MOST_VALUES:,} values, aliases written out: too many for settings'
+    return None
 
 
 def read_yaml(path: str | os.PathLike) -> dict:
-    """Read a YAML mapping.
+    """Read a YAML mapping, in UTF-8, or in UTF-16 with its byte order mark.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing, is no YAML, or is no mapping.
+        FileNotFoundError, ValueError: the file is missing, is no text, no YAML, or no mapping.
     """
     path = Path(path)
+    name = shorten(path)
+    if path.is_dir():
+        raise ValueError(f'{name} is a folder: name a YAML file')
     if not path.is_file():
-        raise FileNotFoundError(f'no config file {path}: the shipped ones are in {ROOT / "configs"}')
+        raise FileNotFoundError(f'no config file {name}: the shipped ones are in {ROOT / "configs"}')
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f'{name} is too large for settings: {path.stat().st_size:,} bytes')
+    data = path.read_bytes()
     try:
-        config = YAML(typ='safe').load(path)
-    except YAMLError as error:
-        raise ValueError(f'{path} is not valid YAML: {error}') from None
+        text = data.decode('utf-16' if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else 'utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{name} is no text in UTF-8: {error.reason} at byte {error.start}') from None
+    config = parse_yaml(text, name)
     if not isinstance(config, dict):
-        raise ValueError(f'{path} must hold a mapping of settings')
+        raise ValueError(f'{name} must hold a mapping of settings, ' +
+                         ('and is empty' if config is None else f'got {shorten(config)}'))
     return config
 
 
-def check_config(config: dict, schema: dict, source: str, prefix: str = '') -> None:
-    """Compare a config with a reference config key by key: same keys, same types (null where either is null).
-
-    Raises:
-        ValueError: naming the key, the file and the nearest valid name.
-    """
-    for key in config:
-        if key not in schema:
-            near = difflib.get_close_matches(str(key), [str(k) for k in schema], n=1, cutoff=0.0)
-            raise ValueError(f'{source}: unknown key "{prefix}{key}"; did you mean "{prefix}{near[0]}"?')
-    for key, example in schema.items():
-        name = f'{prefix}{key}'
-        if key not in config:
-            raise ValueError(f'{source}: missing key "{name}" (for example {name}: {example})')
-        value = config[key]
-        if isinstance(example, dict):
-            if not isinstance(value, dict):
-                raise ValueError(f'{source}: "{name}" must be a mapping with {", ".join(example)}; got {value!r}')
-            check_config(value, example, source, f'{name}.')
-        elif value is None or example is None:
-            if isinstance(value, dict) or (value is None and isinstance(example, int | float)):
-                raise ValueError(f'{source}: "{name}" must be like {example!r}; got {value!r}')
-        else:
-            expected = (int, float) if type(example) is float else type(example)
-            if not isinstance(value, expected) or isinstance(value, bool) != isinstance(example, bool):
-                raise ValueError(f'{source}: "{name}" must be {type(example).__name__} like {example!r}; got {value!r}')
-
-
-def apply_override(config: dict, override: str) -> None:
-    """Set one `a.b=value` in place; the value is read as YAML."""
-    name, equals, text = override.partition('=')
-    if not equals:
-        raise ValueError(f'override {override!r} is not of the form key=value')
-    *parents, leaf = name.split('.')
-    node = config
-    for parent in parents:
-        node = node.get(parent) if isinstance(node, dict) else None
-    if not isinstance(node, dict) or leaf not in node:
-        keys = list(flat_keys(config))
-        near = difflib.get_close_matches(name, keys, n=1, cutoff=0.0)
-        raise ValueError(f'command line: unknown key "{name}"; did you mean "{near[0]}"?')
-    node[leaf] = YAML(typ='safe').load(text) if text else None
-
-
-def flat_keys(config: dict, prefix: str = ''):
+def flatten(config: dict, prefix: str = '') -> Iterator[tuple[str, object]]:
+    """(dotted key, value) of everything in nested mappings that are not empty."""
     for key, value in config.items():
-        if isinstance(value, dict):
-            yield from flat_keys(value, f'{prefix}{key}.')
+        name = f'{prefix}{key if isinstance(key, str) else shorten(key)}'
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f'{name}.')
         else:
-            yield f'{prefix}{key}'
+            yield name, value
+
+
+def read_override(override: str, known: Collection[str]) -> tuple[str, object]:
+    """`a.b=value` -> (key, value). The value is YAML, but an unquoted string is taken as it stands, braces and all."""
+    key, equals, text = override.partition('=')
+    if not equals or not key:
+        raise ValueError(f'override {shorten(override)} is not of the form key=value')
+    if key not in known or not isinstance(rule(key), Text):
+        return key, parse_yaml(text, f'command line: {shorten(key)}')
+    if text in ('null', '~'):
+        return key, None
+    if text[:1] in ('"', "'"):
+        return key, parse_yaml(text, f'command line: {shorten(key)}')
+    return key, text
 
 
 def load_config(path: str | os.PathLike, schema: str | os.PathLike, overrides: list[str] = ()) -> dict:
-    """Read a config, apply `key=value` overrides and check it against a shipped reference config."""
-    config, reference = read_yaml(path), read_yaml(ROOT / schema)
-    check_config(config, reference, str(path))
-    for override in overrides:
-        apply_override(config, override)
-    check_config(config, reference, 'command line' if overrides else str(path))
+    """Lay the config `path` over the shipped file of its script (`schema`), and `key=value` overrides over both.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing or unreadable, or a setting is unknown, is out of its range
+            (configs/rules.py) or does not go with another; the message names the file, the key and the remedy.
+    """
+    config = dict(flatten(read_yaml(ROOT / schema)))
+    sections = {key.rpartition('.')[0] for key in config} - {''}
+    given = [(shorten(Path(path)), *setting) for setting in flatten(read_yaml(path))]
+    repeated = [key for key, count in Counter(key for _, key, _ in given).items() if count > 1]
+    if repeated:
+        raise ValueError(f'{shorten(Path(path))}: {shorten(repeated[0])} is given twice')
+    given += [('command line', *read_override(override, config)) for override in overrides]  # the last of a key wins
+    sources = dict.fromkeys(config, str(schema))
+    for source, key, value in [(str(schema), *setting) for setting in config.items()] + given:
+        if key in sections:
+            raise ValueError(f'{source}: {shorten(key)} is a section: give its settings, such as '
+                             f'{next(name for name in config if name.startswith(key + "."))}; got {shorten(value)}')
+        if key not in config:
+            near = nearest(key, [*config, *sections])
+            raise ValueError(f'{source}: unknown key {shorten(key)}; did you mean {near}?')
+        try:
+            config[key], sources[key] = rule(key).read(value), source
+        except ValueError as error:
+            raise ValueError(f'{source}: {key} {error}; got {shorten(value)}') from None
+    sizes = {key: read_size(config[key], f'{sources[key]}: {key}') for key in ('model.size', 'teacher.size')
+             if key == 'model.size' or config['teacher.weights']}
+    for key, problem in relations(config, sizes):
+        raise ValueError(f'{sources[key]}: {key} {problem}; got {shorten(config[key])}')
+    return nest(config)
+
+
+def nest(flat: dict) -> dict:
+    """Values by dotted key -> nested mappings."""
+    config: dict = {}
+    for key, value in flat.items():
+        *parents, leaf = key.split('.')
+        node = config
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
     return config
+
+
+def nearest(name: str, names: list[str]) -> str:
+    return difflib.get_close_matches(name[:100], names, n=1, cutoff=0.0)[0]
+
+
+def read_size(name: str, source: str = 'model size', path: str | os.PathLike | None = None) -> dict[str, int]:
+    """A checked block of configs/sizes.yaml (or of `path`), its defaults filled in.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file or block, or one of which no net can be built.
+    """
+    path = Path(path or SIZES)
+    table = read_yaml(path)
+    if name not in table:
+        raise ValueError(f'{source}: unknown size {shorten(name)}; {shorten(path)} has {", ".join(map(str, table))}')
+    block, where = table[name], f'{shorten(path)}: {name}'
+    if not isinstance(block, dict):
+        raise ValueError(f'{where} must be a mapping with {", ".join(SIZE_RULES)}; got {shorten(block)}')
+    block = SIZE_DEFAULTS | block
+    for key in block.keys() - SIZE_RULES.keys():
+        raise ValueError(f'{where}: unknown key {shorten(key)}; did you mean {nearest(str(key), list(SIZE_RULES))}?')
+    for key, allowed in SIZE_RULES.items():
+        try:
+            allowed.read(block.get(key))
+        except ValueError as error:
+            raise ValueError(f'{where}: {key} {error}; got {shorten(block.get(key))}') from None
+    for key, problem in size_relations(block):
+        raise ValueError(f'{where}: {key} {problem}; got {block[key]}')
+    return block
 
 
 def script_arguments(description: str, config: str, output_dir: str, argv: list[str] | None = None,
@@ -112,6 +217,7 @@ def script_arguments(description: str, config: str, output_dir: str, argv: list[
     if tests:
         parser.add_argument('--no_test', action='store_true', help='leave the test pictures alone, as for choosing '
                             'settings; eval.report and its like measure best.pth later')
-    parser.add_argument('overrides', nargs='*', metavar='key=value', help='override a setting, e.g. optim.lr=1e-4')
+    parser.add_argument('overrides', nargs='*', metavar='key=value', help='override a setting, e.g. optim.lr=1e-4 (the '
+                        'last of a key counts)')
     args = parser.parse_intermixed_args(argv)  # overrides before and after options
     return args, load_config(args.config, config, args.overrides)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from configs import read_yaml
+from configs import read_size
 from models.blip import BLIP, TEMPERATURE, BLIPConfig
 from models.originals import VOCABULARY, infer_config
 from models.sources import is_url, local_file, names_a_file, read_tensors
@@ -33,10 +33,7 @@ TASK_PARTS = {'retrieval': ('text_decoder.',),
 def architecture(size: str, image_size: int, vocab_size: int, task: str = 'pretrain',
                  sizes: str | os.PathLike | None = None) -> BLIPConfig:
     """The architecture of a named size of `configs/sizes.yaml` at a resolution."""
-    table = read_yaml(sizes or Path(__file__).parent.parent / 'configs' / 'sizes.yaml')
-    if size not in table:
-        raise ValueError(f'unknown model size {size!r}: configs/sizes.yaml has {", ".join(table)}')
-    return BLIPConfig(image_size=image_size, vocab_size=vocab_size, task=task, **table[size])
+    return BLIPConfig(image_size=image_size, vocab_size=vocab_size, task=task, **read_size(size, path=sizes))
 
 
 def read_checkpoint(source: str | os.PathLike, mmap: bool = True) -> dict:

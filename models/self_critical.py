@@ -21,9 +21,6 @@ class SelfCritical(nn.Module):
         reward: (picture numbers, captions without the prompt, whether each came to its end) -> a reward of each.
         samples: captions per picture, at least 2: each is compared with the mean of the others.
         max_length: tokens of a caption, the prompt's included.
-
-    Raises:
-        ValueError: fewer than two samples.
     """
 
     momentum = teacher = None
@@ -32,7 +29,7 @@ class SelfCritical(nn.Module):
                  samples: int, prompt: str, max_length: int):
         super().__init__()
         self.student, self.tokenizer, self.reward = student, tokenizer, reward
-        self.samples, self.max_length = check_samples(samples), max_length
+        self.samples, self.max_length = samples, max_length
         self.prompt_ids = tokenizer([prompt], student.config.max_positions, DEC)[0][0, :-1]
 
     def prepare(self, batches: list[tuple]) -> None:
@@ -76,10 +73,3 @@ class SelfCritical(nn.Module):
         out = logits.new_zeros(kept.shape)
         out[kept] = logits.log_softmax(-1).gather(1, drawn[:, 1:][kept][:, None])[:, 0]
         return out
-
-
-def check_samples(samples: int) -> int:
-    if samples < 2:
-        raise ValueError(f'scst.samples must be at least 2, got {samples}: each caption is compared with the mean of '
-                         f'the others of its picture')
-    return samples

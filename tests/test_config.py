@@ -1,18 +1,27 @@
-"""Configs: the shipped file is the schema, and a mistake is named with the file and the nearest valid key."""
+"""Configs: a file is laid over the shipped one of its script, and a mistake is one line with file, key and remedy."""
 
+import re
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
 
 import json_dataset
 import pretrain_dlip
 import prod.caption
-from configs import flat_keys, load_config, read_yaml, script_arguments
+from configs import flatten, load_config, read_size, read_yaml, script_arguments
+from configs.rules import Number, rule
 from data import scene_layouts
 from eval import speed, zeroshot
 from prod import app, search
 from utils import ROOT, shorten
 
+SHIPPED = 'configs/pretrain.yaml'
 SCHEMAS = {'pretrain': ['pretrain', 'demo/teacher', 'demo/pretrain'],
            'retrieval_flickr': ['retrieval_flickr', 'demo/retrieval_flickr'],
            'caption_flickr': ['caption_flickr', 'demo/caption_flickr']}
@@ -39,44 +48,173 @@ def test_published_settings():
         assert (config['model']['image_size'], config['train']['batch_size'], config['train']['epochs']) == (384, 32, 6)
 
 
-@pytest.fixture
-def config_file(tmp_path) -> Path:
-    path = tmp_path / 'my.yaml'
-    path.write_text((ROOT / 'configs/pretrain.yaml').read_text())
+def write(folder: Path, text: str | bytes) -> Path:
+    path = folder / 'my.yaml'
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return path
 
 
-@pytest.mark.parametrize('old, new, message', [
-    ('  queue_size:', '  queue_sise:', 'my.yaml: unknown key "ita.queue_sise"; did you mean "ita.queue_size"'),
-    ('  alpha: 0.4 ', '  # ', 'my.yaml: missing key "ita.alpha"'),
-    ('queue_size: 57600', 'queue_size: many', 'my.yaml: "ita.queue_size" must be int like 57600; got \'many\''),
-    ('negative_all_rank: false', 'negative_all_rank: 1', '"negative_all_rank" must be bool'),
-    ('model:', 'model: [', 'my.yaml is not valid YAML')])
-def test_a_mistake_in_the_file_is_named(config_file, old, new, message):
-    config_file.write_text(config_file.read_text().replace(old, new, 1))
+def refusal(path: Path | str, *overrides: str, schema: str = 'configs/pretrain.yaml') -> str:
+    """The one line that refuses a config."""
     with pytest.raises(ValueError) as error:
-        load_config(config_file, 'configs/pretrain.yaml')
-    assert message in str(error.value)
+        load_config(path, schema, overrides)
+    text = str(error.value)
+    assert len(text) < 500 and len(text.splitlines()) == 1
+    return text
 
 
-def test_overrides(config_file):
-    overrides = ['optim.lr=1e-4', 'teacher.weights=null', 'train.epochs=2']
-    config = load_config(config_file, 'configs/pretrain.yaml', overrides)
-    assert (config['optim']['lr'], config['teacher']['weights'], config['train']['epochs']) == (1e-4, None, 2)
-    for override, message in (('optim.lrr=1', 'did you mean "optim.lr"'), ('optim.lr', 'key=value'),
-                              ('train.epochs=x', 'must be int')):
-        with pytest.raises(ValueError, match=message):
-            load_config(config_file, 'configs/pretrain.yaml', [override])
+def test_a_config_holds_only_what_differs(tmp_path):
+    path = write(tmp_path, 'optim: {lr: 1.0e-4}\ntrain:\n  compile: yes\nloss:\n  ita: &w 2\n  itm: *w\n')
+    config, shipped = (dict(flatten(c)) for c in (load_config(path, SHIPPED), read_yaml(ROOT / SHIPPED)))
+    assert config == shipped | {'optim.lr': 1e-4, 'train.compile': True, 'loss.ita': 2.0, 'loss.itm': 2.0}
+    assert load_config(write(tmp_path, path.read_text().encode('utf-16')), SHIPPED)['optim']['lr'] == 1e-4
+
+
+def test_every_key_has_a_rule_of_its_kind():
+    for schema in SCHEMAS:
+        for key, value in flatten(read_yaml(ROOT / f'configs/{schema}.yaml')):
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                assert isinstance(rule(key), Number) and rule(key).whole == isinstance(value, int), key
+            assert rule(key).read(value) == value
+
+
+BOMB_FILE = ('a: &a [x, x, x, x]\n'
+             + ''.join(f'{b}: &{b} [*{a}, *{a}, *{a}, *{a}]\n' for a, b in pairwise('abcdefghijk')))
+MERGE_FILE = 'a: &a {k: 1}\n' + ''.join(f'{b}: &{b} {{<<: [*{a}, *{a}, *{a}]}}\n' for a, b in pairwise('abcdefghijk'))
+
+
+@pytest.mark.parametrize('text, message', [
+    ('ita: {queue_sise: 3}', "my.yaml: unknown key 'ita.queue_sise'; did you mean ita.queue_size"),
+    ('lr: 3', "my.yaml: unknown key 'lr'; did you mean optim.lr"),
+    ('ita: {queue_size: many}', "my.yaml: ita.queue_size must be a whole number from 0 to 100000000; got 'many'"),
+    ('negative_all_rank: 1', 'my.yaml: negative_all_rank must be true or false; got 1'),
+    ('optim:', "my.yaml: 'optim' is a section: give its settings, such as optim.lr; got None"),
+    ('tokenizer: {}', 'tokenizer must be a string that is not empty; got {}'),
+    ('tokenizer: 2020-01-01', 'tokenizer must be a string'), ('data: {train: {0..5}.tar}', 'not valid YAML: .*line 1'),
+    ('optim.lr: 1\noptim: {lr: 1}', "'optim.lr' is given twice"), ('optim: {lr: 1, lr: 2}', 'duplicate key "lr"'),
+    ('- a', "must hold a mapping of settings, got \\['a'\\]"), ('', 'mapping of settings, and is empty'),
+    ('# nothing', 'mapping of settings, and is empty'), (bytes(range(256)), 'is no text in UTF-8'),
+    ('optim: {lr: 1}'.encode('utf-16-le'), 'not valid YAML: unacceptable character'),
+    (b'tokenizer: caf\xe9', 'is no text in UTF-8'), ('optim:\n\tlr: 1', 'not valid YAML: .*\\\\t.*line 2'),
+    ('model: [', 'is not valid YAML'), ('--- 1\n--- 2', 'is not valid YAML'),
+    ('!!python/name:os x', 'is not valid YAML'),
+    ('train: {epochs: !!int ""}', 'is not valid YAML'), ('tokenizer: 2020-13-45', 'is not valid YAML: month'),
+    ('train: {epochs: ' + '9' * 5000 + '}', 'not valid YAML'), ('train: {epochs: 0x' + 'f' * 50000 + '}', 'bits$'),
+    (BOMB_FILE, 'more than 10,000 values, aliases written out'), (MERGE_FILE, 'more than 10,000 values'),
+    ('tokenizer: &a [*a]', 'alias .* stands for nothing, or for itself'), ('[' * 10 ** 5, 'more than 20 levels deep'),
+    ('\n'.join(f'k{i}: 1' for i in range(11_000)), 'more than 10,000 values'), ('1: 2', "unknown key '1'"),
+    ('tokenizer: ' + 'x' * 8_000_000, 'too large for settings: 8,000,011 bytes'), ('? [a]\n: 1', 'unknown key')],
+    ids=range(32))
+def test_a_mistake_in_the_file_is_named(tmp_path, text, message):
+    assert re.search(message, refusal(write(tmp_path, text)))
+
+
+def test_a_path_that_is_no_file_is_named(tmp_path):
+    assert 'is a folder: name a YAML file' in refusal(tmp_path)
+    with pytest.raises(FileNotFoundError, match='no config file .*nowhere.yaml'):
+        load_config(tmp_path / 'nowhere.yaml', SHIPPED)
+
+
+@pytest.mark.parametrize('override, value', [
+    ('optim.lr=1e-4', 1e-4), ('optim.lr=1', 1.0), ('teacher.weights=null', None), ('model.init=', None),
+    ('train.epochs=2', 2), ('data.train=a/{0..5}.tar::b', 'a/{0..5}.tar::b'), ('data.train={0..5}.tar', '{0..5}.tar'),
+    ('data.train="a b"', 'a b'), ('tokenizer=2020', '2020'), ('train.compile=on', True), ('train.compile=No', False),
+    ('hidden_layers.text=[1, [2, 3]]', [1, [2, 3]]), ('hidden_layers.text=', None), ('train.keep=0', 0)])
+def test_overrides(override, value):
+    found = dict(flatten(load_config(ROOT / SHIPPED, SHIPPED, ['optim.lr=3', override])))[override.partition('=')[0]]
+    assert found == value and type(found) is type(value)
+
+
+def test_a_prompt_is_taken_as_it_stands():
+    shipped = 'configs/caption_flickr.yaml'
+    for text in ('', ' photo of ', 'null hypothesis: '):
+        assert load_config(ROOT / shipped, shipped, [f'data.prompt={text}'])['data']['prompt'] == text
+    assert load_config(ROOT / shipped, shipped, ['data.prompt="a b "'])['data']['prompt'] == 'a b '
+
+
+@pytest.mark.parametrize('override, message', [
+    ('optim.lrr=1', "unknown key 'optim.lrr'; did you mean optim.lr[?]"), ('optim.lr', 'form key=value'),
+    ('=3', 'form key=value'), ('a..b=1', "unknown key 'a..b'"), ('optim.=1', 'unknown key'),
+    ('optim.lr.x=1', 'did you mean optim.lr[?]'),
+    ('loss=3', "'loss' is a section: give its settings, such as loss.ita"),
+    ('loss={lm: 1}', 'is a section'), ('optim.lr={0..5}.tar', "'optim.lr' is not valid YAML"),
+    ('optim.lr=1e-4x', "optim.lr must be a number from 0 to 100; got '1e-4x'"),
+    ('optim.lr=', 'optim.lr must be a number'),
+    ('optim.lr=true', 'optim.lr must be a number'), ('optim.lr=.nan', 'optim.lr must be a number'),
+    ('optim.lr=&a [*a]', 'alias'), ('optim.lr=null', 'optim.lr must be a number'), ('train.compile=1', 'true or false'),
+    ('train.epochs=3.0', 'train.epochs must be a whole number'), ('train.epochs="3"', 'must be a whole number'),
+    ('train.epochs=1e30', 'must be a whole number'), ('train.batch_size=0', 'train.batch_size must be a whole number'),
+    ('tokenizer=', "tokenizer must be a string that is not empty; got ''"), ('tokenizer=null', 'got None'),
+    ('optim.schedule=bogus', "optim.schedule must be one of step, cosine; got 'bogus'"),
+    ('train.precision=int8', 'must be one of bf16, fp32'), ('model.init_layers=null', 'one of spaced, first, last'),
+    ('hidden_layers.vision=[true]', 'hidden_layers.vision must be null, layers'),
+    ('hidden_layers.text=3', 'must be null'),
+    ('optim.min_lr=1', 'command line: optim.min_lr must be at most optim.lr, 0.0005; got 1.0'),
+    ('data.max_tokens=513', 'at most the text positions of model.size small, 512; got 513'),
+    ('model.image_size=225', 'a multiple of the patch size of model.size small, 16; got 225'),
+    ('model.size=huge', "model.size: unknown size 'huge'; .*has base, small"),
+    ('teacher.size=huge', 'teacher.size: unknown'),
+    ('x' * 10 ** 5 + '=1', 'unknown key'), ('optim.lr=' + 'x' * 10 ** 5, 'must be a number')])
+def test_an_override_that_cannot_be_is_named(override, message):
+    assert re.search(message, refusal(ROOT / SHIPPED, override))
+
+
+def test_relations_of_the_caption_stage():
+    caption = partial(refusal, ROOT / 'configs/caption_flickr.yaml', schema='configs/caption_flickr.yaml')
+    assert 'eval.min_length must be at most eval.max_length, 30; got 31' in caption('eval.min_length=31')
+    assert 'optim.min_lr must be at most scst.lr' in caption('scst.epochs=1', 'scst.lr=1e-7', 'optim.min_lr=1e-6')
+    assert 'eval.max_length must be at most the text positions' in caption('eval.max_length=513')
+
+
+NUMBERS = [(schema, key) for schema in SCHEMAS for key, value in flatten(read_yaml(ROOT / f'configs/{schema}.yaml'))
+           if isinstance(rule(key), Number)]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_number_out_of_range_is_one_line_that_names_its_key(data):
+    schema, key = data.draw(st.sampled_from(NUMBERS))
+    allowed = rule(key)
+    wrong = data.draw(st.one_of(
+        st.integers(max_value=int(allowed.low) - 1), st.integers(min_value=int(allowed.high) + 1),
+        st.floats(max_value=allowed.low, exclude_max=not allowed.above, allow_nan=False),
+        st.floats(min_value=allowed.high, exclude_min=True), st.just(float('nan')), st.booleans(), st.none(),
+        st.floats().map(str), st.lists(st.integers()), *([st.floats(1, 9)] if allowed.whole else [])))
+    with TemporaryDirectory() as folder:
+        path = Path(folder, 'my.yaml')
+        section, _, leaf = key.rpartition('.')
+        YAML(typ='safe').dump({section: {leaf: wrong}}, path)
+        assert f'my.yaml: {key} must be ' in refusal(path, schema=f'configs/{schema}.yaml')
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.one_of(st.text(), st.text('{}[]&*!|>%@`"\'-:?,#= \n\ta1.~<'), st.binary()))
+def test_any_file_is_a_config_or_one_line(content):
+    with TemporaryDirectory() as folder:
+        path = write(Path(folder), content.encode(errors='replace') if isinstance(content, str) else content)
+        refusal(path)
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'vision_heads': 5}, 'vision_width must be a multiple of vision_heads, 5; got 32'),
+    ({'text_heads': 3}, 'text_width must be a multiple of text_heads, 3; got 32'),
+    ({'vision_width': 30}, 'vision_width must be a multiple of 4'),
+    ({'text_depth': 0}, 'text_depth must be a whole number'),
+    ({'patch_size': 16.0}, 'patch_size must be a whole number'), ({'text_ffn': None}, 'text_ffn must be .*; got None'),
+    ({'vision_dept': 3}, "unknown key 'vision_dept'; did you mean vision_depth"),
+    ({'max_positions': True}, 'got True')])
+def test_a_size_of_which_no_net_can_be_built_is_named(tmp_path, change, message):
+    path = tmp_path / 'sizes.yaml'
+    YAML(typ='safe').dump({'mine': read_yaml(ROOT / 'configs/sizes.yaml')['nano'] | change, 'list': [1]}, path)
+    with pytest.raises(ValueError, match=f'sizes.yaml: mine.*{message}'):
+        read_size('mine', path=path)
+    with pytest.raises(ValueError, match='list must be a mapping'):
+        read_size('list', path=path)
 
 
 def test_overrides_stand_anywhere_on_the_command_line():
-    args, config = script_arguments('', 'configs/pretrain.yaml', 'out', ['optim.lr=1', '--seed', '7', 'train.epochs=3'])
+    args, config = script_arguments('', SHIPPED, 'out', ['optim.lr=1', '--seed', '7', 'train.epochs=3'])
     assert (config['optim']['lr'], args.seed, config['train']['epochs']) == (1, 7, 3)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match='no config file .*nowhere.yaml'):
-        load_config(tmp_path / 'nowhere.yaml', 'configs/pretrain.yaml')
 
 
 # Paths say where data and first weights lie (init_vision and init_text: the teacher's, which needs no download); sizes
@@ -91,13 +229,7 @@ SIZES_AND_PATHS = {'model.size', 'model.image_size', 'model.init', 'model.init_v
 @pytest.mark.parametrize('name', SCHEMAS)
 def test_the_demo_differs_in_sizes_and_paths_only(name):
     real, demo = (read_yaml(ROOT / 'configs' / folder / f'{name}.yaml') for folder in ('', 'demo'))
-    different = set()
-    for key in flat_keys(real):
-        a, b = real, demo
-        for part in key.split('.'):
-            a, b = a[part], b[part]
-        if a != b:
-            different.add(key)
+    different = {key for key, value in flatten(real) if dict(flatten(demo)).get(key, value) != value}
     assert different <= SIZES_AND_PATHS
 
 
