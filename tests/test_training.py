@@ -124,8 +124,8 @@ def test_bad_input_is_one_clear_line(pretrained, tmp_path):
     ('model.size=mikro', "model.size: unknown size 'mikro'"),
     ('model.init_text=teacher', 'teacher.weights is null'),
     ('train.batch_size=4096', 'lower train.batch_size'),
-    ('train.precision=fp16', "unknown precision 'fp16': choose one of fp32, bf16"),
-    ('optim.lrr=1', 'did you mean optim.lr[?]'),
+    ('train.precision=fp16', "train.precision must be one of bf16, fp32; got 'fp16'"),
+    ('optim.lrr=1', 'did you mean optim.lr?'),
     ('tokenizer=no/such/vocab', "no vocabulary 'no/such/vocab'")])
 def test_bad_settings(pretrained, tmp_path, override, message):
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
