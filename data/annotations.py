@@ -11,6 +11,7 @@ from pathlib import Path
 from data.captions import storable
 from data.layouts import ALSO_CALLED, FOLDERS, SPLITS, Layout, find_annotation, image_folders, say
 from data.tables import Row
+from utils import shorten
 
 HELD_OUT = {'test': 1000 / 31014, 'val': 1014 / 31014}  # shares of the standard split of Flickr30K
 
@@ -55,7 +56,7 @@ def completed(splits: dict[str, str | None], source: Path) -> dict[str, str]:
         made = {name: ALSO_CALLED.get((split or '').lower()) for name, split in splits.items()}
         wrong = next((name for name, split in made.items() if split is None), None)
         if wrong is not None:
-            raise ValueError(f'{source}: split {splits[wrong]!r} of {wrong} is none of {", ".join(SPLITS)}')
+            raise ValueError(f'{source}: split {shorten(splits[wrong])} of {wrong} is none of {", ".join(SPLITS)}')
         counts = Counter(made.values())
         members = {split: by_hash(name for name in made if made[name] == split) for split in SPLITS}
         if counts['val'] and counts['test']:
@@ -88,9 +89,9 @@ def load_annotated(root: str | Path, split: str, how: str = 'standard') -> list[
     """
     root = Path(root)
     if split not in SPLITS:
-        raise ValueError(f'unknown split {split!r}: one of {", ".join(SPLITS)}')
+        raise ValueError(f'unknown split {shorten(split)}: one of {", ".join(SPLITS)}')
     if how not in ('standard', 'hash'):
-        raise ValueError(f'data.split: {how!r} is neither standard nor hash')
+        raise ValueError(f'data.split: {shorten(how)} is neither standard nor hash')
     if not root.is_dir():
         raise FileNotFoundError(f'no folder {root}: data.root is one of images and their annotation (README, "Data")')
     files, layout = find_annotation(root)
@@ -105,7 +106,7 @@ def load_annotated(root: str | Path, split: str, how: str = 'standard') -> list[
         splits = completed(splits, files[0])
     chosen = [name for name in captions if ALSO_CALLED.get(splits[name]) == split]
     if not chosen:
-        raise ValueError(f'{files[0]} lists no images of split {split!r}: ' + (
+        raise ValueError(f'{files[0]} lists no images of split {shorten(split)}: ' + (
             'download it again' if layout.published else 'three images are the least'))
     return [AnnotatedImage(path, tuple(captions[name]))
             for path, name in zip(place_images(root, chosen), chosen, strict=True)]

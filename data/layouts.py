@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.scan import list_images
 from data.tables import Row, read_json, read_table, read_text
-from utils import logger
+from utils import logger, shorten
 
 SPLITS = ('train', 'val', 'test')
 ALSO_CALLED = {'training': 'train', 'restval': 'train', 'validation': 'val', 'valid': 'val', 'dev': 'val',
@@ -75,7 +75,7 @@ def read_tokens(path: Path) -> Iterator[Row]:
     for line, text in enumerate(read_text(path).split('\n'), 1):
         name, tab, caption = text.strip('\r').partition('\t')
         if not tab and text.strip():
-            raise ValueError(f'{path}, line {line}: no tab between image and caption: {text[:40]!r}')
+            raise ValueError(f'{path}, line {line}: no tab between image and caption: {shorten(text)}')
         if tab:
             yield Row(name.rpartition('#')[0] or name, [caption])
 
@@ -87,7 +87,8 @@ def read_coco(path: Path) -> Iterator[Row]:
     for number, annotation in enumerate(content['annotations']):
         image = annotation.get('image_id')
         if image not in captions:
-            raise ValueError(f'{path}: annotations[{number}] is of image {image!r}, which is not among its images')
+            raise ValueError(f'{path}: annotations[{number}] is of image {shorten(image)}, which is not among '
+                             f'its images')
         captions[image][1].append(annotation['caption'])
     for name, texts in captions.values():
         yield Row(f'{split_and_year}/{name}', texts, split_and_year[:-4])
@@ -104,7 +105,7 @@ def read_results(path: Path) -> Iterator[Row]:
     for line, text in enumerate(read_text(path).split('\n'), 1):
         name, bar, rest = text.partition('|')
         if text.strip() and not bar:
-            raise ValueError(f'{path}, line {line}: no bar between image and caption: {text[:40]!r}')
+            raise ValueError(f'{path}, line {line}: no bar between image and caption: {shorten(text)}')
         if bar and line > 1:
             yield Row(name.strip(), [rest.strip().lstrip('0123456789').lstrip(' |').strip()])
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from utils import logger
+from utils import logger, shorten
 
 MARKS = {codecs.BOM_UTF8: 'utf-8-sig', codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
          codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}  # UTF-32's begins as UTF-16's: looked for first
@@ -51,11 +51,11 @@ def read_text(path: str | os.PathLike) -> str:
         line, piece = data.count(b'\n', 0, error.start) + 1, data[max(0, error.start - 12):error.start + 12]
         piece = piece.splitlines()[0] if encoding == 'utf-8' and piece.splitlines() else piece
         try:
-            guess = f'; in Windows-1252 it would be {piece.decode("cp1252")!r}'
+            guess = f'; in Windows-1252 it would be {shorten(piece.decode("cp1252"))}'
         except UnicodeDecodeError:
             guess = ''
-        raise ValueError(f'{path}, line {line}: {piece!r} is not {encoding.upper()}{guess}. Save the file in UTF-8') \
-            from None
+        raise ValueError(f'{path}, line {line}: {shorten(piece)} is not {encoding.upper()}{guess}. Save the file in '
+                         f'UTF-8') from None
     if '\0' in text:
         line = text.count('\n', 0, text.index('\0')) + 1
         raise ValueError(f'{path}, line {line}: a NUL byte: this is no text file, or UTF-16 without a byte-order mark. '
@@ -114,7 +114,7 @@ def read_table(path: Path) -> Iterator[Row]:
         name, split = record[image], record.get('split') or None
         for value in (name, *texts, *([split] if split else [])):
             if not isinstance(value, str):
-                raise ValueError(f'{path}, line {line}: {str(value)[:40]!r} is no text')
+                raise ValueError(f'{path}, line {line}: {shorten(value)} is no text')
         if not name.strip():
             raise ValueError(f'{path}, line {line}: no image is named')
         yield Row(name.strip(), texts, split and split.strip())
@@ -129,7 +129,7 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
         if text.strip():
             record = parse_json(text, path, line)
             if not isinstance(record, dict):
-                raise ValueError(f'{path}, line {line}: not a JSON object but {text.strip()[:40]!r}')
+                raise ValueError(f'{path}, line {line}: not a JSON object but {shorten(text.strip())}')
             yield line, {str(name).strip().lower(): value for name, value in record.items()}
 
 
@@ -146,7 +146,7 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     image, captions, _ = columns(header)
     for name in (image, *captions, 'split'):
         if header.count(name) > 1:
-            raise ValueError(f'{path}, line 1: the header has the column {name!r} twice')
+            raise ValueError(f'{path}, line 1: the header has the column {shorten(name)} twice')
     for number, (line, fields) in enumerate(csv_rows(text, delimiter, path)):
         if number and len(fields) != len(header):
             raise ValueError(f'{path}, line {line}: {len(fields)} fields, but the header has {len(header)}: text with '

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import logger
+from utils import logger, shorten
 
 KS = (1, 5, 10)
 
@@ -172,7 +172,7 @@ def caption_metrics(hypotheses: dict, references: dict, *, meteor: bool = False,
         raise ValueError(f'captions and references must be of the same pictures; on one side only: {odd}')
     empty = [key for key, texts in references.items() if not texts]
     if empty:
-        raise ValueError(f'picture {empty[0]!r} has no reference caption')
+        raise ValueError(f'picture {shorten(empty[0])} has no reference caption')
     tokenizer = tokenizer or ('ptb' if java_works() else 'simple')
     both = tokenise({key: [hypotheses[key], *texts] for key, texts in references.items()}, tokenizer)
     given, wanted = {key: texts[:1] for key, texts in both.items()}, {key: texts[1:] for key, texts in both.items()}

@@ -11,6 +11,7 @@ from models.linear import Linear
 from models.packing import Packed
 from models.text import ImageKV, KVCache, TextDecoder, TextTower, tie_decoder
 from models.vit import VisionTower
+from utils import shorten
 
 TEMPERATURE = 0.07  # at the start of training, as BLIP
 TASKS = ('pretrain', 'retrieval', 'caption')
@@ -42,7 +43,7 @@ class BLIPConfig:
 
     def __post_init__(self):
         if self.task not in TASKS:
-            raise ValueError(f'unknown task {self.task!r}: one of {", ".join(TASKS)}')
+            raise ValueError(f'unknown task {shorten(self.task)}: one of {", ".join(TASKS)}')
         if self.image_size % self.patch_size:
             raise ValueError(f'image size {self.image_size} is not a multiple of the patch size {self.patch_size}')
 

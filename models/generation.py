@@ -10,6 +10,7 @@ import torch
 from models.blip import BLIP, select_images
 from models.text import KVCache
 from models.tokenizer import DEC, Tokenizer
+from utils import shorten
 
 PROMPT = 'a picture of '
 
@@ -183,7 +184,7 @@ def generate_ids(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tens
     for name, value in (('num_beams', num_beams), ('max_length', max_length), ('min_length', min_length),
                         ('top_k', top_k), ('num_captions', num_captions)):
         if not isinstance(value, int):
-            raise ValueError(f'generation needs a whole number as {name}, got {value!r}')
+            raise ValueError(f'generation needs a whole number as {name}, got {shorten(value)}')
     checks = {f'num_beams >= 1, got {num_beams}': num_beams >= 1,
               f'{len(prompt_ids)} (prompt) < max_length <= {model.config.max_positions}, got {max_length}':
                   len(prompt_ids) < max_length <= model.config.max_positions,
@@ -191,7 +192,8 @@ def generate_ids(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tens
               f'temperature > 0, got {temperature}': temperature > 0,
               f'0 < top_p <= 1, got {top_p}': 0 < top_p <= 1,
               f'top_k >= 0, got {top_k}': top_k >= 0,
-              f'a length_rule blip or transformers, got {length_rule!r}': length_rule in ('blip', 'transformers'),
+              f'a length_rule blip or transformers, got {shorten(length_rule)}':
+                  length_rule in ('blip', 'transformers'),
               f'repetition_penalty > 0, got {repetition_penalty}': repetition_penalty > 0,
               f'num_captions >= 1, and at most num_beams where it does not sample, got {num_captions}':
                   1 <= num_captions and (sample or num_captions <= num_beams)}

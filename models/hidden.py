@@ -5,6 +5,7 @@ from torch import nn
 
 from models import losses
 from models.linear import Linear
+from utils import shorten
 
 STREAMS = {'vision_hidden': 'vision', 'text_hidden': 'text', 'fused_hidden': 'text', 'decoder_hidden': 'text'}
 LayerPairs = list[tuple[int, int]]  # (student's, teacher's), both counted from 0
@@ -28,14 +29,15 @@ def layer_pairs(chosen: list | None, depth: int, teacher_depth: int, tower: str)
         elif isinstance(entry, list) and list(map(type, entry)) == [int, int]:
             ours, theirs = entry
         else:
-            raise ValueError(f'{name} holds {entry!r}: give layers as in [4, 8, 12], or pairs as in [[6, 12]]')
+            raise ValueError(f'{name} holds {shorten(entry)}: give layers as in [4, 8, 12], or pairs as in [[6, 12]]')
         if not 1 <= ours <= depth:
             raise ValueError(f'{name}: the student has the layers 1 to {depth}, not {ours}')
         if not 1 <= theirs <= teacher_depth:
             raise ValueError(f'{name}: the teacher has the layers 1 to {teacher_depth}, not {theirs}')
         pairs.append((ours - 1, theirs - 1))
     if not pairs or len(dict(pairs)) < len(pairs):
-        raise ValueError(f'{name} is {chosen}: name at least one layer, and none of the student twice (null: all)')
+        raise ValueError(f'{name} is {shorten(chosen)}: name at least one layer, and none of the student twice '
+                         f'(null: all)')
     return pairs
 
 

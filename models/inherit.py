@@ -24,7 +24,7 @@ from models.blip import BLIP, BLIPConfig
 from models.sources import WEIGHT_FILES, find_file, local_file, names_a_file, read_tensors
 from models.tokenizer import Tokenizer
 from models.vit import resample_positions
-from utils import logger
+from utils import logger, shorten
 
 LAYER_CHOICES = ('spaced', 'first', 'last')
 Weights = dict[str, torch.Tensor]
@@ -46,7 +46,7 @@ def choose_layers(kept: int, depth: int, choice: str = 'spaced') -> list[int]:
         ValueError: there are not so many, or the choice is unknown.
     """
     if choice not in LAYER_CHOICES:
-        raise ValueError(f'model.init_layers is {choice!r}: one of {", ".join(LAYER_CHOICES)}')
+        raise ValueError(f'model.init_layers is {shorten(choice)}: one of {", ".join(LAYER_CHOICES)}')
     if kept > depth:
         raise ValueError(f'the student has {kept} layers, what it would start from only {depth}')
     if choice == 'first':
@@ -257,7 +257,7 @@ def load_bert(model: BLIP, source: str, tokenizer: Tokenizer, choice: str = 'spa
     """
     settings = json.loads(find_file(source, 'config.json').read_text(encoding='utf-8'))
     if settings.get('model_type', 'bert') != 'bert':
-        raise ValueError(f'{source} is a {settings["model_type"]!r}, not a BERT')
+        raise ValueError(f'{source} is a {shorten(settings["model_type"])}, not a BERT')
     vocab = Tokenizer.from_pretrained(source).vocab
     if vocab != tokenizer.vocab:
         raise ValueError(f'{source} has another vocabulary than `tokenizer`: its word embedding cannot be used')

@@ -7,7 +7,7 @@ import torch
 
 from models.blip import BLIP
 from models.openvino_backend import OpenVINOBLIP
-from utils import logger
+from utils import logger, shorten
 
 PRECISIONS, BACKENDS = ('fp32', 'bf16', 'int8'), ('torch', 'openvino')
 
@@ -28,7 +28,7 @@ def arithmetic(precision: str, device: torch.device) -> torch.dtype:
         ValueError: neither of the two.
     """
     if precision not in ('fp32', 'bf16'):
-        raise ValueError(f'unknown precision {precision!r}: choose one of fp32, bf16')
+        raise ValueError(f'unknown precision {shorten(precision)}: choose one of fp32, bf16')
     if precision == 'bf16' and has_bf16(device.type):
         return torch.bfloat16
     if precision == 'bf16':
@@ -47,7 +47,7 @@ def for_inference(model: BLIP, precision: str = 'fp32', backend: str = 'torch') 
     """
     for what, value, choices in (('precision', precision, PRECISIONS), ('backend', backend, BACKENDS)):
         if value not in choices:
-            raise ValueError(f'unknown {what} {value!r}: choose one of {", ".join(choices)}')
+            raise ValueError(f'unknown {what} {shorten(value)}: choose one of {", ".join(choices)}')
     if precision == 'int8' and backend != 'openvino':
         raise ValueError("precision 'int8' needs backend='openvino'")
     if backend == 'openvino':

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from utils import barrier, is_main
+from utils import barrier, is_main, shorten
 
 WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')  # of a folder or repository, the better one first
 SUFFIXES = ('.pth', '.pt', '.bin', '.safetensors')
@@ -94,8 +94,8 @@ def hub_file(repository: str, *names: str) -> Path:
         path, reason = None, str(error).strip().splitlines()[0][:120]
     if path is None:
         raise FileNotFoundError(
-            f'cannot get {repository!r}: there is no such file or folder here, it is not in the cache of the Hugging '
-            f'Face hub, and the hub did not supply it ({reason}). Where there is a network run `hf download '
+            f'cannot get {shorten(repository)}: there is no such file or folder here, it is not in the cache of the '
+            f'Hugging Face hub, and the hub did not supply it ({reason}). Where there is a network run `hf download '
             f'{repository}`, copy the folder that it prints, and give its path instead of the name')
     return path
 

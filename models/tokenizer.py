@@ -8,7 +8,7 @@ import tokenizers
 import torch
 
 from models.sources import find_file
-from utils import atomic_write
+from utils import atomic_write, shorten
 
 DEC, ENC = '[DEC]', '[ENC]'  # start of a caption, start of a text to be matched with an image
 
@@ -47,7 +47,8 @@ class Tokenizer:
             try:
                 path = find_file(name_or_path, 'vocab.txt', 'tokenizer.json')
             except FileNotFoundError as error:
-                raise FileNotFoundError(f'no vocabulary {str(name_or_path)!r}: {error}, or a vocab.txt') from None
+                raise FileNotFoundError(f'no vocabulary {shorten(str(name_or_path), 400)}: {error}, or a '
+                                        f'vocab.txt') from None
         if path.suffix == '.json':
             vocab = tokenizers.Tokenizer.from_file(str(path)).get_vocab()
             return cls(sorted(vocab, key=vocab.get))

@@ -22,7 +22,7 @@ from models.originals import held_task
 from models.sources import WEIGHT_FILES, find_file, read_tensors
 from models.text import LAYER_NORM_EPS
 from models.tokenizer import Tokenizer
-from utils import atomic_write
+from utils import atomic_write, shorten
 
 # Ours (those of the original BLIP and timm) and theirs; # is a layer number. Names not listed are the same in both.
 NAMES = (
@@ -87,7 +87,7 @@ def read_config(settings: dict, task: str, path: Path) -> BLIPConfig:
     """
     from transformers import BlipConfig
     if settings.get('model_type') != 'blip':
-        raise ValueError(f'{path} describes a {settings.get("model_type")!r}, not a "blip"')
+        raise ValueError(f'{path} describes a {shorten(settings.get("model_type"))}, not a "blip"')
     config = BlipConfig.from_dict(settings)
     vision, text = config.vision_config, config.text_config
     for name, value, needed in (('vision_config.hidden_act', vision.hidden_act, 'gelu'),

@@ -16,7 +16,7 @@ from models.transformers_format import write_folder
 from prod.images import find_pictures, kind, named_images, read_image
 from prod.index import PictureIndex
 from prod.memory import fitting, pair_bytes, picture_bytes
-from utils import choose_device, logger, progress
+from utils import choose_device, logger, progress, shorten
 
 NEEDS = {'caption': 'text_decoder', 'retrieval': 'text_encoder'}
 MAX_TOKENS = 35  # of a text, where the checkpoint does not say what it was trained with
@@ -59,7 +59,7 @@ class DLIPProd:
                  tokenizer: str | os.PathLike = VOCABULARY, precision: str = 'fp32', backend: str = 'torch',
                  memory: float = 1.0):
         if name not in (None, *NEEDS):
-            raise ValueError(f'unknown name {name!r}: choose one of {", ".join(map(repr, NEEDS))}')
+            raise ValueError(f'unknown name {shorten(name)}: choose one of {", ".join(map(repr, NEEDS))}')
         if not memory > 0:
             raise ValueError(f'memory must be a positive number of GiB, got {memory}')
         self.name, self.weight, self.device, self.memory = name, str(weight), choose_device(device), memory
@@ -282,7 +282,7 @@ class DLIPProd:
         """Images -> which of the next ones could be read, and those [<= batch_size, 3, S, S] on the device."""
         check_batch_size(batch_size)
         if on_error not in ('raise', 'skip'):
-            raise ValueError(f'on_error is {on_error!r}: raise or skip')
+            raise ValueError(f'on_error is {shorten(on_error)}: raise or skip')
         read, pixels = [], []
 
         def batch():

@@ -11,6 +11,7 @@ from PIL import Image, ImageFile
 from data.images import FORMATS, MEMORY, is_machines, least_scale, open_image
 from data.rgb import first_white, to_rgb
 from data.scan import list_images
+from utils import shorten
 
 ACCEPTED = ('a PIL image, a numpy array (H, W) or (H, W, 1|3|4), a torch tensor (1|3|4, H, W), a path, '
             'bytes, an open file, or a list of these')
@@ -101,13 +102,13 @@ def decode(image: Image.Image, name: str, memory: float) -> Image.Image:
 
 def open_path(path: str, name: str, memory: float) -> Image.Image:
     if path.lower().startswith(('http://', 'https://')):
-        raise ValueError(f'{name} is the address {path!r}: nothing is fetched from the network, download '
+        raise ValueError(f'{name} is the address {shorten(path, 400)}: nothing is fetched from the network, download '
                          f'the file and pass its path')
     if os.path.isdir(path):
-        raise ValueError(f'{name} is the folder {path!r}: pass the paths of its images')
+        raise ValueError(f'{name} is the folder {shorten(path, 400)}: pass the paths of its images')
     if not os.path.exists(path):
-        raise ValueError(f'{name}: no such file {path!r}')
-    return open_image(path, memory, path if name == path else f'{name} ({path!r})')
+        raise ValueError(f'{name}: no such file {shorten(path, 400)}')
+    return open_image(path, memory, path if name == path else f'{name} ({shorten(path, 400)})')
 
 
 def tensor_array(tensor: torch.Tensor, name: str) -> np.ndarray:
