@@ -170,11 +170,11 @@ def metadata(name: str) -> Callable[[Path], list[Path]]:
 
 
 def kaggles_results(root: Path) -> list[Path]:
-    """results.csv, also among the images, unless it is a table of one's own."""
-    def has_bars(path: Path) -> bool:
+    """results.csv, also among the images, unless by its header it is a table of one's own."""
+    def is_kaggles(path: Path) -> bool:
         with open(path, 'rb') as file:
-            return b'|' in file.readline(1000)
-    return list(filter(has_bars, find_files(root, 'results.csv', folders=('', *FOLDERS))))
+            return re.sub(rb'\W+', b' ', file.readline(1000)).strip() == b'image_name comment_number comment'
+    return list(filter(is_kaggles, find_files(root, 'results.csv', folders=('', *FOLDERS))))
 
 
 def own_tables(root: Path) -> list[Path]:

@@ -48,8 +48,8 @@ def read_text(path: str | os.PathLike) -> str:
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        line, piece = data.count(b'\n', 0, error.start) + 1, data[max(0, error.start - 12):error.start + 12]
-        piece = piece.splitlines()[0] if encoding == 'utf-8' and piece.splitlines() else piece
+        line, begin = data.count(b'\n', 0, error.start) + 1, data.rfind(b'\n', 0, error.start) + 1
+        piece = data[max(begin, error.start - 12):error.start + 12].partition(b'\n')[0]
         try:
             guess = f'; in Windows-1252 it would be {shorten(piece.decode("cp1252"))}'
         except UnicodeDecodeError:

@@ -1,8 +1,9 @@
-"""Flickr30K: its annotation layouts, the finetuning set and the held-out pictures."""
+"""Annotated folders: their layouts, the training set and the held-out images."""
 
 import csv
 import json
 import logging
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from data.annotations import AnnotatedImage, hash_split, load_annotated
 from data.datasets import AnnotatedTrain, ImageTextEval
 from data.images import open_part
 from data.layouts import SPLITS
+from data.pairs import open_pairs
 from data.transforms import eval_transform
 
 CAPTIONS = {'train': [['A man.', 'a red DOG', ''], ['two cats']], 'val': [['a bus', 'the bus']],
@@ -113,20 +115,210 @@ def test_pictures_of_ones_own(tmp_path, kind, split):
     assert train[0]['image'].shape == held_out['test'][0].shape == (3, 16, 16)
 
 
-def test_mistakes_in_ones_own_table(tmp_path):
+def captions_of(root: Path, split: str, how: str = 'standard') -> dict[str, tuple[str, ...]]:
+    return {image.path.name: image.captions for image in load_annotated(root, split, how) if image.path.is_file()}
+
+
+def members(root: Path) -> dict[str, list[str]]:
+    return {split: sorted(captions_of(root, split)) for split in SPLITS}
+
+
+NAMES = [f'{i:02d}_ab.jpg' for i in range(12)]
+OFFICIAL = {'train': NAMES[:6], 'val': NAMES[6:9], 'test': NAMES[9:11]}  # one image is in none
+
+
+def flickr8k(root: Path, layout: str) -> Path:
+    texts = {name: [f'A dog, no {i} of "{name}" .' for i in range(2)] for name in NAMES}
+    write_pictures(root / ('Flicker8k_Dataset/Flicker8k_Dataset' if layout == 'authors' else 'Images'), NAMES)
+    if layout == 'authors':
+        (root / 'Flickr8k_text').mkdir()
+        lines = [f'{name}#{i}\t{text}' for name in NAMES for i, text in enumerate(texts[name])]
+        lines.append('2258277193_586949ec62.jpg.1#0\tIts image is not in the archive .')
+        (root / 'Flickr8k_text/Flickr8k.token.txt').write_text('\n'.join(lines) + '\n')
+        (root / 'Flickr8k_text/Flickr8k.lemma.token.txt').write_text('x#0\tlemma')
+        for split, names in OFFICIAL.items():
+            name = f'Flickr_8k.{"dev" if split == "val" else split}Images.txt'
+            (root / 'Flickr8k_text' / name).write_text('\r\n'.join([*names, '']))
+    elif layout == 'kaggle':
+        with open(root / 'captions.txt', 'w', newline='') as file:
+            rows = [(name, text) for name in NAMES for text in texts[name]]
+            csv.writer(file).writerows([('image', 'caption'), *rows])
+    else:
+        images = [{'filename': name, 'split': split, 'sentences': [{'raw': text} for text in texts[name]]}
+                  for split, names in OFFICIAL.items() for name in names]
+        (root / 'dataset_flickr8k.json').write_text(json.dumps({'images': images, 'dataset': 'flickr8k'}))
+    return root
+
+
+@pytest.mark.parametrize('layout', ['authors', 'karpathy'])
+def test_flickr8k_with_its_split(tmp_path, layout, caplog):
+    root = flickr8k(tmp_path, layout)
+    with caplog.at_level(logging.INFO, 'dlip'):
+        assert members(root) == OFFICIAL
+    assert captions_of(root, 'val')['06_ab.jpg'] == ('A dog, no 0 of "06_ab.jpg" .', 'A dog, no 1 of "06_ab.jpg" .')
+    if layout == 'authors':
+        assert '2 images are left out, for example 11_ab.jpg: in none of its splits' in caplog.text
+        (root / 'Flickr8k_text/Flickr_8k.devImages.txt').unlink()
+        with pytest.raises(ValueError, match='needs all of Flickr_8k..train,dev,test.Images.txt'):
+            load_annotated(root, 'train')
+        for kind in ('train', 'test'):
+            (root / f'Flickr8k_text/Flickr_8k.{kind}Images.txt').unlink()
+        assert sorted(sum(members(root).values(), [])) == NAMES  # by hash; the image that is not there is left out
+        write_pictures(root / 'Flicker8k_Dataset/Flicker8k_Dataset', ['2258277193_586949ec62.jpg'])
+        assert len(sum(members(root).values(), [])) == 13
+
+
+def test_flickr8k_as_kaggle_ships_it(tmp_path, caplog):
+    root = flickr8k(tmp_path, 'kaggle')
+    with caplog.at_level(logging.INFO, 'dlip'):
+        split = members(root)
+    assert sorted(sum(split.values(), [])) == NAMES and [len(split[name]) for name in SPLITS] == [10, 1, 1]
+    said = 'captions.txt has no split: its images are split by the hash of their names (10 train, 1 val, 1 test)'
+    assert caplog.text.count(said) == 1
+    assert len(open_pairs(str(root), TRANSFORM, 30, 0)) == 20  # as data.train of pre-training
+
+
+def coco(root: Path, *splits: str, year: int = 2017, inside: str = 'annotations') -> Path:
+    (root / inside).mkdir(exist_ok=True, parents=True)
+    for split in splits:
+        names = [f'{split}{i:09d}.jpg' for i in range(6)]
+        write_pictures(root / f'{split}{year}', names)
+        content = {'images': [{'id': 100 + i, 'file_name': name} for i, name in enumerate(names)],
+                   'annotations': [{'id': i, 'image_id': 100 + i % 5, 'caption': f'{split} {i}'} for i in range(10)]}
+        (root / inside / f'captions_{split}{year}.json').write_text(json.dumps(content))
+    return root
+
+
+@pytest.mark.parametrize('year, inside', [(2017, 'annotations'), (2014, '.')])
+def test_cocos_own_captions(tmp_path, caplog, year, inside):
+    root = coco(tmp_path, 'train', 'val', year=year, inside=inside)
+    with caplog.at_level(logging.INFO, 'dlip'):
+        found = {split: load_annotated(root, split) for split in SPLITS}
+    assert [len(found[split]) for split in SPLITS] == [6, 3, 3] and 'half of val serves as test' in caplog.text
+    assert found['train'][2] == AnnotatedImage(root / f'train{year}/train000000002.jpg', ('train 2', 'train 7'))
+    assert {image.path.parent.name for split in ('val', 'test') for image in found[split]} == {f'val{year}'}
+    train = AnnotatedTrain(root, TRANSFORM, 30)  # the sixth image has no caption
+    assert len(train) == 10 and len({train.pair(i)[2] for i in range(10)}) == 5
+
+
+def test_coco_with_one_of_its_files(tmp_path):
+    assert [len(load_annotated(coco(tmp_path / 'a', 'train'), split)) for split in SPLITS] == [4, 1, 1]
+    root = coco(tmp_path / 'b', 'val')
+    assert [len(load_annotated(root, split)) for split in ('val', 'test')] == [3, 3]
+    with pytest.raises(ValueError, match="captions_val2017.json lists no images of split 'train'"):
+        load_annotated(root, 'train')
+    path = root / 'annotations/captions_val2017.json'
+    path.write_text(path.read_text().replace('"image_id": 103', '"image_id": 7'))
+    with pytest.raises(ValueError, match=r'captions_val2017.json: annotations\[3\] is of image 7, which is not among'):
+        load_annotated(root, 'val')
+
+
+@pytest.mark.parametrize('kind', ['csv', 'jsonl'])
+@pytest.mark.parametrize('folders', [('train', 'validation', 'test'), ('train', 'test'), ('',), None])
+def test_hugging_faces_imagefolder(tmp_path, kind, folders):
+    """A table in each split's folder, in one folder, or one table over folders of the splits."""
+    names = [f'{i}.png' for i in range(40)]
+    for folder in folders or ('train', 'dev'):
+        write_pictures(tmp_path / folder / 'deep', names)
+        rows = [{'file_name': f'{"" if folders else folder + "/"}deep/{name}', 'text': f'{folder} {name}'}
+                for name in names]
+        place = tmp_path / (folder if folders else '') / f'metadata.{kind}'
+        old = place.read_text() if place.exists() else ''
+        if kind == 'csv':
+            place.write_text((old or 'file_name,text\n') + ''.join(f'{r["file_name"]},{r["text"]}\n' for r in rows))
+        else:
+            place.write_text(old + ''.join(json.dumps(row) + '\n' for row in rows))
+    found = {split: load_annotated(tmp_path, split) for split in SPLITS}
+    assert all(image.path.is_file() for split in SPLITS for image in found[split])
+    expected = {('train', 'validation', 'test'): [40, 40, 40], ('train', 'test'): [39, 1, 40], ('',): [38, 1, 1]}
+    assert [len(found[split]) for split in SPLITS] == expected.get(folders, [40, 20, 20])
+
+
+def test_images_with_a_text_beside_each(tmp_path, caplog):
+    write_pictures(tmp_path / '10_dogs', [f'{i}.jpg' for i in range(8)])
+    write_pictures(tmp_path / '@eaDir', ['x.jpg'])
+    for i in range(6):
+        (tmp_path / f'10_dogs/{i}.txt').write_text(f'dog {i}, running\n\nanother of {i}\n', encoding='utf-8-sig')
+    (tmp_path / '10_dogs/6.txt').write_bytes(b'caf\xe9')
+    with caplog.at_level(logging.INFO, 'dlip'):
+        found = {name: texts for split in SPLITS for name, texts in captions_of(tmp_path, split).items()}
+    assert len(found) == 6 and found['3.jpg'] == ('dog 3, running', '', 'another of 3')
+    assert '1 images have no text file, and 1 text files cannot be read: ' in caplog.text
+    assert '6.txt, line 1: ' in caplog.text
+    (tmp_path / '00000_stats.json').touch()
+    with pytest.raises(ValueError, match='holds what img2dataset wrote: make an all.json of it with json_dataset.py'):
+        load_annotated(tmp_path, 'train')
+
+
+@pytest.mark.parametrize('header, row', [
+    ('image,caption', '{0},"{1}"'), ('Image ; CAPTION', '{0};{1}'), ('split\ttext\tfile_name', '\t{1}\t{0}'),
+    ('a|caption_0|caption_1|image', '|{1}||{0}'), ('\ufeffimage_name,comment', ' {0} ,"{1}"')])
+@pytest.mark.parametrize('encoding, newline', [('utf-8', '\r\n'), ('utf-16', '\n'), ('utf-8-sig', '\n\n')])
+@pytest.mark.parametrize('name', ['results.csv', 'mine.tsv'])
+def test_tables_as_spreadsheets_save_them(tmp_path, header, row, encoding, newline, name):
+    write_pictures(tmp_path, NAMES)
+    text = newline.join([header, *(row.format(image, f'Ein Hund, größer, {i}') for i, image in enumerate(NAMES)), ''])
+    (tmp_path / name).write_bytes(text.removeprefix('\ufeff' if encoding != 'utf-8' else '').encode(encoding))
+    found = {name: texts for split in SPLITS for name, texts in captions_of(tmp_path, split).items()}
+    assert sorted(found) == NAMES and found[NAMES[7]][0] == 'Ein Hund, größer, 7'
+
+
+@pytest.mark.parametrize('text, message', [
+    ('image,caption\na.jpg,a cat\nb.jpg,a dog, running\n', 'line 3: 3 fields, but the header has 2: text with a'),
+    ('image,caption,split\na.jpg,a cat\n', 'line 2: 2 fields, but the header has 3'),
+    ('image,caption\n\na.jpg,"a\ncat"\nb.jpg,"a dog\nc.jpg,a bird\n', 'line 5: .*quotation marks in pairs'),
+    ('image,words\n', "line 1: the header has no column caption; found 'image', 'words'"),
+    ('a.jpg,a cat\n', "line 1: the header has no column image and no column caption; found 'a.jpg', 'a cat'"),
+    ('image,caption,Caption\n', "line 1: the header has the column 'caption' twice"),
+    ('', 'line 1: the header has no column image and no column caption; found nothing'),
+    ('image,caption\na.jpg,a\0cat\n', 'line 2: a NUL byte'),
+    ('image,caption\n,a cat\n', 'line 2: no image is named'),
+    ('image,caption,split\na.jpg,a cat,held\n', "split 'held' of a.jpg is none of train, val, test"),
+    (b'image,caption\na.jpg,caf\xe9\n', "line 2: .* is not UTF-8; in Windows-1252 it would be .*café"),
+    ('image,caption\na.jpg,a cat\n'.encode('utf-16-le'), 'line 1: a NUL byte: .*UTF-16 without a byte-order mark')])
+def test_mistakes_in_a_csv_file_name_the_line(tmp_path, text, message):
+    (tmp_path / 'mine.csv').write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=f'mine.csv.*{message}') as error:
+        load_annotated(tmp_path, 'test')
+    assert len(str(error.value).replace(str(tmp_path), '').splitlines()) == 1
+
+
+@pytest.mark.parametrize('line, message', [
+    ('{"image": "a.jpg"}', "line 2: no caption; found 'image'"),
+    ('{"image": 3, "caption": "a"}', "line 2: '3' is no text"),
+    ('{"image": "a.jpg", "caption": ["a", 5]}', "line 2: '5' is no text"),
+    ('["a.jpg", "a"]', 'line 2: not a JSON object'),
+    ('{"image": "a.jpg",', 'line 2: not JSON .*at column'), ('[' * 100_000, 'line 2: not readable as JSON')])
+def test_mistakes_in_json_lines_name_the_line(tmp_path, line, message):
+    (tmp_path / 'mine.jsonl').write_text('{"image": "b.jpg", "caption": null}\n' + line + '\n')
+    with pytest.raises(ValueError, match=f'mine.jsonl, {message}') as error:
+        load_annotated(tmp_path, 'test')
+    assert len(str(error.value)) < 400
+
+
+def test_several_annotations(tmp_path):
     root = own(tmp_path, 'csv', True)
-    table = root / 'captions.csv'
-    good = table.read_text(encoding='utf-8-sig')
-    for old, new, message in (('caption', 'words', "line 1: the header has no column caption; found 'image', 'words',"),
-                              (',val', ',held', "split 'held' of garden/1.png is none of train, val, test"),
-                              ('One,', 'One\\,', 'line')):
-        table.write_text(good.replace(old, new), encoding='utf-8')
-        if message != 'line':
-            with pytest.raises(ValueError, match=f'captions.csv.*{message}'):
-                load_annotated(root, 'test')
+    (root / '._captions.csv').touch()  # macOS's
+    assert load_annotated(root, 'test')
     (root / 'more.jsonl').touch()
     with pytest.raises(ValueError, match='holds 2 annotations .captions.csv, more.jsonl.: leave the one with'):
         load_annotated(root, 'test')
+
+
+def test_names_that_no_file_can_have(tmp_path):
+    write_pictures(tmp_path, NAMES)
+    rows = [f'{name},a dog,train' for name in [*NAMES, 'x' * 300 + '.jpg', 'a/' * 3000 + 'b.jpg']]
+    (tmp_path / 'mine.csv').write_text('\n'.join(['image,caption,split', *rows, 'v.jpg,x,val', 't.jpg,x,test']))
+    train = AnnotatedTrain(tmp_path, TRANSFORM, 30)
+    bad = train[12]['bad']
+    assert len(train) == 14 and len(bad) == 2 and train[13]['caption'] == 'a dog'
+
+
+def test_folders_whose_name_is_not_utf8(tmp_path):
+    root = tmp_path / os.fsdecode(b'caf\xe9')
+    root.mkdir()
+    train = AnnotatedTrain(flickr8k(root, 'kaggle'), TRANSFORM, 30)
+    assert train[0]['bad'] == [] and len(ImageTextEval(root, 'test', eval_transform(16), 30)) == 1
 
 
 def test_broken_flickr_picture_is_met_once_for_its_captions(tmp_path, monkeypatch):

@@ -17,7 +17,8 @@ import pretrain_dlip
 from bench.stress import same
 from data import shards
 from data.loader import make_loader
-from data.shards import ShardDataset, count_images, is_shards, list_shards
+from data.shards import ShardDataset, is_shards, list_shards
+from data.tars import count_images, read_shard
 from data.transforms import train_transform
 from models.logs import read_log
 from models.training import Run
@@ -188,6 +189,102 @@ def test_shards_that_are_not_there(cc3m, tmp_path):
         dataset(tmp_path / 'failed')
     with pytest.raises(ValueError, match='26 training samples are less than one batch of 27'):
         epoch(cc3m, batch_size=27)
+
+
+# ---------------------------------------------------------------- tars as others write them
+
+def add(tar: tarfile.TarFile, name: str, content: bytes = b'', **fields) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    for field, value in fields.items():
+        setattr(member, field, value)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def found(path: Path) -> dict[str, str]:
+    """Caption by the image's name in the tar; counting agrees with reading."""
+    samples = [(image.name.removeprefix(f'{path}/'), caption) for image, caption in read_shard(str(path))]
+    assert count_images(str(path)) == len(samples)
+    return dict(samples)
+
+
+JPG = sample('', 1)['jpg']
+
+
+@pytest.mark.parametrize('name, mode', [('a.tar', 'w'), ('a.tar.gz', 'w:gz'), ('A.TGZ', 'w:gz'), ('b.tar.xz', 'w:xz')])
+@pytest.mark.parametrize('kind', [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_names_and_members_of_every_kind(tmp_path, name, mode, kind):
+    """The key ends at the first dot of the file name, folders included; what is no file, or hidden, is passed over."""
+    long = 'folder.with.dots/' + 'x' * 200
+    with tarfile.open(tmp_path / name, mode, format=kind) as tar:
+        add(tar, 'folder', type=tarfile.DIRTYPE)
+        for i, key in enumerate(('./one', 'two', 'folder.with.dots/three', long, 'fünf')):
+            add(tar, f'{"/".join(["", *key.split("/")[:-1]])[1:]}/._{key.split("/")[-1]}.jpg'.lstrip('/'), b'macOS')
+            add(tar, f'{key}.JPG' if i % 2 else f'{key}.jpg', JPG)
+            add(tar, f'{key}.txt', f'a {i}'.encode())
+        add(tar, 'link.jpg', type=tarfile.SYMTYPE, linkname='two.jpg')
+        add(tar, 'hard.jpg', type=tarfile.LNKTYPE, linkname='two.JPG')
+        add(tar, 'IMG.0001.jpg', JPG)
+        add(tar, 'IMG.0001.json', b'{"caption": "dotted"}')
+        add(tar, 'no_dot', b'x')
+    assert list_shards(str(tmp_path)) == [str(tmp_path / name)]
+    assert found(tmp_path / name) == {
+        './one.jpg': 'a 0', 'two.jpg': 'a 1', 'folder.with.dots/three.jpg': 'a 2', f'{long}.jpg': 'a 3',
+        'fünf.jpg': 'a 4', 'IMG.0001.jpg': 'dotted'}
+
+
+def test_several_images_of_a_key_and_repeated_names(tmp_path, caplog):
+    with tarfile.open(tmp_path / 'a.tar', 'w') as tar:
+        for name in ('a.mask.png', 'a.jpg', 'a.txt', 'a.jpg', 'a.txt', 'b.0.jpg', 'b.1.jpg', 'b.1.txt', 'b.0.txt',
+                     'c.txt', 'd.webp', 'd.json', 'e.png', 'e.json'):
+            content = {'d.json': b'{"caption": NaN}', 'e.json': b'[' * 99999}.get(name, JPG)
+            add(tar, name, name[0].encode() if name in ('a.txt', 'b.0.txt') else content)
+    assert found(tmp_path / 'a.tar') == {'a.jpg': 'a', 'b.0.jpg': 'b', 'd.webp': '', 'e.png': ''}
+    assert 'a.tar: 3 images are left out: their names are those of others up to the first dot' in caplog.text
+
+
+def test_a_broken_header_costs_one_sample(tmp_path):
+    path = write_tar(tmp_path / '0.tar', [sample(f'picture {i}', i) for i in range(6)])
+    with tarfile.open(path) as tar:
+        place = tar.getmember('00002.jpg').offset
+    content = bytearray(path.read_bytes())
+    content[place:place + 100] = b'\xff' * 100
+    path.write_bytes(content + content)  # and joined tars are read to the end
+    assert sorted(found(path).values()) == [f'picture {i}' for i in (0, 1, 3, 4, 5)]
+
+
+def test_what_is_no_tar(cc3m, tmp_path):
+    (tmp_path / 'my.target').mkdir()
+    shutil.copy(cc3m / '00000.tar', tmp_path / 'my.target/._0.tar')
+    for source in ('my.target/all.json', 'my.target', 'a.tar.json', 'all.json'):
+        assert not is_shards(str(tmp_path / source)), source
+    for source in ('a.tar', '{0..3}.TGZ', 'a.tar.gz', 'a.tar::b', 'pipe:zcat x', 's3://b/x'):
+        assert is_shards(source), source
+    tarfile.open(tmp_path / 'empty.tar', 'w').close()
+    assert count_images(str(tmp_path / 'empty.tar')) == 0 and found(tmp_path / 'empty.tar') == {}
+    with pytest.raises(ValueError, match='WDS_NOWHERE'):
+        list_shards('${NOWHERE}/0.tar')
+
+
+@pytest.mark.parametrize('command, message', [
+    ('cat {}/absent.tar', r'the command failed .exit code 1. cat: .*absent.tar: No such file'),
+    ('no-such-command {}/00001.tar', r'the command failed .exit code 127. .*no-such-command'), ('true', 'empty file')])
+def test_a_command_that_fails(cc3m, capfd, command, message):
+    (cc3m / '00001_stats.json').unlink()
+    with pytest.raises(ValueError, match=f'pipe:.* cannot be read as a tar: {message}'):
+        dataset(f'pipe:{command.format(cc3m)}')
+    assert 'Traceback' not in capfd.readouterr().err
+
+
+def test_a_command_that_ends_early(cc3m, capfd):
+    (cc3m / '00002_stats.json').unlink()
+    assert 0 < count_images(f'pipe:head -c 9000 {cc3m}/00002.tar') < 8
+    data = dataset(f'pipe:cat {cc3m}/00000.tar::{cc3m}/00001.tar')
+    data.urls[0] = f'pipe:head -c 9000 {cc3m}/00000.tar; exit 3'  # fails later than it was counted
+    batches = list(make_loader(data, 2, seed=0, epoch=0, start_step=0, workers=0, rank=0, world_size=1))
+    lost = [message for batch in batches for _, _, message in batch['bad']]
+    assert len(batches) == 9 and lost and all('are lost: the command failed (exit code 3)' in text for text in lost)
+    assert 'Traceback' not in capfd.readouterr().err
 
 
 # ---------------------------------------------------------------- damage
