@@ -15,7 +15,7 @@ def clean_caption(text: str, max_words: int) -> str:
 
 def is_empty(text: str) -> bool:
     """True when cleaning leaves no word."""
-    return not text.translate(BLANKED).strip()
+    return not text[:1].isalnum() and not text.translate(BLANKED).strip()  # the first is quick
 
 
 def one_line(text) -> str:
