@@ -38,6 +38,7 @@ from utils import (
     rank,
     seed_everything,
     setup_process,
+    shorten,
     world_size,
 )
 
@@ -70,6 +71,9 @@ def main(argv: list[str] | None = None) -> None:
         return store_teacher(config, teacher, dataset, tokenizer, args.seed, device, args.store_teacher, data['prompt'])
     dataset, source = with_cache(config, teacher, dataset, tokenizer, args.seed, data['prompt'])
     prompt_length = tokenizer([data['prompt']], data['max_tokens'], DEC)[0].shape[1] - 1  # without [SEP]
+    if prompt_length > data['max_tokens'] - 2:
+        raise ValueError(f'data.prompt {shorten(data["prompt"])} leaves no token for a caption: raise data.max_tokens, '
+                         f'{data["max_tokens"]}')
     objective = Objective(student, loss_weights(config['loss'], source),
                           (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), teacher=source,
                           prompt_length=prompt_length, hidden_layers=config['hidden_layers'])

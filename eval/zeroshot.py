@@ -27,7 +27,7 @@ from eval.table import markdown
 from models.blip import BLIP
 from models.checkpoint import load_model
 from models.tokenizer import Tokenizer
-from utils import clean_exit, gather_objects, is_main, logger, make_output_dir, setup_process
+from utils import clean_exit, gather_objects, is_main, logger, make_output_dir, setup_process, shorten
 
 TEMPLATES = ('{}', 'a {}', 'a photo of a {}', 'a picture of a {}', 'a close-up of a {}', 'a photo of the {}')
 MAX_TOKENS = 35  # of a prompt
@@ -43,7 +43,8 @@ def read_templates(path: str | Path) -> list[str]:
     templates = [line.strip() for line in Path(path).read_text(encoding='utf-8').splitlines() if line.strip()]
     wrong = [line for line in templates if line.count('{}') != 1]
     if wrong or not templates:
-        raise ValueError(f"{path} must hold one prompt a line, each with '{{}}' once for the class, got {wrong[:1]}")
+        raise ValueError(f"{path} must hold one prompt a line, each with '{{}}' once for the class, "
+                         f"got {shorten(wrong[:1])}")
     return templates
 
 

@@ -334,7 +334,8 @@ def test_the_self_critical_stage_alone(finished, tmp_path):
                                     'data.teacher_captions=0'])
     assert same(read_checkpoint(tmp_path / 'before_scst.pth')['model'], read_checkpoint(out / 'best.pth')['model'])
     assert len(read_log(tmp_path / 'scst/log.txt')) == 1
-    for setting, message in (('scst.samples=1', 'scst.samples must be a whole number from 2 to 1000; got 1'),
+    for setting, message in ((f'data.prompt={"red " * 50}', 'leaves no token for a caption: raise data.max_tokens, 30'),
+                             ('scst.samples=1', 'scst.samples must be a whole number from 2 to 1000; got 1'),
                              ('teacher.cache=targets', 'set data.teacher_captions to 0, or teacher.cache to null')):
         with pytest.raises(ValueError, match=message):
             train_dlip_caption_flickr.main([*settings, setting])
