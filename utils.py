@@ -105,6 +105,8 @@ def setup_process(device: str = 'auto') -> torch.device:
         backend = 'cpu:gloo,cuda:nccl' if chosen.type == 'cuda' else 'gloo'  # what the host knows, no GPU waits for
         dist.init_process_group(backend, timeout=TIMEOUT, rank=number,
                                 world_size=count, store=unwritten_store(store, number, count))
+    if hasattr(sys.stdout, 'reconfigure'):  # no notebook's
+        sys.stdout.reconfigure(errors='backslashreplace')  # as stderr: a name that is no text must not end a run
     logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', stream=sys.stdout, force=True,
                         level=logging.WARNING)
     logger.setLevel(logging.INFO if is_main() else logging.WARNING)
@@ -261,6 +263,17 @@ def make_output_dir(path: str | os.PathLike) -> Path:
         raise PermissionError(f'cannot write to the output folder {path}: {error.strerror}. '
                               f'Choose another with --output_dir.') from None
     return path
+
+
+def shown(name: str | os.PathLike) -> str:
+    """A file name as one line of text that any stdout can print: as it is, or as a JSON string, from which
+    `json.loads` gives the name back, where it holds line breaks, control characters or bytes that are no text."""
+    name = os.fspath(name)
+    try:
+        name.encode(sys.stdout.encoding or 'utf-8')
+        return name if name.isprintable() else json.dumps(name)
+    except UnicodeEncodeError:
+        return json.dumps(name)
 
 
 def progress(iterable, total: int | None = None, desc: str = ''):

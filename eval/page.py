@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from data.images import open_image
-from utils import atomic_write
+from utils import atomic_write, logger
 
 STYLE = '''
 :root { --ink:#1c2330; --soft:#667085; --line:#e4e7ec; --good:#12805c; --good-bg:#e3f6ee;
@@ -53,8 +53,13 @@ figure img { width:100% }
 
 
 def thumbnail(path: Path, side: int = 192) -> Image.Image:
-    """The middle square of a picture file at `side` pixels."""
-    return ImageOps.fit(open_image(path), (side, side), Image.Resampling.LANCZOS)
+    """The middle square of an image file at `side` pixels; grey if the file cannot be read."""
+    try:
+        image = open_image(path)
+    except (FileNotFoundError, ValueError) as error:
+        logger.warning('%s', error)
+        return Image.new('RGB', (side, side), '#e4e7ec')
+    return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
 
 
 def picture(image: Image.Image) -> str:

@@ -2,7 +2,6 @@
 pictures, generated once, to train on beside the references. A student that learned them says greedily about what its
 own beam search would say."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,14 +9,14 @@ from torch.utils.data import DataLoader
 
 from data.captions import is_empty
 from data.datasets import AnnotatedWhole
+from data.json_lines import JsonLines
 from data.loader import collate
 from data.transforms import normalise
 from models.blip import BLIP
 from models.checkpoint import fingerprint
 from models.generation import generate
-from models.logs import read_log
 from models.tokenizer import Tokenizer
-from utils import atomic_write, gather_objects, is_main, logger, progress, rank, world_size
+from utils import gather_objects, is_main, logger, progress, rank, world_size
 
 
 def teacher_captions(teacher: BLIP, tokenizer: Tokenizer, pictures: AnnotatedWhole, file: Path, *,
@@ -36,13 +35,13 @@ def teacher_captions(teacher: BLIP, tokenizer: Tokenizer, pictures: AnnotatedWho
         ValueError: the file's captions are another teacher's, or were generated with other settings.
     """
     made_by = {'teacher': fingerprint(teacher), 'image_size': teacher.config.image_size, 'prompt': prompt, **settings}
-    done = gather_objects(read_captions(file, made_by))[0]
+    lines = JsonLines(file)
+    done = gather_objects(read_captions(lines, made_by))[0]
     names = [pictures.pair(i)[0] for i in range(len(pictures))]
     left = [i for i, name in enumerate(names) if name not in done]
     logger.info('%s: %d of %d pictures have a caption of the teacher', file, len(names) - len(left), len(names))
     if is_main() and not done:
-        with atomic_write(file) as out:
-            out.write(json.dumps(made_by) + '\n')
+        lines.replace([made_by])
     block = batch_size * world_size()
     mine = [left[start + rank():start + block:world_size()] for start in range(0, len(left), block)]
     batches = DataLoader(pictures, batch_sampler=mine, num_workers=workers, collate_fn=list)
@@ -56,22 +55,16 @@ def teacher_captions(teacher: BLIP, tokenizer: Tokenizer, pictures: AnnotatedWho
                     for i, item, text in zip(indices, items, texts, strict=True)}
         said = {name: text for part in gather_objects(said) for name, text in part.items()}
         if is_main():
-            with open(file, 'a', encoding='utf-8') as out:
-                out.writelines(json.dumps({'image': name, 'caption': text}) + '\n' for name, text in said.items())
+            lines.append({'image': name, 'caption': text} for name, text in said.items())
         done |= said
     return {name: text for name, text in done.items() if text and not is_empty(text)}
 
 
-def read_captions(file: Path, made_by: dict) -> dict[str, str | None]:
-    """What a file holds so far; a last line that was cut off is dropped from it."""
-    if not file.exists():
-        return {}
-    header, *records = read_log(file) or [made_by]
+def read_captions(lines: JsonLines, made_by: dict) -> dict[str, str | None]:
+    """What a file holds so far."""
+    header, *records = list(lines.read()) or [made_by]
     different = [name for name, value in made_by.items() if header.get(name) != value]
     if different:
-        raise ValueError(f'{file} was made with another {" and ".join(different)}: delete it, so that the teacher '
-                         f'captions the pictures again, or choose another --output_dir')
-    if is_main():
-        with atomic_write(file) as out:
-            out.writelines(json.dumps(line) + '\n' for line in (header, *records))
+        raise ValueError(f'{lines.path} was made with another {" and ".join(different)}: delete it, so that the '
+                         f'teacher captions the images again, or choose another --output_dir')
     return {record['image']: record['caption'] for record in records}

@@ -1,42 +1,67 @@
-"""Caption every picture of a folder, and of the folders in it, into a file of JSON lines.
+"""Caption every image of a folder, and of the folders in it, into a file of JSON lines.
 
     python -m prod.caption output/demo/data/flickr30k/flickr30k-images --weight output/demo/caption/best.pth \\
       --out output/captions.jsonl
 
-Each line is {"path": ..., "caption": ...}, or {"path": ..., "error": ...} for a file that cannot be read. Launched
-again, it goes on after the last whole line.
+Each line is {"path": ..., "caption": ...}, or {"path": ..., "error": ...} for a file that cannot be read; the exit code
+is 1 if there is one. Launched again, it captions what has no caption yet, the failed files among them. The settings
+are kept in OUT.settings.json; with others it starts over if `--overwrite` says so. A file name that is not UTF-8 is
+written with JSON escapes: Python's `json.loads` gives back the path as `os.listdir` spells it.
 """
 
 import argparse
 import json
-import os
+import sys
 from pathlib import Path
 
 from configs.rules import whole
+from data.json_lines import JsonLines
+from models.checkpoint import fingerprint
 from prod import DLIPProd
 from prod.images import find_pictures, read_image
-from utils import clean_exit, logger, make_output_dir, progress, setup_process
+from utils import atomic_write, clean_exit, logger, progress, setup_process
 
 
-def whole_lines(out: Path) -> set[str]:
-    """The paths that are in the file already; what follows the last line break is cut off."""
-    if not out.exists():
-        return set()
-    content = out.read_bytes()
-    end = content.rfind(b'\n') + 1
-    if end < len(content):
-        os.truncate(out, end)
+def captioned(lines: JsonLines, settings: dict) -> set[str]:
+    """The paths that have a caption in the file; errors are dropped from it, to be tried again.
+
+    Raises:
+        ValueError: the file holds something else, or captions made with other settings.
+    """
+    beside = settings_file(lines.path)
     try:
-        return {json.loads(line)['path'] for line in content[:end].splitlines()}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{out} is there and holds something else than captions: name another --out') from None
+        records = list(lines.read())
+        done = [{'path': record['path'], 'caption': record['caption']} for record in records if 'error' not in record]
+    except (ValueError, KeyError):
+        raise ValueError(f'{lines.path} is there and holds something else than captions: name another --out') from None
+    if records:
+        try:
+            written = json.loads(beside.read_text(encoding='utf-8'))
+            other = [f'{name} {written.get(name)}, now {value}' for name, value in settings.items()
+                     if written.get(name) != value]
+        except (OSError, ValueError, AttributeError):
+            other = [f'unknown settings, as {beside} is not there']
+        if other:
+            raise ValueError(f'{lines.path} was made with other settings ({"; ".join(other)}): start over with '
+                             f'--overwrite, or name another --out')
+    if len(done) < len(records):
+        lines.replace(done)
+    with atomic_write(beside) as file:
+        json.dump(settings, file, indent=1)
+    return {record['path'] for record in done}
 
 
-def main(argv: list[str] | None = None) -> None:
+def settings_file(out: Path) -> Path:
+    return out.with_name(f'{out.name}.settings.json')
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 1 if a file could not be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder')
     parser.add_argument('--weight', required=True, help='a captioner: anything that DLIPProd takes')
     parser.add_argument('--out', type=Path, required=True, help='file of JSON lines; goes on where it ends')
+    parser.add_argument('--overwrite', action='store_true', help='start the file over')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
     parser.add_argument('--precision', default='fp32', help='fp32, bf16 or int8 (default: %(default)s)')
     parser.add_argument('--backend', default='torch', help='torch or openvino (default: %(default)s)')
@@ -44,31 +69,35 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--num_beams', type=whole(1), help="default: the checkpoint's own, or 3")
     args = parser.parse_args(argv)
     device = setup_process(args.device)
-    pictures = find_pictures(args.folder)
-    make_output_dir(args.out.parent)
-    done = whole_lines(args.out)
-    captioner = DLIPProd('caption', args.weight, str(device), precision=args.precision,
-                         backend=args.backend)
-    left = [path for path in pictures if path not in done]
-    logger.info('%d pictures, %d of them captioned already', len(pictures), len(pictures) - len(left))
-    failed = 0
-    with open(args.out, 'a', encoding='utf-8') as file:
+    paths, lines = find_pictures(args.folder), JsonLines(args.out)
+    with lines.writing():
+        captioner = DLIPProd('caption', args.weight, str(device), precision=args.precision, backend=args.backend)
+        settings = captioner.generation | {'prompt': captioner.prompt, 'precision': args.precision,
+                                           'weights': fingerprint(captioner.net)}
+        if args.num_beams is not None:
+            settings['num_beams'] = args.num_beams
+        if args.overwrite:
+            lines.replace([])
+        done, errors = captioned(lines, settings), {}
+        left = [path for path in paths if path not in done]
+        logger.info('%d images, %d of them captioned already', len(paths), len(paths) - len(left))
+
+        def opened(path: str):
+            try:
+                return read_image(path, path)
+            except ValueError as error:
+                errors[path] = str(error)
+
         for start in progress(range(0, len(left), args.batch_size), desc='captions'):
-            batch, images, lines = left[start:start + args.batch_size], [], {}
-            for path in batch:
-                try:
-                    images.append(read_image(path, path))
-                except ValueError as error:
-                    lines[path] = {'path': path, 'error': str(error)}
-                    failed += 1
-            read = [path for path in batch if path not in lines]
-            said = captioner.generate(images, batch_size=args.batch_size, num_beams=args.num_beams) if images else []
-            lines |= {path: {'path': path, 'caption': text} for path, text in zip(read, said, strict=True)}
-            file.write(''.join(f'{json.dumps(lines[path], ensure_ascii=False)}\n' for path in batch))
-            file.flush()
-    logger.info('%s: %d captions new, %d files that cannot be read', args.out, len(left) - failed, failed)
+            batch = left[start:start + args.batch_size]
+            said = captioner.generate(map(opened, batch), batch_size=args.batch_size, num_beams=args.num_beams,
+                                      on_error='skip')  # opens them one at a time
+            lines.append({'path': path, 'error': errors[path]} if path in errors else {'path': path, 'caption': text}
+                         for path, text in zip(batch, said, strict=True))
+    logger.info('%s: %d captions new, %d files that cannot be read', args.out, len(left) - len(errors), len(errors))
+    return int(bool(errors))
 
 
 if __name__ == '__main__':
     with clean_exit():
-        main()
+        sys.exit(main())

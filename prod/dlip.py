@@ -13,10 +13,10 @@ from models.originals import VOCABULARY
 from models.precision import for_inference
 from models.tokenizer import DEC, ENC
 from models.transformers_format import write_folder
-from prod.images import find_pictures, kind, named_images, read_image
+from prod.images import kind, named_images, read_image
 from prod.index import PictureIndex
 from prod.memory import fitting, pair_bytes, picture_bytes
-from utils import choose_device, logger, progress, shorten
+from utils import choose_device, shorten
 
 NEEDS = {'caption': 'text_decoder', 'retrieval': 'text_encoder'}
 MAX_TOKENS = 35  # of a text, where the checkpoint does not say what it was trained with
@@ -143,8 +143,8 @@ class DLIPProd:
         self._require('caption')
         prompt, parts = len(self.prompt_ids), []
         with torch.inference_mode():
-            for image_kv, count, tokens in self._pairs(images, texts, batch_size, bgr, DEC, self.prompt):
-                row = []
+            for read, image_kv, tokens in self._pairs(images, texts, batch_size, bgr, DEC, self.prompt):
+                count, row = len(read), []
                 for ids, mask in tokens:
                     ids, mask = ids.repeat(count, 1), mask.repeat(count, 1)
                     logits = self.model.caption_logits(ids, mask, image_kv)[:, prompt - 1:]
@@ -196,11 +196,12 @@ class DLIPProd:
         text_feat = self.get_text_feat(texts)  # first: a bad text is found before the slow part
         return self.get_image_feat(images, bgr=bgr) @ text_feat.T
 
-    def match(self, images, texts: str | list[str], *, batch_size: int | None = None,
-              bgr: bool = False) -> torch.Tensor:
+    def match(self, images, texts: str | list[str], *, batch_size: int | None = None, bgr: bool = False,
+              on_error: str = 'raise') -> torch.Tensor:
         """Probability [N, M] in [0, 1] that text m describes image n, by the matching head.
 
-        Reads every pair together: slower and more exact than `similarity`. `batch_size` counts pairs.
+        Reads every pair together: slower and more exact than `similarity`. `batch_size` counts pairs. `on_error` as in
+        `get_image_feat`.
 
         >>> dlip.match('prod/examples/05.jpg', ['a blue star inside a green square on white', 'a red ring']) > 0.5
         tensor([[ True, False]])
@@ -208,20 +209,24 @@ class DLIPProd:
         self._require('retrieval')
         parts = []
         with torch.inference_mode():
-            for image_kv, count, tokens in self._pairs(images, texts, batch_size, bgr, ENC):
-                logits = [self.model.match_logits(ids.repeat(count, 1), mask.repeat(count, 1), image_kv)
-                          .unflatten(0, (count, -1)) for ids, mask in tokens]
-                parts.append(torch.cat(logits, 1).float().softmax(-1)[..., 1].cpu())
+            for read, image_kv, tokens in self._pairs(images, texts, batch_size, bgr, ENC, on_error=on_error):
+                count, part = sum(read), torch.full((len(read), sum(len(ids) for ids, _ in tokens)), torch.nan)
+                if count:
+                    logits = [self.model.match_logits(ids.repeat(count, 1), mask.repeat(count, 1), image_kv)
+                              .unflatten(0, (count, -1)) for ids, mask in tokens]
+                    part[torch.tensor(read)] = torch.cat(logits, 1).float().softmax(-1)[..., 1].cpu()
+                parts.append(part)
         return torch.cat(parts)
 
     # ------------------------------------------------------------ search
 
     def index(self, pictures: str | os.PathLike | list, folder: str | os.PathLike, *,
               batch_size: int | None = None) -> PictureIndex:
-        """Embed the pictures of a folder (and the folders in it), or of a list of paths, into an index on disk.
+        """Bring an index on disk up to date with the images of a folder (and the folders in it), or of a list of paths.
 
-        What the index has already is skipped, so that a run that was cut off goes on, and new pictures are added.
-        Files that cannot be read are named in a warning and left out.
+        New and changed images (by size and time) are embedded, those whose file is gone are taken out; a run that was
+        cut off goes on. Paths are absolute and without links, however the folder is spelled. Files that cannot be read
+        are named in a warning and left out.
 
         Args:
             folder: where the index is or shall be.
@@ -231,39 +236,38 @@ class DLIPProd:
         12
         """
         self._require('retrieval')
-        found = PictureIndex(folder, self.get_image_feat(Image.linear_gradient('L'))[0])
-        paths = [os.fspath(path) for path in pictures] if isinstance(pictures, list | tuple) else \
-            find_pictures(pictures)
-        fresh = [path for path in dict.fromkeys(paths) if path not in found]
+        found = PictureIndex(folder, self.get_image_feat(Image.linear_gradient('L'))[0], self.weight)
         batch_size = self._batch_size(batch_size)
-        for start in progress(range(0, len(fresh), batch_size), desc='indexing'):
-            batch = fresh[start:start + batch_size]
-            features = self.get_image_feat(batch, batch_size=batch_size, on_error='skip')
-            good = ~features[:, 0].isnan()
-            for path, read in zip(batch, good.tolist(), strict=True):
-                if not read:
-                    logger.warning('%s is no readable picture: not in the index', path)
-            found.add([path for path, read in zip(batch, good.tolist(), strict=True) if read], features[good])
+        found.update(pictures, lambda paths: self.get_image_feat(paths, batch_size=batch_size, on_error='skip'),
+                     batch_size)
         return found
 
     def search(self, query, index: PictureIndex, k: int = 5, *, rerank: int = 0,
                approximate: bool = False) -> list[tuple[str, float]]:
-        """The pictures of an index that fit a query best: [(path, score)], best first.
+        """The images of an index that fit a query best: [(path, score)], best first. Those whose files are gone since
+        the index was made are left out.
 
         Args:
-            query: a text (str), or a picture of any other kind that `get_image_feat` takes (a path as pathlib.Path).
+            query: a text (str), or an image of any other kind that `get_image_feat` takes (a path as pathlib.Path).
             rerank: this many of the nearest are compared again by `match` (texts only), which is slower and better; the
-                score then is its probability, otherwise the cosine.
-            approximate: ask faiss (`PictureIndex.search`) instead of comparing with every picture.
+                score then is its probability, otherwise the cosine. Those that cannot be read are left out.
+            approximate: ask faiss (`PictureIndex.search`) instead of comparing with every image.
 
-        >>> dlip.search('a blue star inside a green square', index, k=1, rerank=5)[0][0]
-        'prod/examples/05.jpg'
+        >>> dlip.search('a blue star inside a green square', index, k=1, rerank=5)[0][0][-20:]
+        '/prod/examples/05.jpg'
         """
+        if k < 1 or rerank < 0:
+            raise ValueError(f'k must be at least 1 and rerank at least 0, got {k} and {rerank}')
         feature = self.get_text_feat(query) if isinstance(query, str) else self.get_image_feat(query)
-        hits = index.search(feature[0], max(k, rerank), approximate=approximate)
-        if rerank and isinstance(query, str):
-            scores = self.match([path for path, _ in hits], query)[:, 0].tolist()
-            hits = sorted(((path, score) for (path, _), score in zip(hits, scores, strict=True)),
+        wanted = count = max(k, rerank)
+        hits = index.search(feature[0], count, approximate=approximate)
+        while len(there := [hit for hit in hits if os.path.isfile(hit[0])]) < wanted and count < len(index):
+            count *= 2
+            hits = index.search(feature[0], count, approximate=approximate)
+        hits = there[:wanted]
+        if rerank and isinstance(query, str) and hits:
+            scores = self.match([path for path, _ in hits], query, on_error='skip')[:, 0].tolist()
+            hits = sorted(((path, score) for (path, _), score in zip(hits, scores, strict=True) if score == score),
                           key=lambda hit: -hit[1])
         return hits[:k]
 
@@ -302,14 +306,16 @@ class DLIPProd:
         if read:
             yield batch()
 
-    def _pairs(self, images, texts, batch_size: int | None, bgr: bool, start: str, prompt: str = ''):
-        """Images and texts -> (keys and values of some images, how many, all texts as batches of ids and mask)."""
+    def _pairs(self, images, texts, batch_size: int | None, bgr: bool, start: str, prompt: str = '',
+               on_error: str = 'raise'):
+        """Images and texts -> (which of the next images could be read, their keys and values, all texts as batches of
+        ids and mask)."""
         if batch_size is None:
             batch_size = fitting(self.memory, pair_bytes(self.model.config, self.max_tokens, vocabulary=start == DEC))
         tokens = list(self._tokens(texts, batch_size, start, prompt))
         count = sum(len(ids) for ids, _ in tokens)
-        for _, pixels in self._batches(images, max(1, batch_size // count), bgr):
-            yield self.model.project_image(self.model.encode_image(pixels)), len(pixels), tokens
+        for read, pixels in self._batches(images, max(1, batch_size // count), bgr, on_error):
+            yield read, None if pixels is None else self.model.project_image(self.model.encode_image(pixels)), tokens
 
     def _tokens(self, texts, batch_size: int, start: str,
                 prompt: str = '') -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,110 +1,162 @@
-"""An index of pictures on disk: their embeddings, memory-mapped, searched exactly by matrix products or through faiss.
+"""An index of images on disk: their embeddings, memory-mapped, searched exactly by matrix products or through faiss.
 
-A folder with `features.f32` (one row of float32 per picture), `pictures.txt` (one JSON string per row) and `index.json`
-(the width, and the embedding of a test picture, which tells whose net wrote it). Rows are only ever appended: a run
-that was cut off loses its last batch at most, and the next one goes on.
+A folder with `index.jsonl` and `features-ID.f32`. The first line of `index.jsonl` says which net made the index and
+names the file of features; each other line is {"path", "row", "size", "mtime"}: the image's embedding is that row of
+float32 numbers, the latest line of a path counts, and one without a row takes the path out. Rows are written before
+the lines that name them and never change, so that an embedding cannot come under another name, whatever is cut off,
+and readers neither write nor wait. Once most rows are of no further use, a new file of features takes the place of
+the old one.
 """
 
-import json
 import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from utils import atomic_write, make_output_dir, progress
+from data.json_lines import JsonLines
+from prod.images import find_pictures
+from utils import atomic_write, logger, progress, shown
 
 CHUNK = 1 << 16  # rows a matrix product
 CANDIDATES = 20  # of faiss for every hit asked for; their exact cosines decide
 PROBED = 1 / 16  # share of faiss's cells that a query looks into
 GROWTH = 1.1  # faiss's file is made again when the index has outgrown it by this factor
+UNUSED = 1000  # rows of no further use that are always tolerated
 
 
 class PictureIndex:
-    """Open an index, or make an empty one.
+    """Open an index, or make an empty one. What is opened stays as it was, whatever other processes add.
 
     Args:
         folder: where it is or shall be.
-        probe: embedding [D] of the test picture by the net in use.
+        probe: embedding [D] of the test image by the net in use.
+        weight: the checkpoint of that net, by which a message calls it.
 
     Raises:
-        ValueError: it was written by another net, or is no index.
+        ValueError: it was made with another net or by an earlier version, is damaged, or is no index.
         PermissionError: the folder cannot be made or written.
     """
 
-    def __init__(self, folder: str | os.PathLike, probe: torch.Tensor):
+    def __init__(self, folder: str | os.PathLike, probe: torch.Tensor, weight: str = 'another checkpoint'):
         self.folder, self.width = Path(folder), len(probe)
-        settings = self.folder / 'index.json'
-        if not settings.exists():
-            if self.folder.is_dir() and any(self.folder.iterdir()):
+        self._lines, self._probe = JsonLines(self.folder / 'index.jsonl'), probe.detach().float().cpu()
+        if not self._lines.path.exists():
+            files = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+            if {'index.json', 'pictures.txt'} <= {*files}:
+                raise ValueError(f'the index {folder} was made by an earlier version of this code: delete it, and the '
+                                 f'next run makes it again')
+            if not all(name.startswith(('index.jsonl', 'features-')) for name in files):
                 raise ValueError(f'{folder} is a folder of other files, not an index: name a new folder')
-            make_output_dir(self.folder)
-            with atomic_write(settings) as file:
-                json.dump({'width': self.width, 'probe': probe.tolist()}, file)
-        written = torch.tensor(json.loads(settings.read_text(encoding='utf-8'))['probe'])
-        if written.shape != probe.shape or float(written @ probe) < 0.999:
-            raise ValueError(f'the index {folder} was made with another checkpoint: delete it, or use that checkpoint')
-        self._features, self._names = self.folder / 'features.f32', self.folder / 'pictures.txt'
-        self.pictures: list[str] = []
-        self._faiss = None
-        self._known: set[str] = set()
-        self._recover()
+            with self._lines.writing(wait=True):
+                if not self._lines.path.exists():  # another process may have been faster
+                    self._header = {'width': self.width, 'probe': probe.tolist(), 'weight': weight}
+                    self._paths, self._entries = [], {}
+                    self._rewrite()
+        self._load()
 
-    def _recover(self) -> None:
-        """Read the names; cut both files to the rows that are whole in both."""
-        for path in (self._features, self._names):
-            path.touch()
-        lines = self._names.read_bytes().split(b'\n')[:-1]  # what follows the last line break is not whole
-        rows = min(len(lines), self._features.stat().st_size // (4 * self.width))
-        self.pictures = [json.loads(line) for line in lines[:rows]]
-        self._known = set(self.pictures)
-        for path, size in ((self._features, 4 * self.width * rows),
-                           (self._names, sum(len(line) + 1 for line in lines[:rows]))):
-            if path.stat().st_size > size:
-                os.truncate(path, size)
+    @property
+    def pictures(self) -> list[str]:
+        """The paths of the images."""
+        return list(self._entries)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self._entries)
 
     def __contains__(self, picture: str) -> bool:
-        return picture in self._known
+        return picture in self._entries
 
-    def add(self, pictures: list[str], features: torch.Tensor) -> None:
-        """Append pictures and their unit-norm embeddings [N, D]."""
-        for path, content in ((self._features, features.float().cpu().contiguous().numpy().tobytes()),
-                              (self._names, ''.join(f'{json.dumps(name)}\n' for name in pictures).encode())):
-            with open(path, 'ab') as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        self.pictures += pictures
-        self._known.update(pictures)
+    # ------------------------------------------------------------ reading
+
+    def _load(self) -> None:
+        """Read what the files hold now.
+
+        Sets `_entries`: path -> (row, size, mtime); `_paths`: of each row, None where it is of no further use;
+        `_features` [rows, D], mapped; and `_rows`, the number of rows that the lines speak of.
+        """
+        damaged = f'the index {self.folder} is damaged (%s): delete it, and the next run makes it again'
+        while True:
+            self._read, self._entries, self._paths, self._faiss = self._stamp(), {}, [], None
+            try:
+                lines = self._lines.read()
+                self._header = next(lines, {})
+                probe = torch.tensor(self._header['probe'], dtype=torch.float32, device='cpu')
+                self._apply(lines)
+                features = self.folder / self._header['features']
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(damaged % str(error)[:200]) from None
+            if probe.shape != self._probe.shape or not float(probe @ self._probe) > 0.999:
+                raise ValueError(f'the index {self.folder} was made with another checkpoint '
+                                 f'({self._header.get("weight")}): delete it, or use that checkpoint')
+            try:
+                whole = features.stat().st_size // (4 * self.width)
+                self._map(min(whole, len(self._paths)))
+                break
+            except FileNotFoundError:  # a new file may have taken its place while the lines were read
+                if self._read == self._stamp():
+                    raise ValueError(damaged % f'{features.name} is missing') from None
+        self._rows = len(self._paths)
+        if whole < self._rows:
+            logger.warning('the index %s has lost the end of its features: the next run embeds those images again',
+                           self.folder)
+            for path in filter(None, self._paths[whole:]):
+                del self._entries[path]
+            del self._paths[whole:]
+
+    def _apply(self, lines: Iterable[dict]) -> None:
+        for line in lines:
+            path, row = line['path'], line['row']
+            if path in self._entries:
+                self._paths[self._entries.pop(path)[0]] = None
+            if row is not None:
+                if row < len(self._paths):
+                    raise ValueError(f'row {row} is named twice')
+                self._paths += [None] * (row - len(self._paths)) + [path]
+                self._entries[path] = row, line['size'], line['mtime']
+
+    def _map(self, rows: int) -> None:
+        self._features = np.memmap(self.folder / self._header['features'], np.float32, 'r',
+                                   shape=(rows, self.width)) if rows else np.empty((0, self.width), np.float32)
+
+    def _stamp(self) -> tuple:
+        """Changes with every change of the lines."""
+        state = os.stat(self._lines.path)
+        return state.st_ino, state.st_size, state.st_mtime_ns
 
     def search(self, query: torch.Tensor, k: int, *, approximate: bool = False) -> list[tuple[str, float]]:
-        """The `k` pictures with the largest cosine to an embedding [D] -> [(picture, cosine)], best first.
+        """The `k` images with the largest cosine to an embedding [D] -> [(path, cosine)], best first.
 
         Args:
             approximate: look only at what faiss thinks near (it is trained at the first such search, and again as the
-                index grows); the cosines are exact, a picture may be missed. Pays beyond about a million pictures.
+                index grows); the cosines are exact, an image may be missed. Pays beyond about a million images.
 
         Raises:
-            ValueError: the index is empty.
+            ValueError: the index is empty or damaged.
             ImportError: `approximate` without faiss.
         """
-        if not self.pictures:
-            raise ValueError(f'the index {self.folder} is empty: add pictures to it')
-        query, k = query.float(), min(k, len(self))
-        features = np.memmap(self._features, np.float32, 'r', shape=(len(self), self.width))
+        if not self._entries:
+            raise ValueError(f'the index {self.folder} is empty: add images to it')
+        query, k, features = query.float().cpu(), min(k, len(self)), self._features
         if approximate:
-            rows = torch.from_numpy(self._near(features, query, CANDIDATES * k))
-            scores = torch.from_numpy(features[rows.numpy()]) @ query
+            near = [row for row in self._near(features, query, CANDIDATES * k).tolist() if self._paths[row] is not None]
+            rows = torch.tensor(near, dtype=torch.long, device='cpu')
+            scores = torch.from_numpy(features[near]) @ query
         else:
-            rows, scores = None, torch.empty(len(self))
-            for start in range(0, len(self), CHUNK):
+            rows, scores = None, torch.empty(len(features), dtype=torch.float32, device='cpu')
+            for start in range(0, len(features), CHUNK):
                 scores[start:start + CHUNK] = torch.from_numpy(np.array(features[start:start + CHUNK])) @ query
+            if len(self) < len(features):
+                scores[[row for row, path in enumerate(self._paths) if path is None]] = -torch.inf
         best = scores.topk(min(k, len(scores)))
+        if not (best.values.abs() <= 1.01 * query.norm()).all():
+            raise ValueError(f'the index {self.folder} is damaged (its features are no embeddings): delete it, and the '
+                             f'next run makes it again')
         found = best.indices if rows is None else rows[best.indices]
-        return [(self.pictures[row], score) for score, row in zip(best.values.tolist(), found.tolist(), strict=True)]
+        return [(self._paths[row], score) for score, row in zip(best.values.tolist(), found.tolist(), strict=True)]
 
     def _near(self, features: np.ndarray, query: torch.Tensor, count: int) -> np.ndarray:
         """Rows near a query by faiss, and those that are newer than its file: [<= count + new]"""
@@ -112,18 +164,145 @@ class PictureIndex:
             import faiss
         except ImportError:
             raise ImportError('an approximate search needs the package: pip install faiss-cpu') from None
-        path = self.folder / 'faiss.ivf'
+        path = self.folder / Path(self._header['features']).with_suffix('.faiss')
         if self._faiss is None and path.exists():
-            self._faiss = faiss.read_index(str(path))
-        if self._faiss is None or not len(self) / GROWTH <= self._faiss.ntotal <= len(self):
-            cells = max(1, int(4 * len(self) ** 0.5))
+            try:
+                self._faiss = faiss.read_index(str(path))
+                if self._faiss.d != self.width:
+                    raise RuntimeError('another width')
+            except (RuntimeError, MemoryError) as error:
+                logger.warning('%s is damaged and made again: %s', path, str(error)[:120])
+                self._faiss = None
+        if self._faiss is None or not len(features) / GROWTH <= self._faiss.ntotal <= len(features):
+            cells = max(1, int(4 * len(features) ** 0.5))
             self._faiss = faiss.index_factory(self.width, f'IVF{cells},SQ8', faiss.METRIC_INNER_PRODUCT)
-            sample = np.random.default_rng(0).permutation(len(self))[:64 * cells]
+            sample = np.random.default_rng(0).permutation(len(features))[:64 * cells]
             self._faiss.train(np.array(features[np.sort(sample)]))
-            for start in progress(range(0, len(self), CHUNK), desc='faiss'):
+            for start in progress(range(0, len(features), CHUNK), desc='faiss'):
                 self._faiss.add(np.array(features[start:start + CHUNK]))
-            with atomic_write(path, 'wb') as file:
+            with suppress(PermissionError), atomic_write(path, 'wb') as file:  # a reader may not be allowed to
                 file.write(faiss.serialize_index(self._faiss).tobytes())
         self._faiss.nprobe = max(1, int(self._faiss.nlist * PROBED))
-        rows = self._faiss.search(query.numpy()[None], min(count, len(self)))[1][0]
-        return np.concatenate([rows[rows >= 0], np.arange(self._faiss.ntotal, len(self))])
+        rows = self._faiss.search(query.numpy()[None], min(count, len(features)))[1][0]
+        return np.concatenate([rows[rows >= 0], np.arange(self._faiss.ntotal, len(features))])
+
+    # ------------------------------------------------------------ writing
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Be the only one who writes, and know what the others have written."""
+        with self._lines.writing(wait=True):
+            if self._read != self._stamp():
+                self._load()
+            if self._rows > len(self._paths) or self._rows > 2 * len(self) + UNUSED:
+                self._rewrite()
+                self._load()
+            yield
+
+    def _rewrite(self) -> None:
+        """Write the rows in use to a new file, let the lines name it, and delete what they no longer name."""
+        name = f'features-{uuid.uuid4().hex}.f32'
+        paths = [path for path in self._paths if path is not None]
+        rows = [self._entries[path][0] for path in paths]
+        with atomic_write(self.folder / name, 'wb') as file:
+            for start in range(0, len(rows), CHUNK):
+                file.write(self._features[rows[start:start + CHUNK]].tobytes())
+        self._lines.replace([self._header | {'features': name}, *(
+            line(path, row, *self._entries[path][1:]) for row, path in enumerate(paths))])
+        for path in self.folder.glob('features-*'):
+            if path.stem != Path(name).stem:
+                with suppress(OSError):  # Windows keeps what a reader has mapped
+                    path.unlink()
+
+    def add(self, pictures: list[str], features: torch.Tensor,
+            stamps: list[tuple[int, int] | tuple[None, None]] | None = None) -> None:
+        """Append images and their unit-norm embeddings [N, D]; a path that is known gets the new embedding.
+
+        Args:
+            stamps: size and time of change (ns) of each file, by which `update` sees that it changed.
+
+        Raises:
+            ValueError: another shape, or numbers that are not finite.
+        """
+        if features.shape != (len(pictures), self.width):
+            raise ValueError(f'{len(pictures)} images need features of {len(pictures)} x {self.width}, got '
+                             f'{" x ".join(map(str, features.shape))}')
+        if not features.isfinite().all():
+            raise ValueError('the features hold NaN or infinite numbers')
+        if not pictures:
+            return
+        with self._writing():
+            with open(self.folder / self._header['features'], 'r+b') as file:
+                file.seek(4 * self.width * self._rows)
+                file.write(features.detach().float().cpu().contiguous().numpy().tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            self._append([line(path, row, *stamp) for row, (path, stamp) in enumerate(
+                zip(pictures, stamps or [(None, None)] * len(pictures), strict=True), self._rows)])
+
+    def remove(self, pictures: Iterable[str]) -> None:
+        """Take images out; a path that is not in the index is passed over."""
+        with self._writing():
+            self._append([line(path) for path in pictures if path in self])
+
+    def _append(self, lines: list[dict]) -> None:
+        self._lines.append(lines)
+        self._apply(lines)
+        self._rows = len(self._paths)
+        self._map(self._rows)
+        self._read = self._stamp()
+
+    def update(self, pictures: str | os.PathLike | list, embed: Callable[[list[str]], torch.Tensor],
+               batch_size: int) -> None:
+        """Bring the index up to date with a folder (and the folders in it) or a list of paths: embed new and changed
+        images, take out those that are gone. Nothing is written where nothing changed.
+
+        Args:
+            embed: paths -> embeddings [N, D], rows of NaN for what is no readable image.
+        """
+        inside = os.path.join(os.path.realpath(pictures), '') if isinstance(pictures, str | os.PathLike) else None
+        stamps = stamped(pictures if inside is None else find_pictures(pictures))
+        if not any(self._changes(stamps, inside)):
+            return
+        with self._writing():
+            fresh, gone = self._changes(stamps, inside)
+            self.remove(gone)
+            for start in progress(range(0, len(fresh), batch_size), desc='indexing'):
+                batch = fresh[start:start + batch_size]
+                features = embed(batch)
+                good = features.isfinite().all(1).tolist()
+                broken = [path for path, read in zip(batch, good, strict=True) if not read]
+                for path in broken:
+                    logger.warning('%s is no readable image: not in the index', shown(path))
+                self.remove(broken)
+                read = [path for path, read in zip(batch, good, strict=True) if read]
+                self.add(read, features[good], [stamps[path] for path in read])
+
+    def _changes(self, stamps: dict[str, tuple | None], inside: str | None) -> tuple[list[str], list[str]]:
+        """The paths that are new or changed, and those of the same folders whose files are gone."""
+        folders = {os.path.dirname(path) for path in stamps}
+        fresh = [path for path, stamp in stamps.items() if stamp and self._entries.get(path, (0,))[1:] != stamp]
+        gone = [path for path in self._entries if not stamps.get(path) and not os.path.isfile(path)
+                and (os.path.dirname(path) in folders or inside and path.startswith(inside))]
+        return fresh, gone
+
+
+def line(path: str, row: int | None = None, size: int | None = None, mtime: int | None = None) -> dict:
+    return {'path': path, 'row': row, 'size': size, 'mtime': mtime}
+
+
+def stamped(paths: Iterable[str | os.PathLike]) -> dict[str, tuple[int, int] | None]:
+    """The one real path of each file, however it is spelled -> its size and time of change (ns), None if it is gone."""
+    real, stamps = cache(os.path.realpath), {}
+    for path in map(os.fsdecode, paths):
+        folder, name = os.path.split(path)
+        path = os.path.join(real(folder), name)
+        if os.path.islink(path):
+            path = os.path.realpath(path)
+        try:
+            state = os.stat(path)
+            stamps[path] = state.st_size, state.st_mtime_ns
+        except OSError:
+            logger.warning('%s is no readable image: not in the index', shown(path))
+            stamps[path] = None
+    return stamps

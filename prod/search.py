@@ -1,25 +1,40 @@
-"""Search the pictures of a folder, and of the folders in it, by texts or by a picture.
+"""Search the images of a folder, and of the folders in it, by texts or by an image.
 
     python -m prod.search output/demo/data/flickr30k/flickr30k-images "a red star" "a heart above a circle" \\
       --weight output/demo/retrieval/best.pth --index output/index --sheet output/hits.png
 
-The first run embeds every picture into the index, later ones only what is new. A query that is a picture file is
-searched by its content. `--rerank 20` compares the 20 nearest again by matching: slower and better, for texts.
+The first run embeds every image into the index; later ones bring it up to date: images that are new, changed or gone. A
+query that is the path of a file is searched by its content. `--rerank 20` compares the 20 nearest again by matching:
+slower and better, for texts. A path that is not plain text is printed as a JSON string.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from configs.rules import whole
 from eval.sheet import Sheet
 from prod import DLIPProd
-from utils import clean_exit, setup_process
+from utils import clean_exit, setup_process, shown
+
+
+def query_of(text: str) -> str | Path:
+    """What a word of the command line asks for: the path of a file that is there, else a text.
+
+    Raises:
+        ValueError: it is empty, or the path of a folder.
+    """
+    if not text.strip():
+        raise ValueError('a query is empty: give a text, or the path of an image')
+    if os.path.isdir(text) and (os.sep in text or text in (os.curdir, os.pardir)):
+        raise ValueError(f'the query {shown(text)} is a folder: give the path of an image in it, or a text')
+    return Path(text) if os.path.isfile(text) else text
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder')
-    parser.add_argument('queries', nargs='+', metavar='QUERY', help='a text, or the path of a picture')
+    parser.add_argument('queries', nargs='+', metavar='QUERY', help='a text, or the path of an image')
     parser.add_argument('--weight', required=True, help='a retriever: anything that DLIPProd takes')
     parser.add_argument('--index', required=True, help='folder of the index; made when absent')
     parser.add_argument('--k', type=whole(1), default=5, help='hits a query (default: %(default)s)')
@@ -29,25 +44,23 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--precision', default='fp32', help='fp32, bf16 or int8 (default: %(default)s)')
     parser.add_argument('--backend', default='torch', help='torch or openvino (default: %(default)s)')
     args = parser.parse_args(argv)
-    device = setup_process(args.device)
-    retriever = DLIPProd('retrieval', args.weight, str(device), precision=args.precision,
-                         backend=args.backend)
+    device, queries = setup_process(args.device), [query_of(query) for query in args.queries]
+    retriever = DLIPProd('retrieval', args.weight, str(device), precision=args.precision, backend=args.backend)
     index = retriever.index(args.folder, args.index)
     rows = []
-    for query in args.queries:
-        asked = Path(query) if Path(query).is_file() else query
-        hits = retriever.search(asked, index, args.k, rerank=args.rerank)
-        print(f'\n{query}')
+    for query in queries:
+        hits = retriever.search(query, index, args.k, rerank=args.rerank)
+        print(f'\n{shown(query)}')
         for path, score in hits:
-            print(f'  {score:6.3f}  {path}')
-        title = asked.name if isinstance(asked, Path) else query
-        rows.append((title, [(Path(path), score, False) for path, score in hits]))
+            print(f'  {score:6.3f}  {shown(path)}')
+        title = query.name if isinstance(query, Path) else query
+        rows.append((shown(title), [(Path(path), score, False) for path, score in hits]))
     if args.sheet:
         sheet = Sheet()
-        sheet.heading('Pictures found', f'{len(index)} pictures in {args.index}')
+        sheet.heading('Images found', f'{len(index)} images in {shown(args.index)}')
         sheet.queries(rows)
         sheet.save(args.sheet)
-        print(f'\n{args.sheet}')
+        print(f'\n{shown(args.sheet)}')
 
 
 if __name__ == '__main__':

@@ -6,7 +6,7 @@
 import argparse
 
 from prod import DLIPProd
-from utils import clean_exit
+from utils import clean_exit, setup_process, shown
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -16,14 +16,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
     parser.add_argument('pictures', nargs='+')
     args = parser.parse_args(argv)
-    captioner = DLIPProd(name='caption', weight=args.caption, device=args.device)
-    retriever = DLIPProd(name='retrieval', weight=args.retrieval, device=args.device)
+    device = str(setup_process(args.device))
+    captioner = DLIPProd(name='caption', weight=args.caption, device=device)
+    retriever = DLIPProd(name='retrieval', weight=args.retrieval, device=device)
     captions = captioner.generate(args.pictures)
     similarity, match = retriever.similarity(args.pictures, captions), retriever.match(args.pictures, captions)
     print(f'image features {tuple(retriever.get_image_feat(args.pictures).shape)}, '
           f'text features {tuple(retriever.get_text_feat(captions).shape)}')
     for i, (picture, text) in enumerate(zip(args.pictures, captions, strict=True)):
-        print(f'{picture}\n  {text}\n  similarity {similarity[i, i]:.3f}, probability of a match {match[i, i]:.3f}')
+        print(f'{shown(picture)}\n  {text}\n  similarity {similarity[i, i]:.3f}, '
+              f'probability of a match {match[i, i]:.3f}')
 
 
 if __name__ == '__main__':

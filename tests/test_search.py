@@ -1,6 +1,8 @@
-"""Captioning a folder, and searching one by its index."""
+"""Captioning and searching a folder from the command line; what DLIPProd shares with them."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -9,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import Python
 
+from data.json_lines import JsonLines
 from models import precision
 from models.text import KVCache
 from prod import DLIPProd
 from prod import caption as caption_tool
 from prod import search as search_tool
 from prod.images import find_pictures
-from prod.index import PictureIndex
 from utils import ROOT
 
 
@@ -33,55 +36,6 @@ def pictures(tmp_path):
     (place / 'broken.jpg').write_bytes(b'no picture')
     (place / 'notes.txt').write_text('hello')
     return place
-
-
-def test_search_is_exact_and_incremental(retrieval, pictures, tmp_path, caplog):
-    index = retrieval.index(pictures, tmp_path / 'index')
-    assert len(index) == 7 and 'broken.jpg is no readable picture' in caplog.text
-    features = retrieval.get_image_feat(index.pictures)
-    want = (features @ retrieval.get_text_feat('a dog')[0]).sort(descending=True)
-    hits = retrieval.search('a dog', index, 3)
-    assert [path for path, _ in hits] == [index.pictures[i] for i in want.indices[:3]]
-    assert [score for _, score in hits] == pytest.approx(want.values[:3].tolist(), abs=1e-5)
-    assert retrieval.search(pictures / '2.png', index, 1)[0] == (str(pictures / '2.png'), pytest.approx(1, abs=1e-4))
-    matched = retrieval.search('a dog', index, 2, rerank=7)
-    best = retrieval.match(index.pictures, 'a dog')[:, 0].max()
-    assert matched[0][1] == pytest.approx(float(best), abs=1e-5) and len(matched) == 2
-
-    Image.new('RGB', (30, 30), 'red').save(pictures / 'new.png')
-    before = (tmp_path / 'index/features.f32').read_bytes()
-    again = retrieval.index(pictures, tmp_path / 'index')
-    assert len(again) == 8 and again.pictures[:7] == index.pictures
-    assert (tmp_path / 'index/features.f32').read_bytes().startswith(before)
-
-
-def test_an_index_survives_what_cuts_it_off(retrieval, pictures, tmp_path):
-    whole = retrieval.index(pictures, tmp_path / 'index')
-    names = (tmp_path / 'index/pictures.txt')
-    names.write_bytes(names.read_bytes()[:-5])  # the last line was not written whole
-    with open(tmp_path / 'index/features.f32', 'ab') as file:
-        file.write(b'half a row')
-    mended = retrieval.index(pictures, tmp_path / 'index')
-    assert sorted(mended.pictures) == sorted(whole.pictures)
-    for path in mended.pictures:
-        assert retrieval.search(tmp_path / path, mended, 1)[0][0] == path
-
-
-def test_an_index_of_another_net_or_no_index_is_refused(retrieval, pictures, tmp_path, folder):
-    retrieval.index(pictures, tmp_path / 'index')
-    other = DLIPProd('retrieval', folder / 'save/dlip_retrieval_flickr.pth')
-    torch.nn.init.normal_(other.model.vision_proj.weight)
-    with pytest.raises(ValueError, match='was made with another checkpoint'):
-        other.index(pictures, tmp_path / 'index')
-    with pytest.raises(ValueError, match='is a folder of other files, not an index'):
-        retrieval.index(pictures, pictures)
-    with pytest.raises(FileNotFoundError, match="no folder '/nowhere'"):
-        retrieval.index('/nowhere', tmp_path / 'new')
-    (tmp_path / 'none').mkdir()
-    with pytest.raises(FileNotFoundError, match='no images in the folder'):
-        retrieval.index(tmp_path / 'none', tmp_path / 'new')
-    with pytest.raises(ValueError, match='is empty: add pictures'):
-        retrieval.search('a dog', retrieval.index([], tmp_path / 'new'))
 
 
 def test_skipped_pictures_leave_their_place(caption, retrieval, picture):
@@ -179,50 +133,110 @@ def test_eight_bit_weights_keep_the_captions_of_a_trained_net():
     assert 1e-4 < float((scores[0] - scores[1]).norm() / scores[0].norm()) < 0.05  # 8 bits, and not more error
 
 
-def test_approximate_search_misses_little_and_follows_a_growing_index(tmp_path):
-    faiss = pytest.importorskip('faiss')
-    torch.manual_seed(0)
-    centres = torch.randn(40, 32)
-    features = torch.nn.functional.normalize(centres.repeat(100, 1) + 0.5 * torch.randn(4000, 32), dim=-1)
-    index = PictureIndex(tmp_path / 'index', features[0])
-    index.add([f'{i}.jpg' for i in range(3900)], features[:3900])
-    found = [dict(index.search(feature, 10, approximate=True)) for feature in features[:50]]
-    exact = [dict(index.search(feature, 10)) for feature in features[:50]]
-    assert sum(len(a.keys() & b.keys()) for a, b in zip(found, exact, strict=True)) > 0.9 * 500
-    assert found[0]['0.jpg'] == pytest.approx(1, abs=1e-5)  # its cosines are exact
-    index.add([f'{i}.jpg' for i in range(3900, 4000)], features[3900:])  # newer than what faiss was trained with
-    again = PictureIndex(tmp_path / 'index', features[0])
-    assert again.search(features[3950], 1, approximate=True)[0][0] == '3950.jpg'
-    assert faiss.read_index(str(tmp_path / 'index/faiss.ivf')).ntotal == 3900
-    index.add([f'{i}.jpg' for i in range(4000, 8000)], features)
-    assert index.search(features[7], 2, approximate=True)[1][0] == '4007.jpg'
-    assert faiss.read_index(str(tmp_path / 'index/faiss.ivf')).ntotal == 8000
+@pytest.fixture
+def command(folder, pictures, tmp_path):
+    return [str(pictures), '--weight', str(folder / 'save/dlip_caption_flickr.pth'), '--out',
+            str(tmp_path / 'out/captions.jsonl'), '--device', 'cpu', '--batch_size', '3']
 
 
-def test_captioning_a_folder_goes_on_where_it_stopped(folder, pictures, tmp_path):
+def rows(out) -> dict[str, dict]:
+    """The lines by path, each of which must be there once."""
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len({line['path'] for line in lines}) == len(lines)
+    return {line['path']: line for line in lines}
+
+
+def test_captioning_a_folder_goes_on_where_it_stopped(command, caption, pictures, tmp_path):
     out = tmp_path / 'out/captions.jsonl'
-    command = [str(pictures), '--weight', str(folder / 'save/dlip_caption_flickr.pth'), '--out', str(out), '--device',
-               'cpu', '--batch_size', '3']
+    assert caption_tool.main(command) == 1
+    first = rows(out)
+    assert list(first) == sorted(first) and len(first) == 8
+    assert 'is not a readable image' in first[str(pictures / 'broken.jpg')]['error']
+    assert first[str(pictures / '0.png')]['caption'] == caption.generate(pictures / '0.png')[0]
+    whole = out.read_text()
+    out.write_text(whole[:whole.rindex('{') + 9])  # cut off in its last line
+    assert caption_tool.main(command) == 1 and rows(out) == first
+    Image.new('RGB', (9, 9)).save(pictures / 'broken.jpg')  # a failed file is tried again
+    assert caption_tool.main(command) == 0
+    assert 'caption' in rows(out)[str(pictures / 'broken.jpg')] and len(rows(out)) == 8
+
+
+def test_captions_of_other_settings_are_not_mixed(command, tmp_path):
+    out = tmp_path / 'out/captions.jsonl'
     caption_tool.main(command)
     whole = out.read_text()
-    rows = [json.loads(line) for line in whole.splitlines()]
-    assert len(rows) == 8 and 'is not a readable image' in next(row['error'] for row in rows if 'error' in row)
-    assert [row['path'] for row in rows] == sorted(row['path'] for row in rows)
-    out.write_text(whole[:whole.rindex('{') + 9])  # cut off in its last line
-    caption_tool.main(command)
+    with pytest.raises(ValueError, match='other settings .num_beams 3, now 2.: start over with --overwrite'):
+        caption_tool.main([*command, '--num_beams', '2'])
     assert out.read_text() == whole
+    caption_tool.main([*command, '--num_beams', '2', '--overwrite'])
+    with pytest.raises(ValueError, match='num_beams 2, now 3'):
+        caption_tool.main(command)
+    (tmp_path / 'out/captions.jsonl.settings.json').unlink()
+    with pytest.raises(ValueError, match='unknown settings'):
+        caption_tool.main(command)
     out.write_text('{"something": 1}\n')
     with pytest.raises(ValueError, match='holds something else than captions'):
         caption_tool.main(command)
 
 
+def test_the_machines_faults_are_no_images(command, tmp_path, monkeypatch):
+    def full(*arguments):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(caption_tool, 'read_image', full)
+        with pytest.raises(MemoryError):
+            caption_tool.main(command)
+    with JsonLines(tmp_path / 'out/captions.jsonl').writing():
+        with pytest.raises(ValueError, match='another process is writing .*captions.jsonl'):
+            caption_tool.main(command)
+    assert caption_tool.main(command) == 1 and len(rows(tmp_path / 'out/captions.jsonl')) == 8
+
+
+NAMES = [b'caf\xe9.png', 'café.png'.encode(), 'cafe\u0301.png'.encode(), b'two\nlines.png', b'a "quoted"\ttab.png',
+         b'-dash.png', '\U0001f600 犬.png'.encode(), b'x' * 251 + b'.png', b'back\\slash.png', b'\x1b[31mred.png']
+
+
+@pytest.mark.parametrize('encoding', ['utf-8', 'ascii'])
+def test_any_file_name_comes_back_the_same(folder, tmp_path, encoding):
+    place, weights = tmp_path / os.fsdecode(b'f\xf6lder'), folder / 'save/last.pth'
+    place.mkdir()
+    for i, name in enumerate(NAMES):
+        Image.new('RGB', (9, 9), (20 * i, 0, 0)).save(place / os.fsdecode(name))
+    Image.new('RGB', (9, 9)).save(place / 'broken.png')
+    (place / os.fsdecode(b'br\xf6ken.png')).write_bytes(b'no picture')
+    paths = {str(place / os.fsdecode(name)) for name in NAMES}
+    environment = {'PYTHONIOENCODING': encoding}
+    said = Python('-m', 'prod.caption', place, '--weight', weights, '--out', tmp_path / 'said.jsonl', '--device', 'cpu',
+                  **environment).wait()
+    assert said.returncode == 1 and paths < rows(tmp_path / 'said.jsonl').keys(), said.stderr
+    found = Python('-m', 'prod.search', place, 'a dog', place / os.fsdecode(NAMES[0]), '--weight', weights, '--index',
+                   tmp_path / 'index', '--k', '20', '--sheet', tmp_path / 'hits.png', '--device', 'cpu',
+                   **environment).wait()
+    assert found.returncode == 0, found.stderr
+    printed = [line[10:] for line in found.stdout.splitlines() if re.match(r' .{7}  [/"]', line)]
+    hits = [json.loads(path) if path.startswith('"') else path for path in printed]
+    assert len(hits) == 2 * 11 and paths < set(hits)
+    tried = Python('-m', 'prod.try_it', '--caption', weights, '--retrieval', weights, '--', *sorted(paths),
+                   **environment).wait()
+    assert tried.returncode == 0, tried.stderr
+
+
+@pytest.mark.parametrize('query, message', [
+    ('', 'a query is empty'), (' \n', 'a query is empty'), ('.', 'the query . is a folder'), ('{here}', 'is a folder')])
+def test_queries_that_ask_nothing(folder, pictures, tmp_path, query, message):
+    with pytest.raises(ValueError, match=message):
+        search_tool.main([str(pictures), query.format(here=tmp_path), '--weight', 'unread.pth', '--index',
+                          str(tmp_path / 'index'), '--device', 'cpu'])
+
+
 def test_searching_a_folder_draws_the_hits(folder, pictures, tmp_path, capsys):
     sheet = tmp_path / 'hits.png'
-    search_tool.main([str(pictures), 'a dog', str(pictures / '1.png'), '--weight',
+    search_tool.main([str(pictures), 'a dog', str(pictures / '1.png'), 'a very long query ' * 30, 'nul \0', '--weight',
                       str(folder / 'save/dlip_retrieval_flickr.pth'), '--index', str(tmp_path / 'index'), '--k', '3',
                       '--sheet', str(sheet), '--device', 'cpu'])
     printed = capsys.readouterr().out
-    assert printed.count('.png') == 2 * 3 + 2  # hits, the query that is a picture, the sheet
+    assert printed.count('.png') == 4 * 3 + 2  # hits, the query that is an image, the sheet
     assert Image.open(sheet).width == 1600
 
 
