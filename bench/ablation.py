@@ -26,6 +26,9 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 
 from bench.ablation_plan import PLAN, SEEDS, STUDENTS, Variant

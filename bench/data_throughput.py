@@ -15,7 +15,12 @@ import io
 import itertools
 import random
 import statistics
+import sys
 import time
+from pathlib import Path
+
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import cv2
 import numpy as np

@@ -8,8 +8,12 @@ value, and whether greedy and beam-3 ids are the same on 8 images.
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
+
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import torch.nn.functional as F

@@ -14,6 +14,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from PIL import Image
 
 from bench.inference import SERVED

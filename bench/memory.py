@@ -11,6 +11,10 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

@@ -8,7 +8,11 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
+
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench.inference import SERVED
 from data.scene_captions import slots_match

@@ -8,9 +8,13 @@ that faiss finds is given beside its times.
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
+
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import torch.nn.functional as F

@@ -10,9 +10,13 @@ and turns; the stored side reads and pads its targets from a shard on disk withi
 import argparse
 import math
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
+
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import torch

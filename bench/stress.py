@@ -31,6 +31,9 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 

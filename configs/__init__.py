@@ -73,13 +73,13 @@ def excess(text: str) -> str | None:
 
 
 def read_yaml(path: str | os.PathLike) -> dict:
-    """Read a YAML mapping, in UTF-8, or in UTF-16 with its byte order mark.
+    """Read a YAML mapping, in UTF-8, or in UTF-16 with its byte order mark. A relative path that is not there is looked
+    for in the repository, so that the shipped configs are found from any folder.
 
     Raises:
         FileNotFoundError, ValueError: the file is missing, is no text, no YAML, or no mapping.
     """
-    path = Path(path)
-    name = shorten(path)
+    name, path = shorten(path), Path(path) if os.path.exists(path) else ROOT / path
     if path.is_dir():
         raise ValueError(f'{name} is a folder: name a YAML file')
     if not path.is_file():

@@ -13,8 +13,12 @@ import argparse
 import json
 import random
 import shutil
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import pyarrow as pa
 import pyarrow.parquet as pq

@@ -18,7 +18,7 @@ ASPECT = math.log(4 / 3)  # crops are between 3:4 and 4:3
 @cache
 def mean_and_std(device: torch.device) -> torch.Tensor:
     """[2, 3, 1, 1] on a device, brought there once: torchvision's `normalize` does it at every call, and waits."""
-    return torch.tensor([MEAN, STD], device=device)[..., None, None]
+    return torch.tensor([MEAN, STD], dtype=torch.float32, device=device)[..., None, None]
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:

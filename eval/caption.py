@@ -12,8 +12,12 @@ caption_SPLIT_results.json, which the servers of COCO and NoCaps take. On the em
 
 import json
 import re
+import sys
 from contextlib import suppress
 from pathlib import Path
+
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

@@ -9,8 +9,12 @@ OUTPUT_DIR/table.json, table.md, report.html and contact_sheet.png. The teacher 
 """
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

@@ -8,8 +8,12 @@ five). `--teacher` sets another checkpoint beside it. `eval.k_test=0` ranks by t
 the config can be overridden too.
 """
 
+import sys
 import time
 from pathlib import Path
+
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

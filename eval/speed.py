@@ -9,9 +9,14 @@ Prints the table and writes OUTPUT_DIR/speed.json and speed.html.
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel

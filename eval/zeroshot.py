@@ -9,8 +9,12 @@ for the name. Prints the accuracy and the worst classes with what they are taken
 OUTPUT_DIR/zeroshot.json and zeroshot.html.
 """
 
+import sys
 from collections import Counter
 from pathlib import Path
+
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import torch.nn.functional as F

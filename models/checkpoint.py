@@ -71,7 +71,7 @@ def build(config: BLIPConfig, weights: dict[str, torch.Tensor], source: str) -> 
         ValueError: they do not fit (see `load_weights`).
     """
     with torch.device('meta'):
-        model = BLIP(config)
+        model = BLIP(config).float()  # whatever torch's default dtype is
     load_weights(model, weights, source)
     return model.eval()
 

@@ -100,12 +100,12 @@ def beam_search(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tenso
     """
     batch, beams, length, device = len(image_tokens), num_beams, len(prompt_ids), image_tokens.device
     best_ids = torch.full((batch, num_captions, max_length), pad_id, device=device)
-    best_scores = torch.zeros(batch, num_captions, device=device)
+    best_scores = torch.zeros(batch, num_captions, dtype=torch.float32, device=device)
     uncounted = 1 if length_rule == 'blip' else length
     rows = torch.arange(batch, device=device)  # the unfinished images
     running = best_ids[:, :1].repeat(1, beams, 1)  # [images, beams, max_length]
     running[..., :length] = prompt_ids
-    running_scores = torch.tensor([0.0] + [-1e9] * (beams - 1), device=device).repeat(batch, 1)
+    running_scores = torch.tensor([0.0] + [-1e9] * (beams - 1), dtype=torch.float32, device=device).repeat(batch, 1)
     ended, ended_scores = running.clone(), running_scores.new_full((batch, beams), -torch.inf)
     decoder = Decoder(model, image_tokens, max_length)
     logits = decoder.logits(running[:, 0, :length]).repeat_interleave(beams, 0)  # the prompt runs once per image

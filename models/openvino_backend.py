@@ -106,7 +106,8 @@ class OpenVINOBLIP:
         return self._core.compile_model(graph, 'CPU', self._settings)
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        return self._run('image', self.model.visual_encoder, images, example=(torch.zeros(2, *images.shape[1:]),))[0]
+        example = torch.zeros(2, *images.shape[1:], dtype=torch.float32)
+        return self._run('image', self.model.visual_encoder, images, example=(example,))[0]
 
     def image_feat(self, image_tokens: torch.Tensor) -> torch.Tensor:
         return self.model.image_feat(image_tokens)
@@ -115,7 +116,7 @@ class OpenVINOBLIP:
         """All layers' keys and values in one tensor [layers, 2, images, heads, N, D], float32 or bfloat16."""
         def project(tokens):
             return torch.stack([torch.stack(pair) for pair in self.model.project_image(tokens)]).to(self._kv_type)
-        example = torch.zeros(2, *image_tokens.shape[1:])
+        example = torch.zeros(2, *image_tokens.shape[1:], dtype=torch.float32)
         return self._run('keys and values', project, image_tokens, example=(example,))[0]
 
     def text_feat(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -144,9 +145,9 @@ class OpenVINOBLIP:
             return self.model.text_decoder.logits(hidden[:, -1]), torch.stack(seen.fresh)
 
         if cache.store is None:
-            cache.store = torch.empty(layers, 2, len(ids), heads, cache.capacity, width)
+            cache.store = torch.empty(layers, 2, len(ids), heads, cache.capacity, width, dtype=torch.float32)
         example = (torch.ones(6, 4, dtype=torch.int64), torch.zeros(layers, 2, 2, heads, 9, width, dtype=self._kv_type),
-                   torch.zeros(layers, 2, 6, heads, 5, width))
+                   torch.zeros(layers, 2, 6, heads, 5, width, dtype=torch.float32))
         logits, fresh = self._run('step', step, ids, image_kv, cache.store[..., :cache.length, :], example=example)
         end = cache.length + ids.shape[1]
         cache.store[..., cache.length:end, :] = fresh

@@ -14,6 +14,9 @@ import json
 import sys
 from pathlib import Path
 
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from configs.rules import whole
 from data.json_lines import JsonLines
 from models.checkpoint import fingerprint

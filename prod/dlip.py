@@ -13,6 +13,7 @@ from models.originals import VOCABULARY
 from models.precision import for_inference
 from models.tokenizer import DEC, ENC
 from models.transformers_format import write_folder
+from prod.defaults import on_its_own_devices
 from prod.images import kind, named_images, read_image
 from prod.index import PictureIndex
 from prod.memory import fitting, pair_bytes, picture_bytes
@@ -24,6 +25,7 @@ MIN_NEW, MAX_NEW = 6, 26  # tokens of a caption after its prompt: the original's
 TEXTS = 256  # texts a batch
 
 
+@on_its_own_devices
 class DLIPProd:
     """A checkpoint of this repository, of dlip-v2 or of BLIP, ready for inference.
 
@@ -168,7 +170,7 @@ class DLIPProd:
         self._require('retrieval')
         parts = []
         for read, pixels in self._batches(images, self._batch_size(batch_size), bgr, on_error):
-            part = torch.full((len(read), self.model.config.embed_dim), torch.nan)
+            part = torch.full((len(read), self.model.config.embed_dim), torch.nan, dtype=torch.float32)
             if pixels is not None:
                 with torch.inference_mode():
                     part[torch.tensor(read)] = self.model.image_feat(self.model.encode_image(pixels)).cpu()
@@ -210,7 +212,8 @@ class DLIPProd:
         parts = []
         with torch.inference_mode():
             for read, image_kv, tokens in self._pairs(images, texts, batch_size, bgr, ENC, on_error=on_error):
-                count, part = sum(read), torch.full((len(read), sum(len(ids) for ids, _ in tokens)), torch.nan)
+                count, texts_given = sum(read), sum(len(ids) for ids, _ in tokens)
+                part = torch.full((len(read), texts_given), torch.nan, dtype=torch.float32)
                 if count:
                     logits = [self.model.match_logits(ids.repeat(count, 1), mask.repeat(count, 1), image_kv)
                               .unflatten(0, (count, -1)) for ids, mask in tokens]

@@ -5,8 +5,12 @@
 
 import inspect
 import re
+import sys
 import textwrap
 from pathlib import Path
+
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from prod import DLIPProd
 from prod.images import find_pictures

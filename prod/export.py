@@ -9,7 +9,11 @@ SOURCE is anything that DLIPProd takes, so that BLIP's and dlip-v2's original fi
 
 import argparse
 import json
+import sys
 from pathlib import Path
+
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

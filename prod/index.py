@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from data.json_lines import JsonLines
+from prod.defaults import on_its_own_devices
 from prod.images import find_pictures
 from utils import atomic_write, logger, progress, shown
 
@@ -29,6 +30,7 @@ GROWTH = 1.1  # faiss's file is made again when the index has outgrown it by thi
 UNUSED = 1000  # rows of no further use that are always tolerated
 
 
+@on_its_own_devices
 class PictureIndex:
     """Open an index, or make an empty one. What is opened stays as it was, whatever other processes add.
 
@@ -174,7 +176,7 @@ class PictureIndex:
                 logger.warning('%s is damaged and made again: %s', path, str(error)[:120])
                 self._faiss = None
         if self._faiss is None or not len(features) / GROWTH <= self._faiss.ntotal <= len(features):
-            cells = max(1, int(4 * len(features) ** 0.5))
+            cells = min(len(features), int(4 * len(features) ** 0.5))
             self._faiss = faiss.index_factory(self.width, f'IVF{cells},SQ8', faiss.METRIC_INNER_PRODUCT)
             sample = np.random.default_rng(0).permutation(len(features))[:64 * cells]
             self._faiss.train(np.array(features[np.sort(sample)]))

@@ -10,7 +10,11 @@ slower and better, for texts. A path that is not plain text is printed as a JSON
 
 import argparse
 import os
+import sys
 from pathlib import Path
+
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from configs.rules import whole
 from eval.sheet import Sheet

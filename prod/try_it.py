@@ -4,6 +4,11 @@
 """
 
 import argparse
+import sys
+from pathlib import Path
+
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from prod import DLIPProd
 from utils import clean_exit, setup_process, shown

@@ -1,5 +1,6 @@
 """`python ARGUMENTS` without the seconds that its imports take: forked from a server that has made them."""
 
+import io
 import multiprocessing
 import os
 import runpy
@@ -48,7 +49,7 @@ class Python:
         """
         self.process.join(timeout)
         late = self.process.is_alive()
-        output, errors = (path.read_text() for path in self.printed)
+        output, errors = (path.read_text(errors='surrogateescape') for path in self.printed)
         self.kill()
         if late:
             raise subprocess.TimeoutExpired(self.arguments, timeout, output, errors)
@@ -59,7 +60,7 @@ def _run(arguments: list[str], cwd: Path, environment: dict, printed: list[Path]
     for number, path in enumerate(printed, 1):
         os.dup2(os.open(path, os.O_WRONLY), number)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)
+        stream.reconfigure(line_buffering=True, encoding=environment.get('PYTHONIOENCODING'))
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
@@ -73,6 +74,32 @@ def _run(arguments: list[str], cwd: Path, environment: dict, printed: list[Path]
     else:
         sys.argv = arguments
         runpy.run_path(first, run_name='__main__')
+
+
+def run_by_path(script: Path, arguments: list[str], cwd: Path) -> tuple[int, str]:
+    """`python SCRIPT ARGUMENTS` from a folder outside the repository -> (exit code, what it printed)."""
+    receive, send = FORKSERVER.Pipe(duplex=False)
+    process = FORKSERVER.Process(target=_run_by_path, args=(script, arguments, cwd, send))
+    process.start()
+    process.join(120)
+    return process.exitcode, receive.recv() if receive.poll() else ''
+
+
+def _run_by_path(script: Path, arguments: list[str], cwd: Path, send) -> None:
+    def ours(path: str | None) -> bool:
+        return Path(path or '.').resolve().is_relative_to(ROOT) and 'site-packages' not in path
+
+    sys.path[:] = [str(script.parent), *(path for path in sys.path if not ours(path))]
+    for name, module in list(sys.modules.items()):
+        if ours(getattr(module, '__file__', None) or sys.executable) and name != __name__:
+            del sys.modules[name]
+    os.chdir(cwd)
+    sys.argv = [str(script), *arguments]
+    sys.stdout = io.StringIO()
+    try:
+        runpy.run_path(str(script), run_name='__main__')
+    finally:
+        send.send(sys.stdout.getvalue())
 
 
 def python(*arguments, **environment: str) -> subprocess.CompletedProcess:

@@ -5,6 +5,7 @@ import torch
 
 from prod import DLIPProd
 from prod.memory import picture_bytes
+from utils import ROOT
 
 TOLERANCE = {'rtol': 0, 'atol': 1e-5}
 
@@ -182,3 +183,34 @@ def test_a_checkpoint_that_lacks_what_the_name_needs(folder, caption, retrieval,
                  lambda: caption.similarity(picture, 'a dog'), lambda: caption.match(picture, 'a dog')):
         with pytest.raises(ValueError, match='that retrieval needs'):
             call()
+
+
+@pytest.mark.parametrize('backend', ['torch', 'openvino'])
+@pytest.mark.parametrize('default', [torch.float64, torch.bfloat16, 'meta'])
+def test_what_a_notebook_sets_for_all_of_torch_changes_nothing(folder, picture, tmp_path, default, backend):
+    def results(dlip):
+        index = dlip.index(ROOT / 'prod/examples', tmp_path / 'index')
+        return [dlip.generate(picture), dlip.generate(picture, sample=True, seed=1), *dlip.get_image_feat(picture),
+                *dlip.get_text_feat('a dog'), *dlip.match(picture, ['a dog']),
+                *dlip.caption_scores(picture, ['a dog']), dlip.search('a dog', index, 3, rerank=6)]
+
+    def made():
+        return DLIPProd(None, folder / 'save/last.pth', backend=backend)
+
+    earlier = made()
+    want = results(earlier)
+    try:
+        if default == 'meta':
+            torch.set_default_device('meta')
+        else:
+            torch.set_default_dtype(default)
+        got = [results(earlier), results(made())]
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for each in got:
+        for ours, theirs in zip(each, want, strict=True):
+            if isinstance(ours, torch.Tensor):
+                torch.testing.assert_close(ours, theirs, **TOLERANCE)
+            else:
+                assert ours == theirs
