@@ -257,7 +257,7 @@ class DLIPProd:
             approximate: ask faiss (`PictureIndex.search`) instead of comparing with every image.
 
         >>> dlip.search('a blue star inside a green square', index, k=1, rerank=5)[0][0][-20:]
-        '/prod/examples/05.jpg'
+        'prod/examples/05.jpg'
         """
         if k < 1 or rerank < 0:
             raise ValueError(f'k must be at least 1 and rerank at least 0, got {k} and {rerank}')
