@@ -43,5 +43,5 @@ def test_a_notebook_elsewhere(folder, tmp_path):
 def test_shipped_configs_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert read_yaml('configs/pretrain.yaml') == read_yaml(ROOT / 'configs/pretrain.yaml')
-    with pytest.raises(FileNotFoundError, match='no config file configs/absent.yaml'):
+    with pytest.raises(FileNotFoundError, match='no config file .*configs/absent.yaml'):
         read_yaml('configs/absent.yaml')
