@@ -148,14 +148,12 @@ def identified(file: BinaryIO, memory: float) -> Image.Image:
         except Exception as error:  # a reader may raise anything
             if is_machines(error):
                 raise
-            problem = problem or error
-    if problem:
-        raise problem
-    if start[4:8] == b'ftyp' and start[8:12] in HEIF_BRANDS:
+            problem = problem or (error if accepts else None)  # TGA files have no signature
+    if start[4:8] == b'ftyp' and start[8:12] in HEIF_BRANDS and 'HEIF' not in readers():
         raise ValueError('HEIC needs the package pillow-heif: pip install pillow-heif')
     if start[4:8] == b'ftyp' and start[8:12] in (b'avif', b'avis'):
-        raise ValueError('AVIF needs Pillow 11.3 or newer')
-    raise ValueError(f'it is none of {", ".join(FORMATS)}')
+        problem = problem or ValueError('AVIF needs Pillow 11.3 or newer')
+    raise problem or ValueError(f'it is none of {", ".join(FORMATS)}')
 
 
 def is_machines(error: Exception) -> bool:
@@ -183,7 +181,7 @@ def least_scale(image: Image.Image, memory: float) -> int:
         if needed <= memory:
             return scale
     raise BrokenPicture(f'{pixels / 1e6:.0f} megapixels, which take {needed:.1f} GiB of memory to decode, '
-                        f'of which {memory:g} are allowed', 'too large')
+                        f'of which {memory:g} are allowed (data.image_memory, DLIPProd\'s memory)', 'too large')
 
 
 @contextmanager
