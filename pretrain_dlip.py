@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     model, data, train = config['model'], config['data'], config['train']
 
     # data
-    transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'])
+    transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'], data['image_memory'])
     dataset = open_pairs(data['train'], transform, data['max_words'], args.seed)
 
     # teacher (frozen), student, momentum twin and queues, losses

@@ -54,12 +54,12 @@ def main(argv: list[str] | None = None) -> None:
                          'teacher.cache to null')
 
     # data
-    transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'])
+    transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'], data['image_memory'])
     dataset = AnnotatedTrain(data['root'], transform, data['max_words'], args.seed, data['split'],
                           data['teacher_captions'])
     pictures = AnnotatedWhole(data['root'], model['image_size'], data['max_words'], data['split'])
-    held_out = {split: ImageTextEval(data['root'], split, eval_transform(model['image_size']), data['max_words'],
-                                     data['split'])
+    held_out = {split: ImageTextEval(data['root'], split, eval_transform(model['image_size'], data['image_memory']),
+                                     data['max_words'], data['split'])
                 for split in ('val', 'test')}
 
     # student and optional teacher

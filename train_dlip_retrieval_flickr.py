@@ -34,10 +34,10 @@ def main(argv: list[str] | None = None) -> None:
     model, data, train = config['model'], config['data'], config['train']
 
     # data
-    transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'])
+    transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'], data['image_memory'])
     dataset = AnnotatedTrain(data['root'], transform, data['max_words'], args.seed, data['split'])
-    held_out = {split: ImageTextEval(data['root'], split, eval_transform(model['image_size']), data['max_words'],
-                                     data['split'])
+    held_out = {split: ImageTextEval(data['root'], split, eval_transform(model['image_size'], data['image_memory']),
+                                     data['max_words'], data['split'])
                 for split in ('val', 'test')}
 
     # student, momentum twin and queues, optional teacher

@@ -123,6 +123,7 @@ RULES = {
     'data.min_scale': Number(0, 1, above=True),
     'data.randaugment': FLAG,
     'data.workers': whole(0, 1024),
+    'data.image_memory': Number(0, 1024, above=True),
     'data.max_bad_share': SHARE,
     'optim.lr': Number(0, 100),
     'optim.min_lr': Number(0, 100),

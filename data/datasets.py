@@ -59,7 +59,7 @@ def first_readable(pairs: Iterable[tuple], transform: train_transform, max_words
             continue
         try:
             with seeded(*seeds):
-                image, caption = transform(open_part(file, transform.crop, transform.image_size),
+                image, caption = transform(open_part(file, transform.crop, transform.image_size, transform.memory),
                                            clean_caption(caption, max_words))
             return {'image': image, 'caption': caption, 'id': number, 'bad': list(bad.values())}
         except FileNotFoundError as error:
@@ -232,4 +232,4 @@ class ImageTextEval(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.transform(open_image(self.paths[index]))
+        return self.transform(open_image(self.paths[index], self.transform.memory))

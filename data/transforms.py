@@ -10,6 +10,8 @@ from PIL import Image
 from torch.nn.functional import interpolate as resize
 from torchvision.transforms import functional as F
 
+from data.images import MEMORY
+
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as BLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
 ASPECT = math.log(4 / 3)  # crops are between 3:4 and 4:3
@@ -55,10 +57,11 @@ class train_transform:
     Args:
         min_scale: smallest share of the area that the random crop keeps.
         randaugment: apply BLIP's RandAugment(2, 5).
+        memory: GiB that decoding one image may take (see `data.images`).
     """
 
-    def __init__(self, image_size: int, min_scale: float, randaugment: bool):
-        self.image_size, self.min_scale, self.augment = image_size, min_scale, None
+    def __init__(self, image_size: int, min_scale: float, randaugment: bool, memory: float = MEMORY):
+        self.image_size, self.min_scale, self.memory, self.augment = image_size, min_scale, memory, None
         if randaugment:
             from data.augment import rand_augment  # OpenCV, which only training needs
             self.augment = rand_augment
@@ -91,8 +94,8 @@ class whole_transform:
 
     image_size = math.inf  # for `open_part`: a JPEG is decoded at its full size, as for evaluation
 
-    def __init__(self, side: int):
-        self.side = side
+    def __init__(self, side: int, memory: float = MEMORY):
+        self.side, self.memory = side, memory
 
     def crop(self, height: int, width: int) -> tuple[int, int, int, int]:
         return 0, 0, height, width
@@ -104,8 +107,8 @@ class whole_transform:
 class eval_transform:
     """RGB PIL image -> float32 [3, S, S]: the whole picture, resized (BLIP's test transform)."""
 
-    def __init__(self, image_size: int):
-        self.size = (image_size, image_size)
+    def __init__(self, image_size: int, memory: float = MEMORY):
+        self.size, self.memory = (image_size, image_size), memory
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         return to_tensor(image.resize(self.size, Image.Resampling.BICUBIC))

@@ -140,8 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     data, nets, figures, said = config['data'], {}, {}, {}
     for name, checkpoint in compared(args).items():
         model, tokenizer, _ = load_model(checkpoint, device, 'caption', args.tokenizer)
-        dataset = ImageTextEval(data['root'], args.split, eval_transform(model.config.image_size), data['max_words'],
-                                data['split'])
+        dataset = ImageTextEval(data['root'], args.split, eval_transform(model.config.image_size, data['image_memory']),
+                                data['max_words'], data['split'])
         figures[name], said[name] = evaluate_captions(
             model, tokenizer, dataset, device=device, meteor=True, spice=args.spice, prompt=data['prompt'],
             workers=data['workers'], **config['eval'])

@@ -50,8 +50,8 @@ class Net:
 
 
 def dataset_for(model: BLIP, data: dict) -> ImageTextEval:
-    return ImageTextEval(data['root'], 'test', eval_transform(model.config.image_size), data['max_words'],
-                         data['split'])
+    return ImageTextEval(data['root'], 'test', eval_transform(model.config.image_size, data['image_memory']),
+                         data['max_words'], data['split'])
 
 
 def evaluate(name: str, retrieval_path: str, caption_path: str, configs: tuple[dict, dict], device: torch.device,

@@ -176,8 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     data, nets, figures = config['data'], {}, {}
     for name, checkpoint in compared(args).items():
         model, tokenizer, _ = load_model(checkpoint, device, 'retrieval', args.tokenizer)
-        dataset = ImageTextEval(data['root'], args.split, eval_transform(model.config.image_size), data['max_words'],
-                                data['split'])
+        dataset = ImageTextEval(data['root'], args.split, eval_transform(model.config.image_size, data['image_memory']),
+                                data['max_words'], data['split'])
         started = time.perf_counter()
         i2t, t2i = retrieval_scores(model, tokenizer, dataset, device=device, max_tokens=data['max_tokens'],
                                     workers=data['workers'], **config['eval'])
