@@ -6,6 +6,7 @@ import os
 import random
 import re
 import reprlib
+import secrets
 import signal
 import sys
 import tempfile
@@ -238,7 +239,7 @@ class StopSignal:
 def atomic_write(path: str | os.PathLike, mode: str = 'w'):
     """Open a temporary file that replaces `path` when the block ends well: whole or not at all."""
     path = Path(path)
-    temporary = path.with_name(f'{path.name}.tmp{os.getpid()}')
+    temporary = path.with_name(f'{path.name}.tmp{secrets.token_hex(6)}')
     try:
         with open(temporary, mode, encoding=None if 'b' in mode else 'utf-8') as file:
             yield file

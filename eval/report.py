@@ -54,12 +54,16 @@ def dataset_for(model: BLIP, data: dict) -> ImageTextEval:
                          data['max_words'], data['split'])
 
 
-def evaluate(name: str, retrieval_path: str, caption_path: str, configs: tuple[dict, dict], device: torch.device,
-             vocabulary: str, **scores) -> Net:
-    """Retrieval and captions of the test split; `scores`: the slow ones of `evaluate_captions`."""
+def evaluate(name: str, for_each: tuple[tuple[BLIP, Tokenizer], tuple[BLIP, Tokenizer]], configs: tuple[dict, dict],
+             device: torch.device, **scores) -> Net:
+    """Retrieval and captions of the test split.
+
+    Args:
+        for_each: (net, tokenizer) of retrieval and of captions.
+        scores: the slow ones of `evaluate_captions`.
+    """
     logger.info('evaluating: %s', name)
-    retrieval, tokenizer, _ = load_model(retrieval_path, device, 'retrieval', vocabulary)
-    caption, caption_tokenizer, _ = load_model(caption_path, device, 'caption', vocabulary)
+    (retrieval, tokenizer), (caption, caption_tokenizer) = for_each
     for_retrieval, for_caption = configs
     dataset = dataset_for(retrieval, for_retrieval['data'])
     i2t, t2i = retrieval_scores(retrieval, tokenizer, dataset, device=device,
@@ -146,8 +150,11 @@ def main(argv: list[str] | None = None) -> None:
     if args.plain_retrieval:
         paths[PLAIN] = args.plain_retrieval, args.plain_caption
     paths[STUDENT] = args.retrieval, args.caption
-    nets = {name: evaluate(name, *pair, configs, device, args.tokenizer, meteor=args.meteor, spice=args.spice)
-            for name, pair in paths.items()}
+    loaded = {name: tuple(load_model(path, device, task, args.tokenizer)[:2]
+                          for path, task in zip(pair, ('retrieval', 'caption'), strict=True))
+              for name, pair in paths.items()}  # all at once: a bad one ends it before hours of work
+    nets = {name: evaluate(name, pair, configs, device, meteor=args.meteor, spice=args.spice)
+            for name, pair in loaded.items()}
     if not is_main():
         return
     k_test, num_beams = configs[0]['eval']['k_test'], configs[1]['eval']['num_beams']

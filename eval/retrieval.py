@@ -174,8 +174,9 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(args.config, CONFIG, args.overrides)
     device, output_dir = setup_process(args.device), make_output_dir(args.output_dir)
     data, nets, figures = config['data'], {}, {}
-    for name, checkpoint in compared(args).items():
-        model, tokenizer, _ = load_model(checkpoint, device, 'retrieval', args.tokenizer)
+    loaded = {name: load_model(checkpoint, device, 'retrieval', args.tokenizer)[:2]
+              for name, checkpoint in compared(args).items()}  # all at once: a bad one ends it before hours of work
+    for name, (model, tokenizer) in loaded.items():
         dataset = ImageTextEval(data['root'], args.split, eval_transform(model.config.image_size, data['image_memory']),
                                 data['max_words'], data['split'])
         started = time.perf_counter()

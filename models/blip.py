@@ -1,7 +1,7 @@
 """BLIP (Li et al., 2022, arXiv 2201.12086): one class for the teacher and every student."""
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ class BLIPConfig:
 
     `task` says which text parts exist: 'pretrain' has encoder and decoder (tied), 'retrieval' the encoder
     with its projections and matching head, 'caption' the decoder.
+
+    Raises:
+        ValueError: naming the setting that no net can have.
     """
 
     image_size: int
@@ -44,8 +47,20 @@ class BLIPConfig:
     def __post_init__(self):
         if self.task not in TASKS:
             raise ValueError(f'unknown task {shorten(self.task)}: one of {", ".join(TASKS)}')
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 1):
+                raise ValueError(f'{field.name} must be a whole number from 1 on, got {shorten(value)}')
+        for name, low, high in (('vision_eps', 1e-12, 0.01), ('dropout', 0, 1)):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not low <= value <= high:
+                raise ValueError(f'{name} must be a number from {low} to {high}, got {shorten(value)}')
         if self.image_size % self.patch_size:
             raise ValueError(f'image size {self.image_size} is not a multiple of the patch size {self.patch_size}')
+        for tower in ('vision', 'text'):
+            width, heads = getattr(self, f'{tower}_width'), getattr(self, f'{tower}_heads')
+            if width % heads:
+                raise ValueError(f'{tower} width {width} is not divisible by its {heads} heads')
 
     def to_dict(self) -> dict:
         return asdict(self)

@@ -35,7 +35,7 @@ def build_teacher(settings: dict, tokenizer: Tokenizer, task: str) -> BLIP | Non
     named = architecture(settings['size'], config.image_size, config.vocab_size, config.task)
     if replace(config, dropout=named.dropout, vision_eps=named.vision_eps) != named:
         raise ValueError(f'the teacher {path} is not of teacher.size {settings["size"]!r}: it is {config}')
-    teacher = build(config, checkpoint['model'], str(path))
+    teacher = build(config, checkpoint['model'], path)
     logger.info('teacher %s: %.1fM parameters', path, count_parameters(teacher) / 1e6)
     return teacher
 
@@ -44,7 +44,7 @@ def at_resolution(teacher: BLIP, image_size: int) -> BLIP:
     """The teacher for pictures of another size: position embeddings resampled."""
     if teacher.config.image_size == image_size:
         return teacher
-    return build(replace(teacher.config, image_size=image_size), teacher.state_dict(), 'the teacher')
+    return build(replace(teacher.config, image_size=image_size), teacher.state_dict(), 'the teacher', copy=False)
 
 
 def build_student(settings: dict, tokenizer: Tokenizer, task: str, teacher: BLIP | None = None) -> BLIP:

@@ -4,7 +4,9 @@ Loading is strict: a key that is skipped is named here, everything else must mat
 """
 
 import hashlib
+import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +14,17 @@ import torch
 
 from configs import read_size
 from models.blip import BLIP, TEMPERATURE, BLIPConfig
-from models.originals import VOCABULARY, infer_config
-from models.sources import is_url, local_file, names_a_file, read_tensors
+from models.originals import VOCABULARY, described_config, infer_config
+from models.sources import find_file, names_a_file, read_file
 from models.tokenizer import Tokenizer
 from models.transformers_format import read_folder
 from models.vit import resample_positions
-from utils import atomic_write
+from models.weight_checks import check_numbers, check_tensors
+from utils import atomic_write, shorten
 
 FORMAT = 'dlip-1'
-# What original BLIP and dlip-v2 files hold beside the net: momentum twins, queues, fixed position indices, and
+SECTIONS = ('data', 'eval', 'model', 'teacher')  # of a config, that are read of a checkpoint's
+# What original BLIP and dlip-v2 files hold beside the net: momentum encoders, queues, fixed position indices, and
 # dlip-v2's `vl_proj`, which never got a gradient.
 SKIPPED_PREFIXES = ('visual_encoder_m.', 'vision_proj_m.', 'text_encoder_m.', 'text_proj_m.', 'vl_proj.')
 SKIPPED_KEYS = ('image_queue', 'text_queue', 'idx_queue', 'queue_ptr', 'ptr_queue')
@@ -39,40 +43,85 @@ def architecture(size: str, image_size: int, vocab_size: int, task: str = 'pretr
 def read_checkpoint(source: str | os.PathLike, mmap: bool = True) -> dict:
     """Read what a path, URL, folder or name on the Hugging Face hub holds, onto the CPU.
 
+    A file of bare weights (.safetensors or .bin) is one of the transformers layout: config.json must lie beside it.
+
     Args:
-        mmap: map a torch file instead of copying it: parts that are not used (momentum twins, optimizer) are never
-            read. The file may be replaced or deleted meanwhile, but not overwritten in place.
+        mmap: map a torch file instead of copying it: parts that are not used (momentum encoders, optimizer) are never
+            read. While its tensors are in use the file may be replaced or deleted, but not overwritten in place.
 
     Raises:
         FileNotFoundError: no such file, folder or name.
-        ValueError: truncated, no torch file, no weights inside, or a pickle that would need code.
+        ValueError: truncated, no torch file, no weights inside, a pickle that would need code, or a part of it is of
+            the wrong kind.
     """
-    if Path(source).suffix == '.safetensors':
-        source = Path(source).parent  # its sizes are in the config.json beside it
     if not names_a_file(source):
-        return read_folder(source)
-    path = local_file(source)
-    try:
-        checkpoint = read_tensors(path, mmap)
+        checkpoint = read_folder(source)
+    else:
+        checkpoint = read_file(source, mmap)
+        if isinstance(checkpoint, dict) and checkpoint and 'model' not in checkpoint and \
+                all(isinstance(weight, torch.Tensor) for weight in checkpoint.values()):
+            if re.search(r'-of-(?!00001\.)\d{5}\.\w+$', str(source)):
+                raise ValueError(f'{source} is one of several files of weights: give their folder')
+            try:
+                find_file(source, 'config.json')
+            except FileNotFoundError:
+                raise ValueError(f'{source} holds no weights that can be used: they are bare tensors '
+                                 f'({", ".join(list(checkpoint)[:3])}), and beside it is no config.json that says of '
+                                 f'which net') from None
+            checkpoint = read_folder(source, checkpoint)
         if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('model'), dict):
             keys = list(checkpoint)[:3] if isinstance(checkpoint, dict) else type(checkpoint).__name__
-            raise ValueError(f'{path} holds no weights: expected a dictionary with the key "model", got {keys}')
-    except ValueError:
-        if is_url(source):
-            path.unlink(missing_ok=True)  # the next run downloads it again
-        raise
-    return checkpoint
+            raise ValueError(f'{source} holds no weights: expected a dictionary with the key "model", got '
+                             f'{str(keys)[:200]}')
+    check_tensors(checkpoint['model'], source)
+    if 'architecture' in checkpoint:
+        check_parts(checkpoint, source)
+        return checkpoint
+    return {key: checkpoint[key] for key in ('model', 'config') if key in checkpoint}  # what we know of another code's
 
 
-def build(config: BLIPConfig, weights: dict[str, torch.Tensor], source: str) -> BLIP:
-    """The frozen-for-use net of an architecture and its weights, in eval mode, without a copy of the weights.
+def check_parts(checkpoint: dict, source: str | os.PathLike) -> None:
+    """Check the kind of everything beside the weights of a checkpoint of ours.
+
+    Raises:
+        ValueError: naming the part.
+    """
+    if checkpoint.get('format', FORMAT) != FORMAT:
+        raise ValueError(f'{source} is of the format {str(checkpoint["format"])[:40]!r}, this version of DLIP reads '
+                         f'{FORMAT!r}: use the version that wrote it')
+    vocab = checkpoint.get('vocab')
+    if vocab is not None and not (isinstance(vocab, list) and all(isinstance(token, str) for token in vocab)):
+        raise ValueError(f'the vocabulary of {source} is no list of words')
+    config = checkpoint.get('config')
+    parts = {name: checkpoint.get(name) for name in ('config', 'metrics')}
+    parts |= {f'config.{name}': config.get(name) for name in SECTIONS} if isinstance(config, dict) else {}
+    for name, part in parts.items():
+        if part is not None and not isinstance(part, dict):
+            raise ValueError(f'{name} in {source} is {type(part).__name__}, not a mapping')
+        try:  # as an export will
+            json.dumps(part, ensure_ascii=False, sort_keys=True).encode()
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f'{name} in {source} holds what is no plain value ({shorten(error, 120)})') from None
+
+
+def build(config: BLIPConfig, weights: dict[str, torch.Tensor], source: str | os.PathLike, copy: bool = True) -> BLIP:
+    """The frozen-for-use net of an architecture and its weights, in eval mode.
+
+    Args:
+        source: where the weights come from. Those of a file may be mapped: what is overwritten in place changes, or
+            ends the process by SIGBUS. A file outside the caches (of the hub and of URLs), which are only ever added
+            to, is therefore copied.
+        copy: False takes float32 weights as they are.
 
     Raises:
         ValueError: they do not fit (see `load_weights`).
     """
-    with torch.device('meta'):
-        model = BLIP(config).float()  # whatever torch's default dtype is
-    load_weights(model, weights, source)
+    try:
+        with torch.device('meta'):
+            model = BLIP(config).float()  # whatever torch's default dtype is
+    except ValueError as error:
+        raise ValueError(f'{source} cannot be loaded: {error}') from None
+    load_weights(model, weights, source, copy and Path(source).exists())
     return model.eval()
 
 
@@ -84,19 +133,21 @@ def tied_names(model: BLIP) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
-def load_weights(model: BLIP, weights: dict[str, torch.Tensor], source: str) -> None:
+@torch.no_grad()
+def load_weights(model: BLIP, weights: dict[str, torch.Tensor], source: str | os.PathLike, copy: bool = False) -> None:
     """Load a state dict key for key and shape for shape; position embeddings are resampled to the image size.
 
     Of a parameter with several names (the tied word embedding) a file may hold one; several must agree. A net on the
-    meta device takes the tensors themselves, any other copies them.
+    meta device takes the tensors themselves, as float32, or with `copy` their copies; any other copies them.
 
     Raises:
-        ValueError: naming the missing, unexpected, misshaped and untied keys, or those that hold NaN.
+        ValueError: naming the missing, unexpected, misshaped and untied keys, or those with unusable numbers.
     """
     other_task = TASK_PARTS.get(model.config.task, ())
-    weights = {key: value for key, value in weights.items()
+    weights = {key: weight for key, weight in weights.items()
                if not key.startswith(SKIPPED_PREFIXES) and key not in SKIPPED_KEYS
                and not key.endswith(SKIPPED_SUFFIXES) and not key.startswith(other_task)}
+    check_numbers(weights, source)
     own, on_meta = model.state_dict(), model.device.type == 'meta'
     untied = []
     for names in tied_names(model):
@@ -112,25 +163,26 @@ def load_weights(model: BLIP, weights: dict[str, torch.Tensor], source: str) -> 
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [f'{key} {tuple(weights[key].shape)} in the file, {tuple(own[key].shape)} in the net'
               for key in own.keys() & weights.keys() if weights[key].shape != own[key].shape]
-    problems = [f'{len(keys)} {what} ({", ".join(keys[:3])}{", ..." if len(keys) > 3 else ""})'
+    problems = [f'{len(keys)} {what} ({", ".join(key[:200] for key in keys[:3])}{", ..." if len(keys) > 3 else ""})'
                 for what, keys in (('missing', missing), ('unexpected', unexpected), ('misshaped', sorted(shapes)),
                                    ('untied', untied))
                 if keys]
     if problems:
         raise ValueError(f'{source} does not fit a {model.config.task!r} net of this size: {"; ".join(problems)}. '
                          f'Check model.size, model.image_size and which checkpoint this is.')
-    weights = {key: weight.to(own[key].dtype) for key, weight in weights.items()}
-    broken = [key for key, weight in weights.items() if not weight.sum().isfinite()]
-    if broken:
-        raise ValueError(f'{source} holds NaN or infinite numbers ({", ".join(broken[:3])}): the training that wrote '
-                         f'it diverged, use an earlier one')
+    if 'temp' in own and not float(weights['temp']) > 0:
+        raise ValueError(f'{source} holds no usable net: its temperature is {float(weights["temp"]):g}')
+    if on_meta:
+        taken = {id(weight): weight.detach().to(torch.float32, copy=copy, memory_format=torch.contiguous_format)
+                 for weight in weights.values()}  # tied ones once
+        weights = {key: taken[id(weight)] for key, weight in weights.items()}
     model.load_state_dict(weights, assign=on_meta)
     if on_meta and model.text_decoder is not None:
         model.text_decoder.tie_head()
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
+    return a.data_ptr() == b.data_ptr() or (a.dtype == b.dtype and torch.equal(a, b))
 
 
 def fingerprint(model: BLIP) -> str:
@@ -150,10 +202,14 @@ def save_checkpoint(path: str | os.PathLike, model: BLIP, tokenizer: Tokenizer, 
 
 
 def stored_config(checkpoint: dict, path: str | os.PathLike) -> BLIPConfig:
-    """The architecture of a checkpoint's net: as written in our files, read from the tensors of original ones."""
-    if 'architecture' in checkpoint:
-        return BLIPConfig(**checkpoint['architecture'])
+    """The architecture of a checkpoint's net: as written in our files, read from the tensors of original ones.
+
+    Raises:
+        ValueError: it is impossible, or the tensors are of another.
+    """
     try:
+        if 'architecture' in checkpoint:
+            return described_config(checkpoint['architecture'], checkpoint['model'])
         return infer_config(checkpoint['model'], checkpoint.get('config'))
     except ValueError as error:
         raise ValueError(f'{path} cannot be loaded: {error}') from None
@@ -176,14 +232,21 @@ def load_model(path: str | os.PathLike, device: str | torch.device = 'cpu', task
     """
     checkpoint = read_checkpoint(path)
     config = stored_config(checkpoint, path)
-    if not checkpoint.pop('architecture', None):
+    if checkpoint.pop('architecture', None) is None:
         checkpoint.pop('config', None)  # of another code: nothing of it is ours
     vocab = checkpoint.pop('vocab', None)
-    words = Tokenizer(vocab) if vocab else Tokenizer.from_pretrained(tokenizer)
+    try:
+        words = Tokenizer.from_pretrained(tokenizer) if vocab is None else Tokenizer(vocab)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'{path} carries no vocabulary, and there is {error}') from None
+    except ValueError as error:
+        raise ValueError(f'the vocabulary of {path}: {error}') from None
     if len(words) != config.vocab_size:
-        raise ValueError(f'{path} has a vocabulary of {config.vocab_size} tokens, {"its own" if vocab else "the"} '
-                         f'tokenizer {"" if vocab else tokenizer} has {len(words)}: give the one it was trained with')
+        whose = f'the tokenizer {tokenizer}' if vocab is None else 'its own tokenizer'
+        raise ValueError(f'{path} has a vocabulary of {config.vocab_size} tokens, {whose} has {len(words)}: give the '
+                         f'one it was trained with')
     if task and config.task not in ('pretrain', task):
         raise ValueError(f'{path} is a {config.task} checkpoint: it cannot serve {task}')
-    model = build(replace(config, task=task or config.task), checkpoint.pop('model'), str(path))
+    model = build(replace(config, task=task or config.task), checkpoint.pop('model'), path,
+                  copy=torch.device(device).type == 'cpu')  # a GPU's are copied anyway
     return model.to(device), words, checkpoint

@@ -21,9 +21,10 @@ import re
 import torch
 
 from models.blip import BLIP, BLIPConfig
-from models.sources import WEIGHT_FILES, find_file, local_file, names_a_file, read_tensors
+from models.sources import find_file, names_a_file, read_weights
 from models.tokenizer import Tokenizer
 from models.vit import resample_positions
+from models.weight_checks import check_numbers
 from utils import logger, shorten
 
 LAYER_CHOICES = ('spaced', 'first', 'last')
@@ -231,12 +232,11 @@ def load_timm(model: BLIP, source: str) -> None:
     """
     import timm
     if names_a_file(source):
-        weights = read_tensors(local_file(source))
-        weights = weights.get('model', weights)  # as DeiT's own files
+        weights = read_weights(source)
     else:
         known = timm.models.get_pretrained_cfg(source) if '/' not in source and timm.is_model(source) else None
         repository = known.hf_hub_id if known is not None and known.hf_hub_id else source
-        weights = read_tensors(find_file(repository, *WEIGHT_FILES))
+        weights = read_weights(repository)
     # a classifier is not part of the tower
     fill(model.visual_encoder, {name: weight for name, weight in weights.items() if not name.startswith('head.')},
          f'{source} (model.init_vision)')
@@ -284,7 +284,7 @@ def load_bert(model: BLIP, source: str, tokenizer: Tokenizer, choice: str = 'spa
 def read_bert(source: str) -> Weights:
     """The weights of a BERT in the names of our text tower, its token type folded in."""
     weights = {}
-    for name, weight in read_tensors(find_file(source, *WEIGHT_FILES)).items():
+    for name, weight in read_weights(source).items():
         name = name.removeprefix('bert.').replace('LayerNorm.gamma', 'LayerNorm.weight').replace(
             'LayerNorm.beta', 'LayerNorm.bias')
         if not name.startswith(('pooler.', 'cls.seq_relationship.')) and not name.endswith('position_ids'):
@@ -301,6 +301,7 @@ def read_bert(source: str) -> Weights:
 
 def fill(module: torch.nn.Module, weights: Weights, source: str, partial: bool = False) -> list[str]:
     """A strict load whose error names the source; `partial` lets names be missing and returns them."""
+    check_numbers(weights, source)
     own = module.state_dict()
     if 'pos_embed' in own and 'pos_embed' in weights:
         weights = weights | {'pos_embed': resample_positions(weights['pos_embed'], own['pos_embed'])}

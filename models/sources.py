@@ -3,20 +3,28 @@
 Every torch file is read `weights_only`, so that nothing in it can run code.
 """
 
+import json
 import os
 import pickle
+import posixpath
 import re
+from hashlib import sha256
+from http.client import HTTPException
 from pathlib import Path
-from urllib.parse import urlparse
+from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.request import Request, urlopen
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from utils import barrier, is_main, shorten
+from models.weight_checks import check_tensors
+from utils import atomic_write, barrier, progress, shorten
 
-WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')  # of a folder or repository, the better one first
+INDEX = '.index.json'  # of weights that are split over several files
+# Of a folder or repository, the better one first.
+WEIGHT_FILES = tuple(f'{name}{end}' for name in ('model.safetensors', 'pytorch_model.bin') for end in ('', INDEX))
 SUFFIXES = ('.pth', '.pt', '.bin', '.safetensors')
+TIMEOUT = 60  # seconds that a server may say nothing
 
 
 def is_url(source: str | os.PathLike) -> bool:
@@ -25,46 +33,85 @@ def is_url(source: str | os.PathLike) -> bool:
 
 def names_a_file(source: str | os.PathLike) -> bool:
     """Whether a source is one file (there or not) rather than a folder or a name on the hub."""
-    return is_url(source) or Path(source).suffix in SUFFIXES or Path(source).is_file()
+    path = Path(source)
+    return is_url(source) or path.is_file() or (path.suffix in SUFFIXES and not path.is_dir())
 
 
 def local_file(source: str | os.PathLike) -> Path:
     """The path of a file; of a URL its copy in torch.hub's cache, downloaded when absent (once per machine).
 
-    A checksum in the name, by torch.hub's convention (`deit_small_patch16_224-cd65a155.pth`), is checked.
+    The copy is named by a hash of the whole URL: files of one name at two addresses are two files.
 
     Raises:
-        FileNotFoundError: no such file, or the download failed (a part of a file is never kept).
+        FileNotFoundError: no such file, or the download failed.
     """
     if not is_url(source):
         if not Path(source).is_file():
             raise FileNotFoundError(f'no checkpoint {source}')
         return Path(source)
-    path = Path(torch.hub.get_dir()) / 'checkpoints' / Path(urlparse(str(source)).path).name
+    url = str(source)
+    name = re.sub(r'[^\w.-]', '_', unquote(url_name(url)))[-80:]
+    digest = sha256(url.encode('utf-8', 'replace')).hexdigest()[:16]
+    path = Path(torch.hub.get_dir()) / 'checkpoints' / f'{digest}-{name}'
     if not path.is_file() and downloads():
         path.parent.mkdir(parents=True, exist_ok=True)
-        checksum = re.search(r'-([a-f0-9]{8,})\.', path.name)
         try:
-            torch.hub.download_url_to_file(str(source), str(path), checksum and checksum[1], progress=is_main())
-        except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(f'cannot download {source} ({error}): fetch it on another machine and give its '
+            download(url, path)
+        except (OSError, HTTPException, ValueError) as error:
+            raise FileNotFoundError(f'cannot download {url} ({error}): fetch it on another machine and give its '
                                     f'path') from None
     barrier()
     return path
 
 
-def find_file(source: str | os.PathLike, *names: str) -> Path:
-    """The first of `names` that is in a folder, or in a repository of the hub.
+def url_name(url: str) -> str:
+    """The last part of a URL's path."""
+    return posixpath.basename(urlsplit(url).path)
+
+
+def download(url: str, path: Path) -> None:
+    """Fetch a file: whole, or not at all. Processes that fetch the same one do not disturb each other.
+
+    A checksum in the name, by torch.hub's convention (`deit_small_patch16_224-cd65a155.pth`), is checked.
 
     Raises:
-        FileNotFoundError: neither has one of them; one message, which says what to do.
+        OSError, HTTPException, ValueError: no answer, a bad address, too few bytes, or another checksum.
     """
-    if not Path(source).is_dir():
+    checksum, digest = re.search(r'-([a-f0-9]{8,})\.', url_name(url)), sha256()
+    with atomic_write(path, 'wb') as file, \
+            urlopen(Request(url, headers={'User-Agent': 'dlip'}), timeout=TIMEOUT) as answer, \
+            progress(None, answer.length, url_name(url)) as bar:
+        while chunk := answer.read(2 ** 20):
+            file.write(chunk)
+            digest.update(chunk)
+            bar.update(len(chunk))
+        if answer.length:
+            raise OSError(f'the connection ended {answer.length} bytes early')
+        if checksum and not digest.hexdigest().startswith(checksum[1]):
+            raise OSError(f'its checksum is {digest.hexdigest()[:8]}, its name says {checksum[1]}')
+
+
+def find_file(source: str | os.PathLike, *names: str) -> Path:
+    """The first of `names` that is in a folder, in a repository of the hub, or beside a file or URL.
+
+    Raises:
+        FileNotFoundError: there is none; one message, which says what to do.
+    """
+    if is_url(source):
+        parts = urlsplit(str(source))
+        for name in names:
+            try:
+                return local_file(urlunsplit(parts._replace(path=posixpath.join(posixpath.dirname(parts.path), name))))
+            except FileNotFoundError as error:
+                missing = error
+        raise missing
+    folder = Path(source).parent if names_a_file(source) else Path(source)
+    if not folder.is_dir():
         return hub_file(str(source), *names)
     for name in names:
-        if (Path(source) / name).is_file():
-            return Path(source) / name
-    raise FileNotFoundError(f'the folder {source} has no {" or ".join(names)}')
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f'the folder {folder} has no {" or ".join(names)}')
 
 
 def hub_file(repository: str, *names: str) -> Path:
@@ -105,6 +152,56 @@ def downloads() -> bool:
     return int(os.environ.get('LOCAL_RANK', 0)) == 0
 
 
+def read_file(source: str | os.PathLike, mmap: bool = True):
+    """The content of one file or URL (see `read_tensors`); an index of weights is followed to the files that it names.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is unreadable; of a URL the copy is deleted, so that the next run downloads it again.
+    """
+    path = local_file(source)
+    try:
+        return read_parts(source, path) if path.name.endswith(INDEX) else read_tensors(path, mmap)
+    except ValueError:
+        if is_url(source):
+            path.unlink(missing_ok=True)
+        raise
+
+
+def read_weights(source: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The state dict of a file, URL, folder or repository of the hub.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is unreadable, or no state dict.
+    """
+    if names_a_file(source):
+        weights = read_file(source)
+        weights = weights.get('model', weights) if isinstance(weights, dict) else weights  # as DeiT's own files
+    else:
+        path = find_file(source, *WEIGHT_FILES)
+        weights = read_parts(source, path) if path.name.endswith(INDEX) else read_tensors(path)
+    check_tensors(weights, source)
+    return weights
+
+
+def read_parts(source: str | os.PathLike, index: Path) -> dict[str, torch.Tensor]:
+    """The weights of the files that an index names, which lie beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))
+        if not all(Path(name).name == name for name in names):
+            raise ValueError('it names files of other folders')
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f'{index} is no index of weights ({shorten(error, 120)})') from None
+    weights = {}
+    for name in names:
+        part = read_tensors(find_file(source, name))
+        if not isinstance(part, dict):
+            raise ValueError(f'{name}, which {index} names, holds no weights')
+        weights |= part
+    return weights
+
+
 def read_tensors(path: Path, mmap: bool = True) -> dict:
     """The content of a torch or safetensors file on the CPU, mapped rather than copied where the format allows.
 
@@ -123,11 +220,14 @@ def read_tensors(path: Path, mmap: bool = True) -> dict:
         if not zipped and start[8:9] == b'{':
             return load_file(path)
         return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and zipped)
+    except MemoryError:
+        raise  # the machine's fault
     except pickle.UnpicklingError as error:
         wanted = re.search(r'GLOBAL ([\w.]+)', str(error))
         reason = f'needs the code of {wanted[1]}' if wanted else 'is damaged or needs code'
         raise ValueError(f'{path} {reason} to be read, which is refused: whoever made it can save its state_dict '
                          f'alone') from None
-    except (RuntimeError, EOFError, OSError, KeyError, SafetensorError) as error:
+    except Exception as error:  # torch's reader trusts the file: what a damaged one raises has no common kind
         raise ValueError(f'{path} is not a readable checkpoint, it may be truncated '
-                         f'({str(error).splitlines()[0][:120]}): download or train it again') from None
+                         f'({(str(error).splitlines() or [type(error).__name__])[0][:120]}): download or train it '
+                         f'again') from None

@@ -10,6 +10,7 @@ import torch
 from models.sources import find_file
 from utils import atomic_write, shorten
 
+VOCABULARY_FILES = ('vocab.txt', 'tokenizer.json')
 DEC, ENC = '[DEC]', '[ENC]'  # start of a caption, start of a text to be matched with an image
 
 
@@ -19,6 +20,9 @@ class Tokenizer:
     Args:
         vocab: the tokens in the order of their ids. [DEC] and [ENC] are appended when absent, as BLIP does
             with bert-base-uncased (ids 30522 and 30523).
+
+    Raises:
+        ValueError: they are no vocabulary of a BERT.
     """
 
     def __init__(self, vocab: list[str]):
@@ -32,27 +36,46 @@ class Tokenizer:
         self.bos_id, self.enc_id = ids[DEC], ids[ENC]
         self._starts = {'[CLS]': self.cls_id, DEC: self.bos_id, ENC: self.enc_id}
         self._special = {self.pad_id, self.cls_id, self.sep_id, self.bos_id, self.enc_id}
-        self._wordpiece = tokenizers.BertWordPieceTokenizer(ids, lowercase=True)
+        try:
+            self._wordpiece = tokenizers.BertWordPieceTokenizer(ids, lowercase=True)
+        except (UnicodeEncodeError, TypeError):
+            raise ValueError('not a BERT vocabulary: it holds half characters (lone surrogates)') from None
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str) -> 'Tokenizer':
+    def from_pretrained(cls, name_or_path: str | os.PathLike) -> 'Tokenizer':
         """Read a `vocab.txt`, a folder that holds one, or a tokenizer of the Hugging Face hub by name.
 
         Raises:
             FileNotFoundError: neither a local vocabulary nor reachable or cached on the hub.
+            ValueError: the file is damaged, or no vocabulary of a BERT.
         """
-        if Path(name_or_path).is_file():
-            path = Path(name_or_path)
-        else:
+        if not Path(name_or_path).is_file():
             try:
-                path = find_file(name_or_path, 'vocab.txt', 'tokenizer.json')
+                name_or_path = find_file(name_or_path, *VOCABULARY_FILES)
             except FileNotFoundError as error:
                 raise FileNotFoundError(f'no vocabulary {shorten(str(name_or_path), 400)}: {error}, or a '
                                         f'vocab.txt') from None
-        if path.suffix == '.json':
-            vocab = tokenizers.Tokenizer.from_file(str(path)).get_vocab()
-            return cls(sorted(vocab, key=vocab.get))
-        return cls(path.read_text(encoding='utf-8').splitlines())
+        return cls.from_file(Path(name_or_path))
+
+    @classmethod
+    def from_file(cls, path: Path) -> 'Tokenizer':
+        """Read a `vocab.txt` or `tokenizer.json`.
+
+        Raises:
+            ValueError: naming the file, which is damaged or no vocabulary of a BERT.
+        """
+        try:
+            if path.suffix == '.json':
+                ids = tokenizers.Tokenizer.from_file(str(path)).get_vocab()
+                if sorted(ids.values()) != list(range(len(ids))):
+                    raise ValueError(f'its ids are not 0 to {len(ids) - 1}')
+                return cls(sorted(ids, key=ids.get))
+            lines = path.read_text(encoding='utf-8').removesuffix('\n').split('\n')  # a token may hold other line ends
+            return cls(lines)
+        except OSError:
+            raise
+        except Exception as error:  # of any kind: the tokenizers library raises Exception itself
+            raise ValueError(f'{path} is no tokenizer: {shorten(error, 120)}') from None
 
     def __len__(self) -> int:
         return len(self.vocab)

@@ -7,9 +7,11 @@ one model (each of the two classes finds its part of it). What DLIPProd needs be
 config.json, where transformers leaves it alone.
 """
 
+import contextlib
 import json
 import os
 import re
+import secrets
 from pathlib import Path
 
 import torch
@@ -19,9 +21,10 @@ from data.transforms import MEAN, STD
 from models.blip import BLIP, BLIPConfig
 from models.model_card import model_card
 from models.originals import held_task
-from models.sources import WEIGHT_FILES, find_file, read_tensors
+from models.sources import WEIGHT_FILES, find_file, read_weights
 from models.text import LAYER_NORM_EPS
-from models.tokenizer import Tokenizer
+from models.tokenizer import VOCABULARY_FILES, Tokenizer
+from models.weight_checks import check_tensors
 from utils import atomic_write, shorten
 
 # Ours (those of the original BLIP and timm) and theirs; # is a layer number. Names not listed are the same in both.
@@ -52,30 +55,43 @@ def rename(key: str, to_theirs: bool) -> str:
     return key
 
 
-def read_folder(source: str | os.PathLike) -> dict:
+def read_folder(source: str | os.PathLike, weights: dict[str, torch.Tensor] | None = None) -> dict:
     """A folder, or a repository of the Hugging Face hub by name -> what a checkpoint of ours holds: `model`,
     `architecture`, and where there: `vocab`, `config`, `metrics`.
+
+    Args:
+        weights: of the file `source`, whose other files lie beside it; None: those of the folder.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: no BLIP, or one that differs from BLIP's architecture.
     """
     path = find_file(source, 'config.json')
-    weights = {rename(key, to_theirs=False): weight
-               for key, weight in read_tensors(find_file(source, *WEIGHT_FILES)).items()}
+    weights = read_weights(source) if weights is None else weights
+    check_tensors(weights, source)
+    weights = {rename(key, to_theirs=False): weight for key, weight in weights.items()}
     try:
         settings = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{path} is not valid JSON ({error})') from None
+    if not isinstance(settings, dict) or not isinstance(settings.get('dlip', {}), dict):
+        raise ValueError(f'{path} must hold a mapping of settings, and its "dlip" too if it has one')
     extra = settings.get('dlip', {})
+    if extra.get('format', FORMAT) != FORMAT:
+        raise ValueError(f'{path} is of the format {str(extra["format"])[:40]!r}, this version of DLIP reads '
+                         f'{FORMAT!r}: use the version that wrote it')
     if 'temperature' in extra:
-        weights['temp'] = torch.tensor(extra['temperature'])
-    checkpoint = {'model': weights, 'architecture': read_config(settings, held_task(weights), path).to_dict(),
-                  **{key: extra[key] for key in ('config', 'metrics') if key in extra}}
+        if type(extra['temperature']) not in (int, float):
+            raise ValueError(f'{path}: the temperature is {str(extra["temperature"])[:40]!r}, no number')
+        weights['temp'] = torch.tensor(float(extra['temperature']))
     try:
-        checkpoint['vocab'] = Tokenizer.from_pretrained(source).vocab
-    except FileNotFoundError:
-        pass  # the caller names another vocabulary
+        architecture = read_config(settings, held_task(weights), path).to_dict()
+    except ValueError as error:
+        raise ValueError(f'{source} cannot be loaded: {error}') from None
+    checkpoint = {'model': weights, 'architecture': architecture,
+                  **{key: extra[key] for key in ('config', 'metrics') if key in extra}}
+    with contextlib.suppress(FileNotFoundError):  # then the caller names another vocabulary
+        checkpoint['vocab'] = Tokenizer.from_file(find_file(source, *VOCABULARY_FILES)).vocab
     return checkpoint
 
 
@@ -88,14 +104,17 @@ def read_config(settings: dict, task: str, path: Path) -> BLIPConfig:
     from transformers import BlipConfig
     if settings.get('model_type') != 'blip':
         raise ValueError(f'{path} describes a {shorten(settings.get("model_type"))}, not a "blip"')
-    config = BlipConfig.from_dict(settings)
+    try:
+        config = BlipConfig.from_dict({key: value for key, value in settings.items() if key != 'dlip'})
+    except Exception as error:  # of a kind that differs between versions of transformers
+        raise ValueError(f'{path} describes no BLIP ({" ".join(str(error).split())[:200]})') from None
     vision, text = config.vision_config, config.text_config
     for name, value, needed in (('vision_config.hidden_act', vision.hidden_act, 'gelu'),
                                 ('text_config.hidden_act', text.hidden_act, 'gelu'),
                                 ('text_config.layer_norm_eps', text.layer_norm_eps, LAYER_NORM_EPS),
                                 ('vision_config.intermediate_size', vision.intermediate_size, 4 * vision.hidden_size)):
         if value != needed:
-            raise ValueError(f'{path}: {name} is {value}; a BLIP of this repository has {needed}')
+            raise ValueError(f'{path}: {name} is {str(value)[:40]}; a BLIP of this repository has {needed}')
     return BLIPConfig(
         image_size=vision.image_size, patch_size=vision.patch_size, vision_width=vision.hidden_size,
         vision_depth=vision.num_hidden_layers, vision_heads=vision.num_attention_heads,
@@ -140,7 +159,7 @@ def write_folder(folder: str | os.PathLike, model: BLIP, tokenizer: Tokenizer, i
             weights[rename(key, to_theirs=True)] = weight.cpu()
     if model.config.task == 'pretrain':  # what encoder and decoder share is written twice: each class finds all of its
         weights = {key: weight.clone() for key, weight in weights.items()}
-    part = folder / f'model.tmp{os.getpid()}'
+    part = folder / f'model.tmp{secrets.token_hex(6)}'
     try:
         save_file(weights, part, metadata={'format': 'pt'})
         os.replace(part, folder / WEIGHT_FILES[0])

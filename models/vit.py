@@ -1,5 +1,6 @@
 """Vision tower: timm's VisionTransformer, whose parameter names are those of BLIP's checkpoints."""
 
+import math
 from collections.abc import Collection
 from functools import partial
 
@@ -101,7 +102,9 @@ def resample_positions(pos_embed: torch.Tensor, like: torch.Tensor) -> torch.Ten
 
     Bicubic without antialiasing, as BLIP's `interpolate_pos_embed`.
     """
-    if pos_embed.shape == like.shape or pos_embed.shape[-1] != like.shape[-1]:
-        return pos_embed  # a different width is left for the strict load to report
+    patches = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0
+    if pos_embed.shape == like.shape or pos_embed.shape[-1] != like.shape[-1] or len(pos_embed) != 1 \
+            or patches < 1 or math.isqrt(patches) ** 2 != patches:
+        return pos_embed  # what is no square of this width is left for the strict load to report
     side = int((like.shape[1] - 1) ** 0.5)
     return resample_abs_pos_embed(pos_embed, new_size=[side, side], num_prefix_tokens=1, antialias=False)

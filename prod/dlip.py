@@ -8,20 +8,20 @@ from PIL import Image
 
 from data.transforms import eval_transform
 from models.checkpoint import load_model
-from models.generation import PROMPT, generate
+from models.generation import generate
 from models.originals import VOCABULARY
 from models.precision import for_inference
 from models.tokenizer import DEC, ENC
 from models.transformers_format import write_folder
 from prod.defaults import on_its_own_devices
-from prod.images import kind, named_images, read_image
+from prod.images import named_images, read_image
 from prod.index import PictureIndex
-from prod.memory import fitting, pair_bytes, picture_bytes
+from prod.memory import check_batch_size, fitting, pair_bytes, picture_bytes
+from prod.run_settings import MAX_NEW, MIN_NEW, run_settings
+from prod.texts import checked_texts
 from utils import choose_device, shorten
 
 NEEDS = {'caption': 'text_decoder', 'retrieval': 'text_encoder'}
-MAX_TOKENS = 35  # of a text, where the checkpoint does not say what it was trained with
-MIN_NEW, MAX_NEW = 6, 26  # tokens of a caption after its prompt: the original's 10 and 30 less the 4 of its prompt
 TEXTS = 256  # texts a batch
 
 
@@ -67,14 +67,10 @@ class DLIPProd:
         self.name, self.weight, self.device, self.memory = name, str(weight), choose_device(device), memory
         self.net, self.tokenizer, self.info = load_model(weight, self.device, tokenizer=tokenizer)
         self.model = for_inference(self.net, precision, backend)
-        config = self.info.get('config', {})
-        data = config.get('data', {})
-        self.prompt = data.get('prompt', '' if data else PROMPT)  # pre-training has none
-        self.max_tokens = data.get('max_tokens', MAX_TOKENS)
+        self.prompt, self.max_tokens, generation = run_settings(self.info, self.model.config.max_positions, weight)
         self.prompt_ids = self.tokenizer([self.prompt], self.model.config.max_positions, DEC)[0][0, :-1]
         self.generation = {'num_beams': 3, 'max_length': len(self.prompt_ids) + MAX_NEW,
-                           'min_length': len(self.prompt_ids) + MIN_NEW}
-        self.generation |= {key: config.get('eval', {}).get(key, value) for key, value in self.generation.items()}
+                           'min_length': len(self.prompt_ids) + MIN_NEW, **generation}
         self.transform = eval_transform(self.model.config.image_size)
         if name is not None:
             self._require(name)
@@ -324,20 +320,7 @@ class DLIPProd:
                 prompt: str = '') -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Texts, each after the prompt -> batches of ids and mask [<= batch_size, T] on the device."""
         check_batch_size(batch_size)
-        texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(texts, list | tuple):
-            raise TypeError(f'texts is {kind(texts)}: pass a str or a list of str')
-        if not texts:
-            raise ValueError('the list of texts is empty: pass at least one text')
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise TypeError(f'texts[{i}] is {kind(text)}: it must be a str')
-        texts = [prompt + text.encode('utf-8', 'replace').decode() for text in texts]  # lone surrogates
+        texts = [prompt + text for text in checked_texts(texts)]
         for i in range(0, len(texts), batch_size):
             ids, mask = self.tokenizer(texts[i:i + batch_size], self.max_tokens, start)
             yield ids.to(self.device), mask.to(self.device)
-
-
-def check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f'batch_size must be at least 1, got {batch_size}')

@@ -25,3 +25,8 @@ def pair_bytes(config: BLIPConfig, length: int, vocabulary: bool) -> int:
 def fitting(budget: float, each: int) -> int:
     """How many rows of `each` bytes a budget in GiB holds: at least one."""
     return min(max(int(budget * 2 ** 30 / each), 1), MOST)
+
+
+def check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f'batch_size must be at least 1, got {batch_size}')

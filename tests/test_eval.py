@@ -1,6 +1,7 @@
 """Metrics against numbers worked out by hand, re-ranking against a plain loop, scripts end to end."""
 
 import json
+import os
 import random
 import re
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from eval import caption as caption_script
 from eval import metrics, report, speed
 from eval import retrieval as retrieval_script
 from eval.caption import evaluate_captions, score_captions, server_results
+from eval.cider import CiderReward
 from eval.metrics import caption_metrics, ranks, recall_at_k, retrieval_metrics
 from eval.retrieval import NOT_RANKED, evaluate_retrieval, nearest, retrieval_scores
 from models.blip import BLIP, BLIPConfig
@@ -215,6 +217,25 @@ def test_a_teacher_stands_beside_the_student(files, tmp_path, capsys, monkeypatc
         assert len(record['n_best']) == 2 and record['n_best'][0] == record['caption'] == sent['caption']
 
 
+@pytest.mark.parametrize('script', [retrieval_script, caption_script], ids=['retrieval', 'caption'])
+def test_a_run_that_cannot_work_ends_before_it_evaluates(files, flickr, tmp_path, monkeypatch, script):
+    """Each with one line that names the thing: a missing teacher costs no evaluation of the other net."""
+    task, other = ('retrieval', 'caption') if script is retrieval_script else ('caption', 'retrieval')
+    monkeypatch.setattr(script, f'evaluate_{task}s' if task == 'caption' else 'retrieval_scores',
+                        lambda *_, **__: pytest.fail('it evaluated'))
+    (tmp_path / 'file').write_text('')
+    for options, message in ((['--checkpoint', getattr(files, other)], f'{other} checkpoint: it cannot serve {task}'),
+                             (['--checkpoint', files.pretrain, '--teacher', 'none.pth'], 'no checkpoint none.pth'),
+                             (['--checkpoint', 'none.pth', '--teacher', files.pretrain], 'no checkpoint none.pth'),
+                             (['--checkpoint', files.pretrain, '--split', 'val'], "split 'val'"),
+                             (['--checkpoint', files.pretrain, '--output_dir', str(tmp_path / 'file')],
+                              'cannot write to the output folder')):
+        with pytest.raises((ValueError, OSError), match=message) as caught:
+            script.main(['--config', getattr(files, f'{task}_config'), '--output_dir', str(tmp_path / 'out'),
+                         '--device', 'cpu', *options])
+        assert '\n' not in str(caught.value)
+
+
 # ---------------------------------------------------------------- captions
 
 HYPOTHESES = {'a': 'A man rides a horse.', 'b': "the dog's ball is red", 'c': ''}
@@ -223,7 +244,7 @@ REFERENCES = {'a': ['a man is riding a horse', 'A person, on a horse!'], 'b': ['
 
 
 @pytest.mark.parametrize('words', ['simple', 'ptb'])
-def test_caption_metrics_equal_pycocoevalcap(words):
+def test_caption_metrics_equal_pycocoevalcap(words, monkeypatch):
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
@@ -237,7 +258,10 @@ def test_caption_metrics_equal_pycocoevalcap(words):
         given, wanted = (PTBTokenizer().tokenize({key: [{'caption': text} for text in texts]
                                                   for key, texts in side.items()})
                          for side in ({key: [text] for key, text in HYPOTHESES.items()}, REFERENCES))
-    corpus, single = caption_metrics(HYPOTHESES, REFERENCES, tokenizer=words, meteor=words == 'ptb')
+    with monkeypatch.context() as italian:
+        speak(italian, 'it')
+        metrics.meteor_server.cache_clear()
+        corpus, single = caption_metrics(HYPOTHESES, REFERENCES, tokenizer=words, meteor=words == 'ptb')
     bleu, bleus = Bleu(4).compute_score(wanted, given, verbose=0)
     assert [corpus[f'Bleu_{n}'] for n in (1, 2, 3, 4)] == [100 * x for x in bleu]
     assert corpus['CIDEr'] == 100 * Cider().compute_score(wanted, given)[0]
@@ -302,8 +326,72 @@ def test_without_java_the_rest_still_comes_and_the_remedy_is_said_once(monkeypat
     assert len([r for r in caplog.records if 'apt install default-jre-headless' in r.message]) == 1
 
 
+@pytest.mark.parametrize('text, words', [
+    ("A man's dog, running.", "a man's dog running"), ('一只狗在草地上奔跑。', '一 只 狗 在 草 地 上 奔 跑'),
+    ('ｶﾞﾗｽの猫と3 dogs', 'ガ ラ ス の 猫 と 3 dogs'), ('개가 달린다', '개가 달린다'), ('สุนัขวิ่ง', 'สุ นั ข วิ่ ง'),
+    ('हिन्दी शब्द', 'हिन्दी शब्द'), ('cafe\u0301 ＤＯＧ', 'caf\u00e9 dog'), ('', '')])
+def test_simple_tokens(text, words):
+    assert metrics.simple_tokens(text) == words
+
+
+@pytest.mark.parametrize('words', ['simple', 'ptb'])
+def test_captions_without_blanks_between_words_are_scored(words):
+    if words == 'ptb' and not metrics.java_works():
+        pytest.skip('no Java')
+    given = {1: '一只狗在草地上奔跑', 2: '公园里有两只猫', 3: '犬が公園を走る'}
+    wanted = {1: ['一只狗在草地上跑'], 2: ['两只猫在公园里'], 3: ['犬が公園で走っている']}
+    corpus, _ = caption_metrics(given, wanted, tokenizer=words)
+    assert corpus['Bleu_1'] > 60 and corpus['CIDEr'] > 60
+    reward = CiderReward([wanted[key] for key in given])
+    assert min(reward([0, 1, 2], list(given.values()), [True] * 3)) > 0.5
+
+
+def speak(monkeypatch, language: str) -> None:
+    """Set the language of the system and of Java by every means there is."""
+    monkeypatch.setenv('JAVA_TOOL_OPTIONS', f'-Duser.language={language} -Duser.language.format={language}')
+    monkeypatch.setenv('_JAVA_OPTIONS', f'-Duser.language={language}')
+    monkeypatch.setenv('LC_ALL', f'{language}.UTF-8')
+
+
+def test_java_speaks_english_whatever_the_system_does(monkeypatch):
+    """Else a Turkish PTB lower-cases I to a dotless i. METEOR in Italian, which would write 0,5: see above."""
+    if not metrics.java_works():
+        pytest.skip('no Java')
+    speak(monkeypatch, 'tr')
+    assert metrics.ptb_tokens(['A MAN IS HERE']) == ['a man is here']
+    assert os.environ['_JAVA_OPTIONS'] == '-Duser.language=tr'
+
+
+def test_another_failure_of_java_is_said_as_it_is(monkeypatch, caplog):
+    if not metrics.java_works():
+        pytest.skip('no Java')
+    monkeypatch.setenv('JAVA_TOOL_OPTIONS', '-Xmx1k')
+    metrics.java_works.cache_clear()
+    corpus, _ = caption_metrics(HYPOTHESES, REFERENCES, meteor=True)
+    assert corpus['tokenizer'] == 'simple' and 'Java does not start (Error occurred' in caplog.text
+    assert 'apt install' not in caplog.text and '2 GB' not in caplog.text
+    monkeypatch.setattr(metrics, 'java_works', lambda: True)  # as if it had broken just now
+    corpus, _ = caption_metrics(HYPOTHESES, REFERENCES)
+    assert corpus['tokenizer'] == 'simple' and 'the PTB tokenizer failed (Error occurred' in caplog.text
+    with pytest.raises(OSError, match='PTB tokenizer failed'):
+        caption_metrics(HYPOTHESES, REFERENCES, tokenizer='ptb')
+    monkeypatch.undo()
+    metrics.java_works.cache_clear()
+
+
+def test_what_a_metric_cannot_say_is_said_once(caplog):
+    metrics.warn_once.cache_clear()
+    for _ in range(2):
+        assert caption_metrics({1: 'a dog'}, {1: ['a dog']}, tokenizer='simple')[0]['CIDEr'] == 0
+        retrieval_metrics(np.eye(3), np.eye(3), [[0], [1], [2]], [0, 1, 2])
+        retrieval_metrics(np.eye(20), np.eye(20), [[i] for i in range(20)], range(20))
+    assert caplog.text.count('CIDEr of one image is always 0') == 1
+    assert caplog.text.count('txt R@5, txt R@10, img R@5, img R@10 of 3 images and 3 captions can only be 100') == 1
+    assert len(caplog.records) == 2
+
+
 def test_captions_without_a_partner_are_named():
-    with pytest.raises(ValueError, match='same pictures.*b'):
+    with pytest.raises(ValueError, match='same images.*b'):
         caption_metrics({'a': 'x'}, {'a': ['x'], 'b': ['y']})
     with pytest.raises(ValueError, match="'a' has no reference"):
         caption_metrics({'a': 'x'}, {'a': []})

@@ -1,0 +1,20 @@
+"""Texts as a user gives them."""
+
+from prod.images import kind
+
+
+def checked_texts(texts: str | list[str] | tuple[str, ...]) -> list[str]:
+    """One text or several -> a list; lone surrogates, which no tokenizer takes, are replaced.
+
+    Raises:
+        TypeError, ValueError: naming what is no text, or that there is none.
+    """
+    texts = [texts] if isinstance(texts, str) else texts
+    if not isinstance(texts, list | tuple):
+        raise TypeError(f'texts is {kind(texts)}: pass a str or a list of str')
+    if not texts:
+        raise ValueError('the list of texts is empty: pass at least one text')
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f'texts[{i}] is {kind(text)}: it must be a str')
+    return [text.encode('utf-8', 'replace').decode() for text in texts]
