@@ -55,7 +55,7 @@ def serve(path) -> str:
         message = str(error)
         assert str(path) in message and '\n' not in message and len(message) < len(str(path)) * 2 + 600, message
         caption = message
-    assert time.perf_counter() - started < 5
+    assert time.perf_counter() - started < 30  # nothing is built for minutes
     return caption
 
 
