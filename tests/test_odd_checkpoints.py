@@ -29,6 +29,15 @@ WORDS, POSITIONS, BIAS = ('text_decoder.bert.embeddings.word_embeddings.weight',
                           'visual_encoder.norm.bias')
 
 
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    """Nets this small only wait for a second one, long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope='module')
 def whole(small_tokenizer, tmp_path_factory) -> dict:
     """What a sound checkpoint of a captioner holds."""
@@ -50,7 +59,7 @@ def serve(path) -> str:
     """A caption of what the file describes; or the message that it is refused with."""
     started = time.perf_counter()
     try:
-        caption, = DLIPProd('caption', path).generate(IMAGE)
+        caption, = DLIPProd('caption', path).generate(IMAGE, num_beams=1)
     except (ValueError, FileNotFoundError) as error:  # the latter: of a file without a vocabulary
         message = str(error)
         assert str(path) in message and '\n' not in message and len(message) < len(str(path)) * 2 + 600, message
@@ -137,7 +146,7 @@ ODD = st.one_of(st.none(), st.booleans(), st.integers(-3, 40), st.integers(), st
                 st.sampled_from([[], {}, [[]], {'a': {}}, b'x', (), torch.zeros(2), torch.ones(3, dtype=torch.int8)]))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True,
+@settings(max_examples=40, deadline=None, derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.data())
 def test_any_part_may_be_anything(whole, tmp_path, data):
