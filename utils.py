@@ -59,7 +59,7 @@ def clean_exit():
         if os.environ.get('DLIP_TRACEBACK'):
             raise
         if 'Original Traceback' in str(error):  # of a loader's process: its last line is the error
-            error = str(error).strip().splitlines()[-1].partition(': ')[2]
+            error = ValueError(str(error).strip().splitlines()[-1].partition(': ')[2])
         sys.exit(f'error: {shorten(error, 1000)}')
 
 

@@ -98,6 +98,8 @@ def load_annotated(root: str | Path, split: str, how: str = 'standard') -> list[
     captions: dict[str, list[str]] = {}
     splits: dict[str, str | None] = {}
     for row in chain.from_iterable(rows_of(file, layout) for file in files):
+        if splits.get(row.image, row.split) != row.split:
+            raise ValueError(f'{files[0]}: {row.image} is in split {splits[row.image]} and in split {row.split}')
         captions.setdefault(row.image, []).extend(map(storable, row.captions))
         splits[row.image] = row.split
     if how == 'hash':
@@ -137,6 +139,8 @@ def place_images(root: Path, names: list[str]) -> list[Path]:
         FileNotFoundError: none of the first 20 is there.
     """
     for tried in (names, [Path(name).name for name in names]):
+        if len(set(tried)) < len(names):  # files of the same name in several folders
+            continue
         for folder in image_folders(root):
             if any(os.path.isfile(folder / name) for name in tried[:20]):
                 return [folder / name for name in tried]

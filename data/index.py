@@ -82,8 +82,8 @@ def as_pair(record, source: Path, line: int, dropped: Counter) -> tuple[bytes, s
         path = b''
     except (KeyError, TypeError, AttributeError) as error:
         what = f'no {error}' if isinstance(error, KeyError) else str(error)[:80]
-        raise ValueError(f'{source}, line {line}: no item of a list of {{"caption", "image_root", "id"}}: {what}') \
-            from None
+        raise ValueError(f'{source}, line {line}: no item of a list of {{"caption", "image_root", "id"}}: {what} in '
+                         f'{str(record)[:60]!r}') from None
     reason = 'an image' if not path else 'a caption' if is_empty(caption) else None
     if reason:
         dropped[reason] += 1

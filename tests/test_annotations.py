@@ -274,6 +274,7 @@ def test_tables_as_spreadsheets_save_them(tmp_path, header, row, encoding, newli
     ('image,caption\na.jpg,a\0cat\n', 'line 2: a NUL byte'),
     ('image,caption\n,a cat\n', 'line 2: no image is named'),
     ('image,caption,split\na.jpg,a cat,held\n', "split 'held' of a.jpg is none of train, val, test"),
+    ('image,caption,split\na.jpg,a cat,train\na.jpg,a dog,test\n', 'a.jpg is in split train and in split test'),
     (b'image,caption\na.jpg,caf\xe9\n', "line 2: .* is not UTF-8; in Windows-1252 it would be .*café"),
     ('image,caption\na.jpg,a cat\n'.encode('utf-16-le'), 'line 1: a NUL byte: .*UTF-16 without a byte-order mark')])
 def test_mistakes_in_a_csv_file_name_the_line(tmp_path, text, message):
@@ -285,8 +286,8 @@ def test_mistakes_in_a_csv_file_name_the_line(tmp_path, text, message):
 
 @pytest.mark.parametrize('line, message', [
     ('{"image": "a.jpg"}', "line 2: no caption; found 'image'"),
-    ('{"image": 3, "caption": "a"}', "line 2: '3' is no text"),
-    ('{"image": "a.jpg", "caption": ["a", 5]}', "line 2: '5' is no text"),
+    ('{"image": 3, "caption": "a"}', 'line 2: 3 is no text'),
+    ('{"image": "a.jpg", "caption": ["a", 5]}', 'line 2: 5 is no text'),
     ('["a.jpg", "a"]', 'line 2: not a JSON object'),
     ('{"image": "a.jpg",', 'line 2: not JSON .*at column'), ('[' * 100_000, 'line 2: not readable as JSON')])
 def test_mistakes_in_json_lines_name_the_line(tmp_path, line, message):
