@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter, deque
+from functools import cache
 
 from PIL import Image
 
@@ -19,11 +20,18 @@ def is_hidden(name: str) -> bool:
     return name.startswith('.') or name.lower() in SYSTEM
 
 
+@cache
 def image_endings() -> set[str]:
     """The endings of the names of image files that can be read here, in lower case, with the dot."""
     readers()  # registers the formats
     return {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS and kind in Image.OPEN
             } | {'.mpo'}
+
+
+def has_image_name(path: str) -> bool:
+    """Whether a file's name is that of an image that can be read here, neither hidden nor a system's."""
+    name = os.path.basename(path)
+    return not is_hidden(name) and os.path.splitext(name)[1].lower() in image_endings()
 
 
 def list_images(folder: str | os.PathLike) -> list[str]:

@@ -23,6 +23,7 @@ from torchvision.datasets import ImageFolder
 from configs.rules import whole
 from data.datasets import clean_caption
 from data.images import open_image
+from data.scan import has_image_name
 from data.transforms import eval_transform
 from eval.common import checkpoint_parser, image_batches, shard, spread, write_json
 from eval.metrics import recall_at_k
@@ -60,7 +61,7 @@ def picture_folder(root: str | Path, image_size: int) -> ImageFolder:
     """
     if not Path(root).is_dir():
         raise FileNotFoundError(f'no folder {root}: --root is a folder with a sub-folder of pictures for each class')
-    return ImageFolder(root, eval_transform(image_size), loader=open_image)
+    return ImageFolder(root, eval_transform(image_size), loader=open_image, is_valid_file=has_image_name)
 
 
 @torch.inference_mode()
