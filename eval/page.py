@@ -126,7 +126,8 @@ def section(title: str, content: str, note: str = '') -> str:
 
 
 def write_page(path: Path, title: str, sections: list[str], note: str = '') -> None:
-    with atomic_write(path) as file:
-        file.write(f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
-                   f'content="width=device-width"><title>{html.escape(title)}</title><style>{STYLE}</style><main>'
-                   f'<h1>{html.escape(title)}</h1><p class="note">{html.escape(note)}</p>{"".join(sections)}</main>')
+    page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+            f'content="width=device-width"><title>{html.escape(title)}</title><style>{STYLE}</style><main>'
+            f'<h1>{html.escape(title)}</h1><p class="note">{html.escape(note)}</p>{"".join(sections)}</main>')
+    with atomic_write(path, 'wb') as file:
+        file.write(page.encode(errors='backslashreplace'))  # of names that are not UTF-8

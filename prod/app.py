@@ -31,7 +31,7 @@ from configs.rules import whole
 from prod import DLIPProd
 from prod.images import read_image
 from prod.index import PictureIndex
-from utils import clean_exit, setup_process
+from utils import clean_exit, logger, setup_process, shown
 
 SHOWN = 384  # pixels, the longer side of a picture that was found
 FONTS = ['system-ui', 'sans-serif']  # gradio's own would be fetched from the network
@@ -41,7 +41,12 @@ CHECK_CACHE, KEEP_CACHED = 600, 3600  # seconds: uploads and thumbnails older th
 
 
 def thumbnail(path: str) -> Image.Image:
-    picture = read_image(path, path)
+    """A small copy of an image file; grey if the file cannot be read any more."""
+    try:
+        picture = read_image(path, path)
+    except ValueError as error:
+        logger.warning('%s', error)
+        return Image.new('RGB', (SHOWN, SHOWN), '#e4e7ec')
     picture.thumbnail((SHOWN, SHOWN))
     return picture
 
@@ -143,7 +148,7 @@ def build(captioner: DLIPProd, retriever: DLIPProd, index: PictureIndex):
         query = text if text.strip() else Path(picture)
         count = int(count)
         hits = asked(lambda: retriever.search(query, index, count, rerank=4 * count if rerank else 0))
-        return [(thumbnail(path), f'{score:.3f}  {Path(path).name}') for path, score in hits]
+        return [(thumbnail(path), f'{score:.3f}  {shown(Path(path).name)}') for path, score in hits]
 
     with gradio.Blocks(title='DLIP', analytics_enabled=False, delete_cache=(CHECK_CACHE, KEEP_CACHED)) as page:
         gradio.Markdown('# DLIP\nCaptions and search by a small vision-language model, on this machine.')

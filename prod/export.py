@@ -20,7 +20,7 @@ import torch
 from eval.common import tokenizer_option
 from models.checkpoint import load_model, save_checkpoint
 from models.transformers_format import write_folder
-from utils import clean_exit
+from utils import clean_exit, make_output_dir
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,9 +32,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--metrics', type=Path, help='JSON of an evaluation, to travel with the weights')
     tokenizer_option(parser)
     args = parser.parse_args(argv)
+    try:
+        metrics = {'metrics': json.loads(args.metrics.read_text(encoding='utf-8'))} if args.metrics else {}
+    except ValueError as error:
+        raise ValueError(f'--metrics {args.metrics} is no JSON file: {error}') from None
+    make_output_dir(args.target.parent)
     model, tokenizer, info = load_model(args.source, task=args.task, tokenizer=args.tokenizer)
-    if args.metrics:
-        info['metrics'] = json.loads(args.metrics.read_text(encoding='utf-8'))
+    info |= metrics
     if args.half:
         model = model.to(torch.float16)
     if args.target.suffix == '.pth':
@@ -42,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         size = args.target.stat().st_size
     else:
         write_folder(args.target, model, tokenizer, info)
-        size = sum(file.stat().st_size for file in args.target.iterdir())
+        size = sum(file.stat().st_size for file in args.target.iterdir() if file.is_file())
     print(f'{args.target}: a {model.config.task} net, {size / 2 ** 20:.1f} MiB')
 
 

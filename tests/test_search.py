@@ -14,10 +14,12 @@ from PIL import Image
 from processes import Python
 
 from data.json_lines import JsonLines
+from eval.page import write_page
 from models import precision
 from models.text import KVCache
 from prod import DLIPProd
 from prod import caption as caption_tool
+from prod import export as export_tool
 from prod import search as search_tool
 from prod.images import find_pictures
 from utils import ROOT
@@ -220,6 +222,18 @@ def test_any_file_name_comes_back_the_same(folder, tmp_path, encoding):
     tried = Python('-m', 'prod.try_it', '--caption', weights, '--retrieval', weights, '--', *sorted(paths),
                    **environment).wait()
     assert tried.returncode == 0, tried.stderr
+
+
+def test_pages_and_exports_take_odd_names_too(folder, tmp_path):
+    odd = tmp_path / os.fsdecode(b'caf\xe9')
+    write_page(tmp_path / 'page.html', str(odd), [str(odd)])
+    assert 'caf\\udce9' in (tmp_path / 'page.html').read_text(encoding='utf-8')
+    export_tool.main([str(folder / 'save/last.pth'), str(odd / 'new/net.pth')])
+    assert DLIPProd(None, odd / 'new/net.pth').generate(Image.new('RGB', (9, 9)))
+    (tmp_path / 'metrics.json').write_text('{"a": ')
+    with pytest.raises(ValueError, match='metrics.json is no JSON file'):
+        export_tool.main([str(folder / 'save/last.pth'), str(odd / 'x.pth'), '--metrics',
+                          str(tmp_path / 'metrics.json')])
 
 
 @pytest.mark.parametrize('query, message', [
