@@ -3,6 +3,7 @@
 Every torch file is read `weights_only`, so that nothing in it can run code.
 """
 
+import io
 import json
 import os
 import pickle
@@ -15,7 +16,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from urllib.request import Request, urlopen
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from models.weight_checks import check_tensors
 from utils import atomic_write, barrier, progress, shorten
@@ -202,6 +203,11 @@ def read_parts(source: str | os.PathLike, index: Path) -> dict[str, torch.Tensor
     return weights
 
 
+def is_utf8(path: Path) -> bool:
+    """Whether a path is UTF-8, which torch and safetensors need to map a file."""
+    return str(path).encode(errors='replace') == os.fsencode(path)
+
+
 def read_tensors(path: Path, mmap: bool = True) -> dict:
     """The content of a torch or safetensors file on the CPU, mapped rather than copied where the format allows.
 
@@ -218,7 +224,9 @@ def read_tensors(path: Path, mmap: bool = True) -> dict:
         raise ValueError(f'{path} holds no weights, it is {what}: download or copy it again')
     try:
         if not zipped and start[8:9] == b'{':
-            return load_file(path)
+            return load_file(path) if is_utf8(path) else load(path.read_bytes())
+        if not is_utf8(path):
+            return torch.load(io.BytesIO(path.read_bytes()), map_location='cpu', weights_only=True)
         return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap and zipped)
     except MemoryError:
         raise  # the machine's fault
