@@ -26,6 +26,8 @@ import pyarrow.parquet as pq
 from configs.rules import whole
 from data.downloads import Part, find_shards, read_shard, read_visual_genome
 from data.text_columns import utf8
+from folders import locked
+from launch import as_worker
 from utils import atomic_write, clean_exit, make_output_dir, progress
 
 SOURCES = {'cc3m': 'cc3m.json', 'mscoco': 'coco.json', 'sbu': 'sbu.json', 'vgo': 'vgo.json'}
@@ -131,10 +133,12 @@ def build(root: Path, out: Path, sources: list[str], workers: int) -> dict[str, 
             print(f'{root / source}: not there, skipped')
     if not present:
         raise FileNotFoundError(f'none of {", ".join(sources)} in {root}: download at least one (README, "Data")')
-    remove_leftovers(out)
+    for name in ('all.json', *SOURCES.values(), '*_failed.parquet', 'pairs.png'):
+        for leftover in out.glob(f'{name}.tmp*'):  # of a build that was killed: `main` locks the folder
+            leftover.unlink()
     tallies = {source: Tally() for source in present}
     # Older files are replaced together, when every source has been read.
-    with ExitStack() as files, ProcessPoolExecutor(workers) as pool:
+    with ExitStack() as files, ProcessPoolExecutor(workers, initializer=as_worker) as pool:
         everything = PairWriter(files.enter_context(atomic_write(out / 'all.json', 'wb')))
         for source in present:
             writer = PairWriter(files.enter_context(atomic_write(out / SOURCES[source], 'wb')))
@@ -159,19 +163,6 @@ def build(root: Path, out: Path, sources: list[str], workers: int) -> dict[str, 
             raise ValueError(f'no usable pair in {root}: {({s: dict(tally.fates) for s, tally in tallies.items()})}')
         everything.close()
     return tallies
-
-
-def remove_leftovers(out: Path) -> None:
-    """The temporary files of a build that was killed."""
-    for path in out.glob('*.tmp*'):
-        number = path.name.rpartition('.tmp')[2]
-        if number.isdigit():
-            try:
-                os.kill(int(number), 0)  # is it still running?
-            except ProcessLookupError:
-                path.unlink()
-            except PermissionError:
-                pass
 
 
 def summary(tallies: dict[str, Tally]) -> str:
@@ -217,9 +208,10 @@ def main(argv: list[str] | None = None) -> None:
     if not str(root).isascii() and '\ufffd' in os.fsencode(root).decode(errors='replace'):
         raise ValueError(f'the path {str(root)!r} is not UTF-8, and all.json must be: rename the folder')
     out = make_output_dir(args.out or root / 'dataloader')
-    tallies = build(root, out, args.sources, args.workers)
-    with atomic_write(out / 'pairs.png', 'wb') as file:
-        draw(tallies, file)
+    with locked(out):
+        tallies = build(root, out, args.sources, args.workers)
+        with atomic_write(out / 'pairs.png', 'wb') as file:
+            draw(tallies, file)
     print(summary(tallies))
     print(f'written to {out / "all.json"}, histograms to {out / "pairs.png"}')
 

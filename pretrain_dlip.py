@@ -10,11 +10,17 @@ Any setting of the config can be overridden: `optim.lr=1e-4 train.epochs=2`. Rel
 resumes from OUTPUT_DIR/last.pth; `--dry_run` says beforehand what the run will take.
 """
 
+import argparse
+from pathlib import Path
+
+import torch
+
 from configs import script_arguments
 from data.loader import make_loader
 from data.pairs import open_pairs
 from data.transforms import train_transform
 from eval.caption import caption_pictures
+from folders import run_folder
 from models.build import at_resolution, build_student, build_teacher, init_maps, loss_weights
 from models.momentum import MomentumQueue
 from models.objective import Objective
@@ -22,13 +28,17 @@ from models.rehearsal import rehearse
 from models.teacher_cache import store_teacher, with_cache
 from models.tokenizer import Tokenizer
 from models.training import Run
-from utils import clean_exit, logger, make_output_dir, rank, seed_everything, setup_process, world_size
+from utils import clean_exit, logger, rank, seed_everything, setup_process, world_size
 
 
 def main(argv: list[str] | None = None) -> None:
     args, config = script_arguments(__doc__, 'configs/pretrain.yaml', 'output/pretrain', argv)
     device = setup_process(args.device)
-    output_dir = make_output_dir(args.output_dir)
+    with run_folder(args) as output_dir:
+        pretrain(args, config, device, output_dir)
+
+
+def pretrain(args: argparse.Namespace, config: dict, device: torch.device, output_dir: Path) -> None:
     seed_everything(args.seed)
     model, data, train = config['model'], config['data'], config['train']
 

@@ -9,8 +9,11 @@ With `scst.epochs` self-critical training follows, a run of its own in OUTPUT_DI
 resumes.
 """
 
+import argparse
 import shutil
 from pathlib import Path
+
+import torch
 
 from configs import script_arguments
 from data.datasets import AnnotatedTrain, AnnotatedWhole, Captioned, ImageTextEval
@@ -19,6 +22,7 @@ from data.transforms import eval_transform, train_transform
 from eval.caption import evaluate_captions
 from eval.cider import CiderReward
 from eval.table import finetune_table
+from folders import run_folder
 from models.build import at_resolution, build_student, build_teacher, init_maps, loss_weights
 from models.checkpoint import load_model
 from models.objective import Objective
@@ -34,7 +38,6 @@ from utils import (
     clean_exit,
     is_main,
     logger,
-    make_output_dir,
     rank,
     seed_everything,
     setup_process,
@@ -46,7 +49,12 @@ from utils import (
 def main(argv: list[str] | None = None) -> None:
     args, config = script_arguments(__doc__, 'configs/caption_flickr.yaml', 'output/caption_flickr', argv, tests=True)
     device = setup_process(args.device)
-    output_dir = make_output_dir(args.output_dir)
+    stages = ['scst'] if config['scst']['epochs'] else []
+    with run_folder(args, *stages) as output_dir:
+        finetune(args, config, device, output_dir)
+
+
+def finetune(args: argparse.Namespace, config: dict, device: torch.device, output_dir: Path) -> None:
     seed_everything(args.seed)
     model, data, train, scst = config['model'], config['data'], config['train'], config['scst']
     if data['teacher_captions'] and config['teacher']['cache']:
@@ -100,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
             run.best = evaluate_captions(student.eval(), tokenizer, held_out['val'], device=device,
                                          **generation)[0]['CIDEr']
             run.save_best()
-        start, folder = output_dir / 'before_scst.pth', make_output_dir(output_dir / 'scst')
+        start, folder = output_dir / 'before_scst.pth', output_dir / 'scst'
         if is_main() and not start.exists():
             copy(output_dir / 'best.pth', start)
         barrier()

@@ -8,12 +8,18 @@ measured on the test pictures at the end, with the teacher beside it in OUTPUT_D
 Relaunching the same command resumes.
 """
 
+import argparse
+from pathlib import Path
+
+import torch
+
 from configs import script_arguments
 from data.datasets import AnnotatedTrain, ImageTextEval
 from data.loader import make_loader
 from data.transforms import eval_transform, train_transform
 from eval.retrieval import evaluate_retrieval
 from eval.table import finetune_table
+from folders import run_folder
 from models.build import at_resolution, build_student, build_teacher, init_maps, loss_weights
 from models.checkpoint import load_model
 from models.momentum import MomentumQueue
@@ -22,14 +28,18 @@ from models.rehearsal import rehearse
 from models.teacher_cache import store_teacher, with_cache
 from models.tokenizer import Tokenizer
 from models.training import Run
-from utils import barrier, clean_exit, logger, make_output_dir, rank, seed_everything, setup_process, world_size
+from utils import barrier, clean_exit, logger, rank, seed_everything, setup_process, world_size
 
 
 def main(argv: list[str] | None = None) -> None:
     args, config = script_arguments(__doc__, 'configs/retrieval_flickr.yaml', 'output/retrieval_flickr', argv,
                                     tests=True)
     device = setup_process(args.device)
-    output_dir = make_output_dir(args.output_dir)
+    with run_folder(args) as output_dir:
+        finetune(args, config, device, output_dir)
+
+
+def finetune(args: argparse.Namespace, config: dict, device: torch.device, output_dir: Path) -> None:
     seed_everything(args.seed)
     model, data, train = config['model'], config['data'], config['train']
 

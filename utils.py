@@ -1,5 +1,6 @@
 """Mechanics shared by the scripts: errors, processes, atomic files, progress bars."""
 
+import errno
 import json
 import logging
 import os
@@ -7,11 +8,10 @@ import random
 import re
 import reprlib
 import secrets
+import shutil
 import signal
 import sys
 import tempfile
-import time
-import uuid
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,8 +21,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from launch import choose_device, end_with_torchrun, own_gpu, place, unwritten_store
+
 ROOT = Path(__file__).resolve().parent
 TIMEOUT = timedelta(minutes=60)  # of what one process waits for another: evaluation may keep one busy
+MEETING = timedelta(minutes=10)  # within which all processes of a run must have started
+FULL = {errno.ENOSPC, errno.EDQUOT}
 logger = logging.getLogger('dlip')
 
 
@@ -52,15 +56,40 @@ def shorten(value, limit: int | None = None) -> str:
 
 @contextmanager
 def clean_exit():
-    """Turn an expected failure (bad input) into one line on stderr and exit code 1, without a traceback."""
+    """Turn an expected failure into one line on stderr and exit code 1, Ctrl-C into one and 130.
+
+    A fault of the program keeps its traceback; DLIP_TRACEBACK=1 shows every one.
+    """
     try:
         yield
-    except (OSError, ValueError) as error:
-        if os.environ.get('DLIP_TRACEBACK'):
+    except (Exception, KeyboardInterrupt) as error:
+        line = explanation(error)
+        if line is None or os.environ.get('DLIP_TRACEBACK'):
             raise
-        if 'Original Traceback' in str(error):  # of a loader's process: its last line is the error
-            error = ValueError(str(error).strip().splitlines()[-1].partition(': ')[2])
-        sys.exit(f'error: {shorten(error, 1000)}')
+        print(line, file=sys.stderr)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+
+
+def explanation(error: BaseException) -> str | None:
+    """What a user reads of a failure and its remedy; None for a fault of the program."""
+    text = str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 'stopped by Ctrl-C'
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, 'errno', None) == errno.ENOMEM or \
+            isinstance(error, RuntimeError) and "can't allocate memory" in text:
+        what = 'the GPU' if isinstance(error, torch.OutOfMemoryError) else 'this machine'
+        return (f'error: {what} is out of memory: lower the batch size (train.batch_size, for which optim.accumulate '
+                f'makes up, eval.batch_size or --batch_size), data.workers or the size of the net ({text[:120]})')
+    if isinstance(error, RuntimeError) and text.startswith('DataLoader '):
+        return (f'error: {text.splitlines()[0][:120]}: a process that loads pictures was killed, for want of memory or '
+                f'of room in /dev/shm (in a container: --shm-size or --ipc=host), or waited for ever for a disk: lower '
+                f'data.workers; 0 loads in the main process')
+    if not isinstance(error, OSError | ValueError):
+        return None
+    if 'Original Traceback' in text:  # of a loader's process: its last line is the error
+        text = text.strip().splitlines()[-1].partition(': ')[2]
+    full = ': the disk is full, make room or write elsewhere' if getattr(error, 'errno', None) in FULL else ''
+    return f'error: {shorten(ValueError(text), 1000)}{full}'
 
 
 # ---------------------------------------------------------------- processes
@@ -83,26 +112,30 @@ def barrier() -> None:
 
 
 def setup_process(device: str = 'auto') -> torch.device:
-    """Join the process group when launched by torch.distributed.run; choose the device; set up logging.
+    """Join the process group when launched by torchrun or srun; choose the device; set up logging.
 
     Raises:
-        ValueError: the device is absent, or more processes than GPUs were asked for on this machine.
+        ValueError: the device is absent, there are more processes than GPUs on this machine, or the processes do not
+            find each other.
     """
-    local_rank, local_size = int(os.environ.get('LOCAL_RANK', 0)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    chosen = choose_device(device)
+    end_with_torchrun()
+    here, chosen = place(), choose_device(device)
     if chosen.type == 'cuda':
-        if local_size > torch.cuda.device_count():
-            raise ValueError(f'--nproc_per_node={local_size}, but this machine has {torch.cuda.device_count()} GPUs: '
-                             f'lower it, or train on the CPU with --device cpu')
-        if 'LOCAL_RANK' in os.environ or chosen.index is None:
-            chosen = torch.device('cuda', local_rank)
+        if here is not None or chosen.index is None:
+            chosen = torch.device('cuda', own_gpu(here, torch.cuda.device_count()) if here else 0)
         torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     # oneDNN keeps a kernel for each shape. As texts are not padded, every training step brings new ones, and the 1024
     # that it keeps by default are a third of a gigabyte that is never used again.
     os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '128')
-    if 'RANK' in os.environ and not dist.is_initialized():
-        store, number, count = next(dist.rendezvous('env://', timeout=TIMEOUT))
+    if here is not None and not dist.is_initialized():
+        try:
+            store, number, count = next(dist.rendezvous(here.url, timeout=MEETING))
+        except dist.DistError as error:
+            raise ValueError(f'process {here.rank} of {here.size} did not find the others at {here.address} '
+                             f'({str(error).splitlines()[0][:120]}): set MASTER_ADDR to the first node and MASTER_PORT '
+                             f'to a free port, the same for all') from None
+        store.set_timeout(TIMEOUT)
         backend = 'cpu:gloo,cuda:nccl' if chosen.type == 'cuda' else 'gloo'  # what the host knows, no GPU waits for
         dist.init_process_group(backend, timeout=TIMEOUT, rank=number,
                                 world_size=count, store=unwritten_store(store, number, count))
@@ -114,50 +147,10 @@ def setup_process(device: str = 'auto') -> torch.device:
     return chosen
 
 
-def unwritten_store(store: dist.Store, number: int, count: int) -> dist.Store:
-    """A part of torchrun's store that no earlier attempt has written to, agreed on by all processes.
-
-    torchrun keeps its store when it restarts the processes, and with it the addresses of the dead ones, to which the
-    new ones would try to connect. So each process says a word that is new, the first one repeats what it heard beside
-    the name of the new part, and whoever finds its own word there answers with that name.
-    """
-    word = uuid.uuid4().hex
-    if number:
-        store.set(f'hello {number}', word)
-        said: dict = {'heard': {}}
-        while said['heard'].get(str(number)) != word:
-            time.sleep(0.01)
-            said = json.loads(store.get('round'))  # waits for the first one
-        store.set(f'answer {number}', said['name'])
-        return dist.PrefixStore(said['name'], store)
-    silent = set(range(1, count))
-    while silent:
-        heard = {i: store.get(f'hello {i}').decode() for i in range(1, count) if store.check([f'hello {i}'])}
-        store.set('round', json.dumps({'name': word, 'heard': heard}))
-        silent -= {i for i in silent if store.check([f'answer {i}']) and store.get(f'answer {i}').decode() == word}
-        time.sleep(0.01)
-    return dist.PrefixStore(word, store)
-
-
-def choose_device(name: str) -> torch.device:
-    """'auto' is cuda, else mps, else cpu.
-
-    Raises:
-        ValueError: no such device on this machine.
-    """
-    if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError):
-        device = None
-    if device is None or device.type not in ('cpu', 'cuda', 'mps'):
-        raise ValueError(f'unknown device {shorten(name)}: use auto, cpu, cuda, cuda:N or mps')
-    if device.type == 'cuda' and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f'device {shorten(name)} is not there: this machine has {torch.cuda.device_count()} GPUs')
-    if device.type == 'mps' and not torch.backends.mps.is_available():
-        raise ValueError('device "mps" is not there: use --device cpu')
-    return device
+def local_rank() -> int:
+    """The number of this process among those of its run on this machine."""
+    here = place()
+    return here.local_rank if here and dist.is_initialized() else 0
 
 
 @torch.no_grad()
@@ -236,18 +229,34 @@ class StopSignal:
 # ---------------------------------------------------------------- files
 
 @contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = 'w'):
-    """Open a temporary file that replaces `path` when the block ends well: whole or not at all."""
+def replacing(path: str | os.PathLike):
+    """A new name beside `path` for a file that replaces it when the block ends well: whole or not at all.
+
+    No two writers share a name, wherever they run. What a killed one leaves is called PATH.tmp and a random number.
+    """
     path = Path(path)
     temporary = path.with_name(f'{path.name}.tmp{secrets.token_hex(6)}')
     try:
-        with open(temporary, mode, encoding=None if 'b' in mode else 'utf-8') as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename is None and error.errno in FULL:
+            error.filename = str(path)  # a failed write does not say of which file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = 'w'):
+    """Open a temporary file that replaces `path` when the block ends well: whole or not at all."""
+    with replacing(path) as temporary, open(temporary, mode.replace('w', 'x'),
+                                            encoding=None if 'b' in mode else 'utf-8') as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def make_output_dir(path: str | os.PathLike) -> Path:
@@ -256,14 +265,17 @@ def make_output_dir(path: str | os.PathLike) -> Path:
     Raises:
         PermissionError: naming the folder and the remedy.
     """
-    path = Path(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        raise PermissionError(f'cannot write to the output folder {path}: {error.strerror}. '
-                              f'Choose another with --output_dir.') from None
-    return path
+        if not os.fspath(path):
+            raise FileNotFoundError(errno.ENOENT, 'its name is empty')
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as file:
+            file.write(bytes(4096))  # a full disk lets files be made, but not written
+    except (OSError, ValueError) as error:  # the latter of a name with a null character
+        reason = getattr(error, 'strerror', None) or error
+        raise PermissionError(f'cannot write to the output folder {shorten(Path(path))}: {reason}. Choose another with '
+                              f'--output_dir.') from None
+    return Path(path)
 
 
 def shown(name: str | os.PathLike) -> str:

@@ -20,7 +20,7 @@ from data.captions import clean_caption, is_empty
 from data.images import BrokenPicture, file_name, open_image, open_part
 from data.index import COLUMNS, build_index, read_index
 from data.transforms import eval_transform, train_transform, whole_transform
-from utils import barrier, logger
+from utils import barrier, local_rank, logger
 
 MAX_TRIES = 20  # broken pictures in a row that end the run
 
@@ -124,7 +124,7 @@ class PairDataset(Captioned):
         source = Path(all_json)
         if not source.is_file():
             raise FileNotFoundError(f'no {source}: write it with json_dataset.py, or set data.train')
-        if os.environ.get('LOCAL_RANK', '0') == '0':  # one process of a machine builds it, the others wait
+        if local_rank() == 0:  # one process of a machine builds it, the others wait
             build_index(source)
         barrier()
         self.index = build_index(source)

@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from data.captions import is_empty, storable
 from data.json_list import read_json_list
+from folders import sweep
 from utils import atomic_write, logger, progress
 
 SCHEMA = pa.schema({'image_root': pa.binary(), 'caption': pa.string(), 'id': pa.int64()})
@@ -58,6 +59,7 @@ def build_index(source: Path) -> Path:
             return index
     schema = SCHEMA.with_metadata({'made_from': stamp})
     index = places[not os.access(source.parent, os.W_OK)]
+    sweep(index)
     records, dropped = iter(progress(read_json_list(source), desc=f'indexing {source.name}')), Counter()
     try:
         with atomic_write(index, 'wb') as file, pa.ipc.new_file(file, schema) as writer:

@@ -1,15 +1,26 @@
 """Batches: the same global batches whatever the number of processes, resumable at any step."""
 
+import math
+import shutil
 from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from data.datasets import Captioned
 from data.shards import ShardDataset, ShardStream
 from data.target_store import WithTargets, pad_targets
+from launch import as_worker, place
 from utils import gather_objects
+
+SHARED_MEMORY = Path('/dev/shm')  # where Linux keeps the tensors that processes share
+PREFETCH = 2  # batches that each worker makes ahead
+PATIENCE = 1800  # seconds after which a batch is given up
+REMEDY = ('give it more (in a container: docker run --shm-size={size}, or --ipc=host), or set data.workers={workers}; '
+          '0 loads in the main process')
 
 
 class Batches:
@@ -44,6 +55,74 @@ def collate(items: list[dict]) -> dict:
             'bad': [broken for item in items for broken in item['bad']], **stored}
 
 
+class InSharedMemory:
+    """A collate function whose batches already lie in shared memory when a worker process hands them over.
+
+    The queue between the processes would move them there too. But it drops a batch for which there is no room, and
+    training would wait for that batch for ever.
+
+    Raises:
+        ValueError: shared memory cannot hold the batches that all workers of this machine make ahead.
+        OSError: it is full, as something else takes it.
+    """
+
+    def __init__(self, collate_fn: Callable):
+        here, self.collate_fn, self.checked = place(), collate_fn, False
+        self.processes = here.local_size if here else 1
+        self.room = shutil.disk_usage(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None  # without our own workers'
+
+    def __call__(self, items: list):
+        worker = get_worker_info()
+        if worker is None:
+            return self.collate_fn(items)
+        try:
+            batch = self.collate_fn(items)  # torch's own allocates shared memory
+            if self.room is not None and not self.checked:
+                self.check(sum(tensor.nbytes for tensor in tensors_of(batch)), worker.num_workers)
+            for tensor in tensors_of(batch):
+                tensor.share_memory_()
+        except RuntimeError as error:
+            if 'No space left' not in str(error):
+                raise
+            free, total = self.room.free, self.room.total
+            raise OSError(f'{SHARED_MEMORY} is full, which the processes that load pictures need (it has {mib(total)}, '
+                          f'of which {mib(free)} were free before): '
+                          + REMEDY.format(size='4g', workers=worker.num_workers // 2)) from None
+        return batch
+
+    def check(self, size: int, workers: int) -> None:
+        """Compare what the workers of all processes make ahead, batches of `size` bytes, with what there is."""
+        own = PREFETCH * size * workers
+        room = min(self.room.free, self.room.total // self.processes)
+        if own > room:
+            raise ValueError(
+                f'{SHARED_MEMORY} is too small: {self.processes} processes x {workers} workers x {PREFETCH} batches of '
+                f'{mib(size)} need {mib(own * self.processes)}; it has {mib(self.room.total)}, of which '
+                f'{mib(self.room.free)} are free: ' +
+                REMEDY.format(size=f'{math.ceil(1.25 * own * self.processes / 2 ** 30)}g',
+                              workers=room // (PREFETCH * size)))
+        self.checked = True
+
+
+def mib(size: int) -> str:
+    return f'{math.ceil(size / 2 ** 20)} MiB'
+
+
+def tensors_of(batch) -> Iterator[torch.Tensor]:
+    """The tensors with elements in a batch of dicts and lists."""
+    if isinstance(batch, torch.Tensor) and batch.numel():
+        yield batch
+    elif isinstance(batch, dict | list | tuple):
+        for part in batch.values() if isinstance(batch, dict) else batch:
+            yield from tensors_of(part)
+
+
+def load(dataset, workers: int, collate_fn: Callable = default_collate, **options) -> DataLoader:
+    """A DataLoader whose `workers` processes end with this one, and which says so if they lack shared memory."""
+    return DataLoader(dataset, num_workers=workers, collate_fn=InSharedMemory(collate_fn), worker_init_fn=as_worker,
+                      timeout=PATIENCE if workers else 0, **options)
+
+
 def make_loader(dataset: Captioned | WithTargets | ShardDataset, batch_size: int, *, seed: int, epoch: int,
                 start_step: int, workers: int, rank: int, world_size: int) -> DataLoader:
     """The training batches of an epoch from `start_step` on: what was seen before is not read again.
@@ -58,13 +137,13 @@ def make_loader(dataset: Captioned | WithTargets | ShardDataset, batch_size: int
     if not steps:
         raise ValueError(f'{len(dataset)} training samples are less than one batch of {batch_size} x {world_size} '
                          f'processes: lower train.batch_size')
-    options = {'num_workers': workers, 'collate_fn': collate, 'pin_memory': torch.cuda.is_available()}
+    options = {'workers': workers, 'collate_fn': collate, 'pin_memory': torch.cuda.is_available()}
     dataset.epoch = epoch
     if isinstance(dataset, ShardDataset):
         stream = ShardStream(dataset, batch_size, steps, start_step, rank)
-        return DataLoader(stream, batch_size, **options)
+        return load(stream, batch_size=batch_size, **options)
     batches = Batches(len(dataset), batch_size, seed, epoch, start_step, rank, world_size)
-    return DataLoader(dataset, batch_sampler=batches, **options)
+    return load(dataset, batch_sampler=batches, **options)
 
 
 class BadImages:

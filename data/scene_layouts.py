@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from configs.rules import SHARE, whole
 from data.scene_captions import captions, vocabulary
 from data.scenes import KINDS, Scene, render, sample_split
+from launch import as_worker
 from models.generation import PROMPT
 from utils import atomic_write, clean_exit, progress, shorten
 
@@ -144,7 +145,7 @@ def build(out: Path, pretrain: int, flickr: dict[str, int], kinds: dict[str, flo
     write_flickr_annotation(folder, splits)
     (out / 'vocab.txt').write_text('\n'.join(vocabulary()) + '\n')
     bar = progress(None, total=pretrain + sum(flickr.values()), desc='rendering scenes')
-    with ProcessPoolExecutor(workers) as pool:
+    with ProcessPoolExecutor(workers, initializer=as_worker) as pool:
         for done in [pool.submit(function, job) for function, job in jobs]:
             bar.update(done.result())
     bar.close()

@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 
+from data.loader import load
 from models.originals import VOCABULARY
 from utils import atomic_write, progress, rank, world_size
 
@@ -53,7 +54,7 @@ def shard(count: int) -> range:
 
 def image_batches(dataset, indices: range, batch_size: int, workers: int, desc: str):
     """Batches [<= batch_size, 3, S, S] of the pictures `indices`, with a progress bar."""
-    return progress(DataLoader(Subset(dataset, indices), batch_size, num_workers=workers), desc=desc)
+    return progress(load(Subset(dataset, indices), workers, batch_size=batch_size), desc=desc)
 
 
 def spread(total: int, count: int) -> list[int]:

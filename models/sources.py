@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load, load_file
 
 from models.weight_checks import check_tensors
-from utils import atomic_write, barrier, progress, shorten
+from utils import atomic_write, barrier, local_rank, progress, shorten
 
 INDEX = '.index.json'  # of weights that are split over several files
 # Of a folder or repository, the better one first.
@@ -150,7 +150,7 @@ def hub_file(repository: str, *names: str) -> Path:
 
 def downloads() -> bool:
     """Whether this process downloads for its machine; the others wait for it."""
-    return int(os.environ.get('LOCAL_RANK', 0)) == 0
+    return local_rank() == 0
 
 
 def read_file(source: str | os.PathLike, mmap: bool = True):

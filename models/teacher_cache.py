@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 import torch
-from torch.utils.data import DataLoader
 
 from data.datasets import Captioned
 from data.index import COLUMNS
-from data.loader import BadImages, collate
+from data.loader import BadImages, collate, load
 from data.target_store import (
     LOWEST,
     SHARD,
@@ -32,6 +31,7 @@ from data.target_store import (
     write_manifest,
 )
 from data.transforms import normalise
+from folders import locked
 from models.blip import BLIP, BLIPConfig
 from models.checkpoint import fingerprint
 from models.packing import packed
@@ -40,7 +40,17 @@ from models.targets import LiveTargets, StoredTeacher
 from models.terms import DECODER, FUSED, TEACHER_TERMS
 from models.tokenizer import Tokenizer
 from models.update import with_start
-from utils import atomic_write, barrier, gather_objects, is_main, logger, make_output_dir, progress, rank, world_size
+from utils import (
+    atomic_write,
+    barrier,
+    gather_objects,
+    is_main,
+    logger,
+    make_output_dir,
+    progress,
+    rank,
+    world_size,
+)
 
 # The fields that a term reads.
 READ_BY = {'image_tokens': ('image_tokens',), 'image_feat': ('image_feat', 'text_feat'),
@@ -164,13 +174,21 @@ def store_teacher(config: dict, teacher: BLIP | None, dataset: Captioned, tokeni
     Shards that an earlier call finished are kept.
 
     Raises:
-        ValueError: no teacher or folder is named, the folder holds other targets, the disk has no room, or too many
-            pictures are broken.
+        ValueError: no teacher or folder is named, another run writes to the folder or it holds other targets, the disk
+            has no room, or too many pictures are broken.
     """
     settings = config['teacher']
     if teacher is None or settings['cache'] is None:
         raise ValueError('--store_teacher needs teacher.weights, and teacher.cache: the folder to write to')
     folder = make_output_dir(settings['cache'])
+    with locked(folder):
+        write_targets(folder, config, teacher, dataset, tokenizer, seed, device, epochs, prompt)
+
+
+def write_targets(folder: Path, config: dict, teacher: BLIP, dataset: Captioned, tokenizer: Tokenizer, seed: int,
+                  device: torch.device, epochs: int, prompt: str) -> None:
+    """What `store_teacher` does once the folder is its own."""
+    settings = config['teacher']
     terms = stored_terms(config['loss'])
     top_k = min(settings.get('top_k', 0), len(tokenizer) - 1)
     fields = fields_of(terms, teacher.config, top_k)
@@ -247,8 +265,8 @@ def batches(config: dict, dataset: Captioned, missing: list[Place]) -> Iterator[
     for epoch in sorted({place.epoch for place in missing}):
         dataset.epoch = epoch  # worker processes take it with the dataset when they start
         sampler = [span for place in missing if place.epoch == epoch for span in spans[place]]
-        for batch in DataLoader(dataset, batch_sampler=sampler, num_workers=config['data']['workers'],
-                                collate_fn=collate, pin_memory=torch.cuda.is_available()):
+        for batch in load(dataset, config['data']['workers'], collate, batch_sampler=sampler,
+                          pin_memory=torch.cuda.is_available()):
             bar.update()
             yield batch
     bar.close()

@@ -5,12 +5,11 @@ own beam search would say."""
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
 from data.captions import is_empty
 from data.datasets import AnnotatedWhole
 from data.json_lines import JsonLines
-from data.loader import collate
+from data.loader import collate, load
 from data.transforms import normalise
 from models.blip import BLIP
 from models.checkpoint import fingerprint
@@ -44,7 +43,7 @@ def teacher_captions(teacher: BLIP, tokenizer: Tokenizer, pictures: AnnotatedWho
         lines.replace([made_by])
     block = batch_size * world_size()
     mine = [left[start + rank():start + block:world_size()] for start in range(0, len(left), block)]
-    batches = DataLoader(pictures, batch_sampler=mine, num_workers=workers, collate_fn=list)
+    batches = load(pictures, workers, list, batch_sampler=mine)
     for indices, items in zip(progress(mine, desc='teacher captions'), batches, strict=True):
         said = {}
         if items:

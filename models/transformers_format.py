@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-import secrets
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from models.sources import WEIGHT_FILES, find_file, read_weights
 from models.text import LAYER_NORM_EPS
 from models.tokenizer import VOCABULARY_FILES, Tokenizer
 from models.weight_checks import check_tensors
-from utils import atomic_write, shorten
+from utils import atomic_write, replacing, shorten
 
 # Ours (those of the original BLIP and timm) and theirs; # is a layer number. Names not listed are the same in both.
 NAMES = (
@@ -159,12 +158,8 @@ def write_folder(folder: str | os.PathLike, model: BLIP, tokenizer: Tokenizer, i
             weights[rename(key, to_theirs=True)] = weight.cpu()
     if model.config.task == 'pretrain':  # what encoder and decoder share is written twice: each class finds all of its
         weights = {key: weight.clone() for key, weight in weights.items()}
-    part = folder / f'model.tmp{secrets.token_hex(6)}'
-    try:
+    with replacing(folder / WEIGHT_FILES[0]) as part:
         save_file(weights, part, metadata={'format': 'pt'})
-        os.replace(part, folder / WEIGHT_FILES[0])
-    finally:
-        part.unlink(missing_ok=True)
     tokenizer.save(folder)
     pictures = {'image_processor_type': 'BlipImageProcessor', 'processor_class': 'BlipProcessor',
                 'do_convert_rgb': True, 'do_resize': True, 'do_rescale': True, 'do_normalize': True,

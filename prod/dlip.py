@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from data.transforms import eval_transform
+from launch import choose_device
 from models.checkpoint import load_model
 from models.generation import generate
 from models.originals import VOCABULARY
@@ -19,10 +20,14 @@ from prod.index import PictureIndex
 from prod.memory import check_batch_size, fitting, pair_bytes, picture_bytes
 from prod.run_settings import MAX_NEW, MIN_NEW, run_settings
 from prod.texts import checked_texts
-from utils import choose_device, shorten
+from utils import shorten
 
 NEEDS = {'caption': 'text_decoder', 'retrieval': 'text_encoder'}
 TEXTS = 256  # texts a batch
+
+if hasattr(os, 'register_at_fork'):
+    # A forked child has none of the threads that torch's operations started in its parent, and would wait for them.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 @on_its_own_devices

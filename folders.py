@@ -1,0 +1,75 @@
+"""Folders that a run has for itself, and what killed runs left in them."""
+
+import argparse
+import errno
+import glob
+import os
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from utils import gather_objects, is_main, logger, make_output_dir
+
+LOCK_WAIT = 10  # seconds that a run waits for the one before it, which may be about to end
+DAY = 86400  # seconds
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # a file system that has none
+
+
+@contextmanager
+def locked(*folders: str | os.PathLike):
+    """Keep other runs out of some folders during the block. All processes enter it; the main one holds the locks.
+
+    The system takes a lock back when its holder ends, however it ends.
+
+    Raises:
+        ValueError: another run holds one of them, on every process.
+    """
+    locks, problem = [FileLock(Path(folder) / '.lock') for folder in folders], None
+    if is_main():
+        for folder, lock in zip(folders, locks, strict=True):
+            try:
+                lock.acquire(timeout=LOCK_WAIT)
+            except Timeout:
+                problem = (f'another run is writing to {folder}: wait for it or stop it, or choose another folder (if '
+                           f'srun launched this one, its processes did not join: see "SLURM" in README.md)')
+                break
+            except (OSError, NotImplementedError) as error:
+                if getattr(error, 'errno', None) not in {None, *NO_LOCKS}:
+                    raise
+                logger.warning('%s is on a file system without locks: start no second run there', folder)
+    try:
+        problem = gather_objects(problem)[0]
+        if problem:
+            raise ValueError(problem)
+        yield
+    finally:
+        for lock in locks:
+            lock.release()
+
+
+@contextmanager
+def run_folder(args: argparse.Namespace, *inner: str):
+    """The output folder of a training script's options, which is this run's alone during the block.
+
+    `--dry_run` and `--store_teacher` write nothing there and take no lock.
+
+    Args:
+        inner: folders in it that are the run's as well.
+    """
+    folder = make_output_dir(args.output_dir)
+    if args.dry_run or args.store_teacher is not None:
+        yield folder
+        return
+    with locked(folder, *(make_output_dir(folder / name) for name in inner)):
+        yield folder
+
+
+def sweep(path: str | os.PathLike) -> None:
+    """Delete what killed writers of `path` left behind: temporary files that nobody has written to for a day."""
+    path = Path(path)
+    for leftover in path.parent.glob(f'{glob.escape(path.name)}.tmp*'):
+        with suppress(OSError):  # another process may sweep as well
+            if time.time() - leftover.stat().st_mtime > DAY:
+                leftover.unlink()
