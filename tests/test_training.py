@@ -155,10 +155,11 @@ def test_no_permission_on_the_output_folder(pretrained, tmp_path):
 
 
 def test_more_processes_than_gpus(pretrained, tmp_path, monkeypatch):
-    monkeypatch.setenv('LOCAL_WORLD_SIZE', '3')
+    for name, value in (('RANK', '0'), ('WORLD_SIZE', '3'), ('LOCAL_WORLD_SIZE', '3')):
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
-    with pytest.raises(ValueError, match='--nproc_per_node=3, but this machine has 2 GPUs'):
+    with pytest.raises(ValueError, match='3 processes were launched on this machine, which has 2 GPUs'):
         pretrain_dlip.main(['--config', str(pretrained[0]), '--output_dir', str(tmp_path), '--device', 'cuda'])
 
 
