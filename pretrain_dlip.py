@@ -5,6 +5,7 @@
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 python -m torch.distributed.run --nnodes=2 --nproc_per_node=4 \\
         --max-restarts=3 --rdzv_id=dlip --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain_dlip.py
                                                                                          # on each of two nodes
+    srun python pretrain_dlip.py                                                        # in a job of SLURM
 
 Any setting of the config can be overridden: `optim.lr=1e-4 train.epochs=2`. Relaunching the same command
 resumes from OUTPUT_DIR/last.pth; `--dry_run` says beforehand what the run will take.

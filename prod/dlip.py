@@ -34,7 +34,8 @@ if hasattr(os, 'register_at_fork'):
 class DLIPProd:
     """A checkpoint of this repository, of dlip-v2 or of BLIP, ready for inference.
 
-    One object may be used from several threads; it serves captions and retrieval where the checkpoint holds both.
+    One object may be used from several threads, and on one thread in a forked process; it serves captions and retrieval
+    where the checkpoint holds both.
     Images are a PIL image of any mode, a numpy array (H, W) or (H, W, 1|3|4) of uint8, uint16 or float in [0, 1], a
     torch tensor (1|3|4, H, W) of the same kinds, a path, the bytes of a file, or a list, tuple or iterator of these,
     which is read as it is needed. Arrays are RGB; `bgr=True` says that they come from OpenCV. EXIF orientation is
