@@ -241,9 +241,10 @@ def replacing(path: str | os.PathLike):
         if path.exists():
             shutil.copymode(path, temporary)
         os.replace(temporary, path)
-    except OSError as error:
-        if error.filename is None and error.errno in FULL:
-            error.filename = str(path)  # a failed write does not say of which file
+    except (OSError, RuntimeError) as error:
+        for cause in (error, error.__context__):  # torch.save makes another error of a failed write
+            if getattr(cause, 'errno', None) in FULL:  # it does not say of which file
+                raise OSError(cause.errno, cause.strerror, str(path)) from None
         raise
     finally:
         temporary.unlink(missing_ok=True)
