@@ -119,7 +119,7 @@ def test_a_forked_child_captions(caption, picture):
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. It is'), 1, '/dev/shm'),
     (RuntimeError('DataLoader timed out after 1800 seconds'), 1, 'data.workers'),
     (OSError(errno.ENOSPC, 'No space left on device', 'x'), 1, "'x': the disk is full, make room"),
-    (ValueError('Caught ValueError in DataLoader worker process 0.\nOriginal\n  File\nValueError: a: b\n'), 1,
+    (ValueError('Caught ValueError in DataLoader worker process 0.\nOriginal Traceback\n  File\nValueError: a: b\n'), 1,
      'error: a: b\n')])
 def test_a_failure_is_one_line(error, code, message, capsys):
     with pytest.raises(SystemExit) as stop, clean_exit():
