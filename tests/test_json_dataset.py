@@ -232,7 +232,8 @@ def test_missing_sources_are_named_and_skipped(tmp_path, capsys):
     out = run(tmp_path)
     printed = capsys.readouterr().out
     assert all(f'{source}: not there, skipped' in printed for source in ('cc3m', 'mscoco', 'vgo'))
-    assert sorted(path.name for path in out.iterdir()) == ['all.json', 'pairs.png', 'sbu.json', 'sbu_failed.parquet']
+    assert sorted(path.name for path in out.iterdir()) == \
+        ['.lock', 'all.json', 'pairs.png', 'sbu.json', 'sbu_failed.parquet']
 
 
 def test_sources_can_be_chosen(tmp_path):
