@@ -22,7 +22,7 @@ from data.pairs import open_pairs
 from data.transforms import train_transform
 from eval.caption import caption_pictures
 from folders import run_folder
-from models.build import at_resolution, build_student, build_teacher, init_maps, loss_weights
+from models.build import at_resolution, build_student, build_teacher, init_maps, init_momentum, loss_weights
 from models.momentum import MomentumQueue
 from models.objective import Objective
 from models.rehearsal import rehearse
@@ -61,6 +61,7 @@ def pretrain(args: argparse.Namespace, config: dict, device: torch.device, outpu
                           (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum, source,
                           negative_all_rank=config['negative_all_rank'], hidden_layers=config['hidden_layers'])
     init_maps(objective, model, teacher)
+    init_momentum(objective, config)
 
     # run
     steps = len(dataset) // (train['batch_size'] * world_size())

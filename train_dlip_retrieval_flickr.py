@@ -20,7 +20,7 @@ from data.transforms import eval_transform, train_transform
 from eval.retrieval import evaluate_retrieval
 from eval.table import finetune_table
 from folders import run_folder
-from models.build import at_resolution, build_student, build_teacher, init_maps, loss_weights
+from models.build import at_resolution, build_student, build_teacher, init_maps, init_momentum, loss_weights
 from models.checkpoint import load_model
 from models.momentum import MomentumQueue
 from models.objective import Objective
@@ -64,6 +64,7 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
                           (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum, source,
                           negative_all_rank=config['negative_all_rank'], hidden_layers=config['hidden_layers'])
     init_maps(objective, model, teacher)
+    init_momentum(objective, config)
 
     # run
     steps = len(dataset) // (train['batch_size'] * world_size())

@@ -94,12 +94,26 @@ def explanation(error: BaseException) -> str | None:
 
 # ---------------------------------------------------------------- processes
 
+_alone = False
+
+
+@contextmanager
+def alone():
+    """Within it this process counts as the only one: world size 1, nothing is gathered."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
 
 
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _alone else 0
 
 
 def is_main() -> bool:

@@ -9,6 +9,7 @@ from models.blip import BLIP
 from models.checkpoint import architecture, build, load_weights, read_checkpoint, stored_config
 from models.inherit import image_channels, inherit_text, inherit_vision, load_bert, load_timm, text_channels
 from models.objective import Objective
+from models.originals import momentum_state
 from models.terms import TEACHER_TERMS
 from models.tokenizer import Tokenizer
 from utils import logger
@@ -98,6 +99,30 @@ def init_maps(objective: Objective, settings: dict, teacher: BLIP | None) -> Non
                     value.zero_()
                     if value.ndim == 2:
                         value[kept, torch.arange(len(kept))] = 1
+
+
+def init_momentum(objective: Objective, config: dict) -> None:
+    """Start momentum encoder and queues where `model.init` ended (a `last.pth`, or a file of BLIP or dlip-v2), where they
+    fit: random queues would be trivial negatives for a good part of a finetune's first epoch. Logs what it found.
+
+    The queues of a teacher are taken over from a run with the same `teacher.weights` only.
+    """
+    source, momentum = config['model']['init'], objective.momentum
+    if not source:
+        return
+    checkpoint, prefix = read_checkpoint(source), 'momentum.'
+    held = {name.removeprefix(prefix): value for name, value in checkpoint.get('objective', {}).items()
+            if name.startswith(prefix)} or momentum_state(checkpoint['model'])
+    columns = ('image', 'text')
+    if objective.uses('ita_soft'):
+        columns += ('teacher_image', 'teacher_text')
+        if (checkpoint.get('config') or {}).get('teacher', {}).get('weights') != config['teacher']['weights']:
+            held = {name: value for name, value in held.items() if not name.startswith('teacher')}
+    encoder, entries = momentum.take_over(held, columns)
+    lacking = 'absent (a last.pth has it, a best.pth has not) or of another size, so it starts'
+    queues = f'taken over ({entries} newest entries)' if entries else f'{lacking} random'
+    logger.info('%s: momentum encoder %s; queues %s', source, 'taken over' if encoder else f'{lacking} as the student',
+                queues if momentum.queue_size else 'off')
 
 
 def need_teacher(teacher: BLIP | None, key: str) -> BLIP:

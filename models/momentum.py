@@ -1,4 +1,4 @@
-"""Momentum twin and feature queues (MoCo, ALBEF, BLIP): one home for pre-training and retrieval finetuning."""
+"""Momentum encoder and feature queues (MoCo, ALBEF, BLIP): one home for pre-training and retrieval finetuning."""
 
 import torch
 import torch.nn.functional as F
@@ -6,9 +6,10 @@ from torch import nn
 
 from models.blip import BLIP, build_text_tower
 from models.linear import Linear
-from models.losses import IGNORE
 from models.packing import Packed
-from models.vit import VisionTower
+from models.vit import VisionTower, resample_positions
+
+NO_ID = torch.iinfo(torch.long).min  # of a queue entry that is nobody's pair: no sample's id
 
 
 class MomentumQueue(nn.Module):
@@ -18,8 +19,9 @@ class MomentumQueue(nn.Module):
     the student's, so that the average pairs them by name.
 
     Args:
-        student: the net to follow; the twin starts equal to it.
-        queue_size: features kept; need not be a multiple of the batch.
+        student: the net to follow; the momentum encoder starts equal to it.
+        queue_size: features kept; need not be a multiple of the batch. 0: no queues, an update's pairs are compared
+            with each other alone.
         momentum: decay of the average per optimizer step.
         teacher_dim: embedding width of a teacher whose features of the same pairs are queued too; 0: none.
     """
@@ -35,16 +37,18 @@ class MomentumQueue(nn.Module):
         self.momentum = momentum
         self.requires_grad_(False)
         self.copy_from(student)
-        dims = {'image_queue': config.embed_dim, 'text_queue': config.embed_dim}
-        if teacher_dim:
-            dims |= {'teacher_image_queue': teacher_dim, 'teacher_text_queue': teacher_dim}
-        for name, dim in dims.items():
-            self.register_buffer(name, F.normalize(torch.randn(queue_size, dim), dim=1))
-        self.register_buffer('id_queue', torch.full((queue_size,), IGNORE))
-        self.register_buffer('pointer', torch.zeros((), dtype=torch.long))
+        self.queue_size = queue_size
+        if queue_size:
+            dims = {'image_queue': config.embed_dim, 'text_queue': config.embed_dim}
+            if teacher_dim:
+                dims |= {'teacher_image_queue': teacher_dim, 'teacher_text_queue': teacher_dim}
+            for name, dim in dims.items():
+                self.register_buffer(name, F.normalize(torch.randn(queue_size, dim), dim=1))
+            self.register_buffer('id_queue', torch.full((queue_size,), NO_ID))
+            self.register_buffer('pointer', torch.zeros((), dtype=torch.long))
 
     def pairs(self, student: BLIP) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The twin's parameters and the student's of the same names."""
+        """The momentum encoder's parameters and the student's of the same names."""
         theirs = dict(student.named_parameters())
         names, ours = zip(*self.named_parameters(), strict=True)
         return [p.data for p in ours], [theirs[name].data for name in names]
@@ -54,7 +58,7 @@ class MomentumQueue(nn.Module):
 
     @torch.no_grad()
     def update(self, student: BLIP) -> None:
-        """twin = momentum * twin + (1 - momentum) * student; call it after each optimizer step."""
+        """own = momentum * own + (1 - momentum) * student's; call it after each optimizer step."""
         ours, theirs = self.pairs(student)
         torch._foreach_lerp_(ours, theirs, 1 - self.momentum)
 
@@ -66,9 +70,47 @@ class MomentumQueue(nn.Module):
         text = self.text_proj(self.text_encoder(ids, mask, first_only=True).hidden[:, 0]).float()
         return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
 
-    def behind(self, **features: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features [N, E], each followed by its queue -> [N + queue, E]"""
-        return {name: torch.cat([rows, self.get_buffer(f'{name}_queue')]) for name, rows in features.items()}
+    @torch.no_grad()
+    def take_over(self, held: dict[str, torch.Tensor], columns: tuple[str, ...]) -> tuple[bool, int]:
+        """Start from the momentum encoder and the queues that an earlier stage ended with, each where it fits.
+
+        Of queues of another length the newest entries fill what they can, in their order, and the oldest leave first.
+        An entry keeps no id: the data may be others.
+
+        Args:
+            held: by the names of this module's `state_dict`; what it lacks is left alone.
+            columns: the queues that must come together ('image', ...), since a column is one pair in all of them.
+
+        Returns:
+            whether the encoder was taken over, and how many entries of the queues.
+        """
+        own, position = dict(self.named_parameters()), 'visual_encoder.pos_embed'
+        if position in held:
+            held = held | {position: resample_positions(held[position].float(), own[position])}
+        weights = {name: held[name] for name in own if name in held}
+        encoder = len(weights) == len(own) and all(weights[name].shape == own[name].shape and x.sum().isfinite()
+                                                   for name, x in weights.items())
+        if encoder:
+            self.load_state_dict(weights, strict=False)
+        names = [f'{name}_queue' for name in columns]
+        found = [held[name].float() for name in names if name in held]
+        if not self.queue_size or len(found) < len(names) or len({len(queue) for queue in found}) > 1 or not all(
+                queue.shape[1:] == self.get_buffer(name).shape[1:] and queue.sum().isfinite()
+                for name, queue in zip(names, found, strict=True)):
+            return encoder, 0
+        count = min(self.queue_size, len(found[0]))
+        for name, queue in zip(names, found, strict=True):
+            in_order = queue.roll(-int(held.get('pointer', 0)), 0)  # from the oldest to the newest
+            self.get_buffer(name)[-count:] = F.normalize(in_order[-count:], dim=1)
+        self.id_queue.fill_(NO_ID)
+        self.pointer.zero_()
+        return encoder, count
+
+    def behind(self, **rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`id` [N] and features [N, E], each followed by its queue -> [N + queue, ...]"""
+        if not self.queue_size:
+            return rows
+        return {name: torch.cat([own, self.get_buffer(f'{name}_queue')]) for name, own in rows.items()}
 
     @torch.no_grad()
     def enqueue(self, ids: torch.Tensor, **features: torch.Tensor) -> None:
@@ -76,7 +118,9 @@ class MomentumQueue(nn.Module):
 
         Call it once an update, after its losses were computed: a batch in its own queue would be its own negative.
         """
-        size = len(self.id_queue)
+        size = self.queue_size
+        if not size:
+            return
         rows = (self.pointer + torch.arange(len(ids), device=ids.device)[-size:]) % size
         for name, feature in features.items():
             self.get_buffer(f'{name}_queue')[rows] = feature[-size:].float()

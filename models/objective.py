@@ -1,8 +1,11 @@
-"""The losses of one batch: student, momentum twin and (optionally) a frozen teacher.
+"""The losses of one batch: student, momentum encoder and (optionally) a frozen teacher.
 
 One module serves pre-training (ITA + ITM + LM + distillation) and both finetunes, which weigh fewer terms.
 It is what DistributedDataParallel wraps; every trainable parameter gets a gradient in every step.
 """
+
+import copy
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,15 +18,15 @@ from models.momentum import MomentumQueue
 from models.packing import Packed, packed
 from models.targets import LiveTeacher, StoredTeacher
 from models.terms import CONTRASTIVE, DECODER, FUSED, TERMS, check_terms
-from models.update import MicroBatch, Update, pad_to, token_share, with_start
-from utils import all_gather, all_gather_grad, rank, world_size
+from models.update import MicroBatch, Update, pad_to, row_noise, token_share, with_start
+from utils import all_gather, all_gather_grad, alone, rank, world_size
 
 
 class Objective(nn.Module):
     """Args:
         student: the net to train.
         weights: weight per term of `TERMS`; 0 skips its computation.
-        momentum: twin and queues, needed by 'ita' and 'itm'.
+        momentum: encoder and queues, needed by the contrastive terms.
         teacher: needed by the distillation terms: a net, or what stands for one whose answers come with the batch.
         start_ids: the tokenizer's (cls_id, enc_id, bos_id).
         prompt_length: leading decoder tokens that carry no LM loss (4 for '[DEC] a picture of', 0 in pre-training).
@@ -31,7 +34,7 @@ class Objective(nn.Module):
         hidden_layers: by tower ('vision', 'text') what the hidden-state terms compare (see `layer_pairs`).
 
     Raises:
-        ValueError: a term has a weight but the net, teacher or momentum twin it needs is missing.
+        ValueError: a term has a weight but the net, teacher or momentum encoder it needs is missing.
     """
 
     def __init__(self, student: BLIP, weights: dict[str, float], start_ids: tuple[int, int, int],
@@ -66,34 +69,27 @@ class Objective(nn.Module):
         self._freeze_unreached()
 
     def _freeze_unreached(self) -> None:
-        """Parts that no weighted term reaches do not train: DDP expects a gradient of everything that does."""
-        student, aligned = self.student, ('ita', 'ita_soft')
-        encoder, decoder = student.text_encoder, student.text_decoder
-        texts = ('text_feat', 'text_hidden', *aligned, *FUSED, *DECODER)
-        parts = []  # (part, terms that reach it, number of its layer)
-        if encoder is not None:
-            parts += [(student.vision_proj, (*aligned, 'image_feat'), 0),
-                      (student.text_proj, (*aligned, 'text_feat'), 0),
-                      (student.itm_head, ('itm', 'itm_soft'), 0), (nn.ParameterList([student.temp]), aligned, 0)]
-            parts += [(layer.attention, (*aligned, 'text_feat', 'text_hidden', *FUSED), i)
-                      for i, layer in enumerate(encoder.layers)]
-        if decoder is not None:
-            head = decoder.cls.predictions
-            parts += [(head.transform, ('lm', 'lm_logits'), 0), (nn.ParameterList([head.bias]), ('lm', 'lm_logits'), 0)]
-            parts += [(layer.attention, DECODER, i) for i, layer in enumerate(decoder.bert.layers)]
-        for i, layer in enumerate((encoder or decoder.bert).layers):
-            parts += [(layer.crossattention, FUSED + DECODER, i), (layer.intermediate, texts, i),
-                      (layer.output, texts, i)]
-        for part, terms, layer in parts:
-            if not self.reaches(layer, *terms):
-                part.requires_grad_(False)
+        """Parameters that no weighted term reaches do not train: DDP expects a gradient of every one that does.
+
+        One backward pass finds them, of a copy on the meta device: no tensor has values there, nothing random is drawn.
+        """
+        meta = partial(torch.zeros, dtype=torch.long, device='meta')
+        copies = {id(x): nn.Parameter(x.detach().to('meta'), x.requires_grad) for x in self.parameters()}
+        copies |= {id(x): x.to('meta') for x in self.buffers()}
+        if self.frozen is not None:
+            with torch.device('meta'):
+                copies[id(self.frozen)] = LiveTeacher(BLIP(self.frozen.config), self.frozen.layers)
+        probe, size, length = copy.deepcopy(self, copies), self.student.config.image_size, self.prompt_length + 4
+        batch = MicroBatch(torch.zeros(2, 3, size, size, device='meta'), meta(2, length), meta(2, length), meta(2),
+                           [length, length - 1])
+        with alone(), torch.enable_grad(), torch.device('cpu'):
+            probe(*batch[:4], 0.5, 0, probe.prepare([batch]))['loss'].backward()
+        for parameter, copied in zip(self.parameters(), probe.parameters(), strict=True):
+            if copied.grad is None:
+                parameter.requires_grad_(False)
 
     def uses(self, *terms: str) -> bool:
         return any(self.weights[term] for term in terms)
-
-    def reaches(self, layer: int, *terms: str) -> bool:
-        """Whether a weighted term is computed from this layer: a hidden-state term ends at its deepest one."""
-        return any(term not in STREAMS or layer <= max(self.hidden[term].ours) for term in terms if self.uses(term))
 
     def hidden_layers(self, term: str) -> list[int]:
         """The student's layers whose states a hidden-state term compares; none without a weight."""
@@ -129,8 +125,8 @@ class Objective(nn.Module):
         ids = features.pop('ids')
         tokens, labels = torch.cat(counts).float().mean(0)
         widths = all_gather(torch.tensor([[batch.ids.shape[1] for batch in batches]])).amax(0).tolist()
-        columns = self.momentum.behind(**features) if features else {}
-        column_ids = torch.cat([ids, self.momentum.id_queue]) if features else None
+        columns = self.momentum.behind(id=ids, **features) if features else {}
+        column_ids = columns.pop('id', None)
         return Update(targets, lengths, widths, ids, columns, column_ids, tokens, labels)
 
     def forward(self, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, sample_ids: torch.Tensor,
@@ -141,7 +137,8 @@ class Objective(nn.Module):
             update: of which this is micro-batch `part`; None: it is an update of its own.
 
         Returns:
-            unweighted terms by name (scalars, float32) and 'loss', their weighted sum.
+            unweighted terms by name (scalars, float32), 'loss', their weighted sum, and of the contrastive terms
+            'acc_i2t' and 'acc_t2i', the top-1 accuracy within the own batch (0 to 1, no part of the loss).
         """
         if update is None:
             update = self.prepare([MicroBatch(images, ids, mask, sample_ids)])
@@ -160,7 +157,7 @@ class Objective(nn.Module):
             self.matching(out, targets, tokens, kv, ids, texts, negatives, update, part)
         if self.uses(*DECODER):
             self.decoding(out, targets, kv, ids, texts, update, part)
-        out['loss'] = sum(self.weights[name] * value for name, value in out.items())
+        out['loss'] = sum(weight * out[name] for name, weight in self.weights.items() if weight)
         return out
 
     def contrastive(self, out, targets, tokens, ids, texts: Packed, sample_ids, alpha, step_seed, update, part):
@@ -170,6 +167,9 @@ class Objective(nn.Module):
         text_feat, states = student.text_feat(with_start(ids, self.cls_id), texts, self.hidden_layers('text_hidden'))
         first = (part * world_size() + rank()) * len(ids)
         own = {name: rows[first:first + len(ids)] for name, rows in columns.items()}
+        if self.uses('ita', 'ita_soft'):
+            out['acc_i2t'] = losses.top_1(image_feat, own['text'], sample_ids)
+            out['acc_t2i'] = losses.top_1(text_feat, own['image'], sample_ids)
         if self.uses('ita'):
             out['ita'] = losses.ita_loss(image_feat, text_feat, own['image'], own['text'], columns['image'],
                                          columns['text'], student.temp,
@@ -199,16 +199,15 @@ class Objective(nn.Module):
         They are of the same micro-batch, of this process or (`negative_all_rank`) of all of them: a negative image's
         tokens need a gradient, which other micro-batches do not keep.
         """
-        size, total = len(sample_ids), world_size() * len(sample_ids)
-        mine = slice(rank() * size, (rank() + 1) * size)
-        noise = torch.rand(2, total, total, generator=torch.Generator().manual_seed(step_seed)).clamp_(1e-9, 1 - 1e-7)
-        noise = noise[:, mine].to(image_feat.device, non_blocking=True)
-        pool = slice(None) if self.negative_all_rank else mine
-        images, texts, pool_ids = (rows[part * total:(part + 1) * total][pool] for rows in (
-            update.columns['image'], update.columns['text'], update.ids))
-        temp = self.student.temp
-        image_index = losses.hard_negatives(text_feat @ images.T / temp, sample_ids, pool_ids, noise[0][:, pool])
-        text_index = losses.hard_negatives(image_feat @ texts.T / temp, sample_ids, pool_ids, noise[1][:, pool])
+        size, first = len(sample_ids), rank() * len(sample_ids)
+        start, total = part * world_size() * size, world_size() * size
+        pool = slice(start, start + total) if self.negative_all_rank else slice(start + first, start + first + size)
+        ids = update.ids[pool]
+        noise = row_noise(step_seed, first, size, 2 * len(ids)).to(ids.device, non_blocking=True).chunk(2, 1)
+        image_index, text_index = (
+            losses.hard_negatives(losses.similarity(rows, update.columns[name][pool], self.student.temp), sample_ids,
+                                  ids, own_noise)
+            for name, rows, own_noise in zip(('image', 'text'), (text_feat, image_feat), noise, strict=True))
         return image_index, text_index
 
     def matching(self, out, targets, tokens, kv, ids, texts: Packed, negatives, update, part):

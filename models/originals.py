@@ -30,6 +30,15 @@ def held_task(weights: dict[str, torch.Tensor]) -> str:
     return 'pretrain' if len(held) == 2 else held[0]
 
 
+def momentum_state(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The momentum encoder and queues of a state dict in the original layout, by `MomentumQueue`'s names."""
+    found = {name.replace('_m.', '.', 1): weight for name, weight in weights.items()
+             if re.match(r'(visual_encoder|text_encoder|vision_proj|text_proj)_m\.', name)}
+    found |= {name: weights[name].T for name in ('image_queue', 'text_queue') if name in weights}  # [E, Q] there
+    pointers = [weights[name] for name in ('queue_ptr', 'ptr_queue') if name in weights]
+    return found | ({'pointer': pointers[0]} if pointers else {})
+
+
 def infer_config(weights: dict[str, torch.Tensor], settings: dict | None = None) -> BLIPConfig:
     """The architecture of a state dict in the original layout.
 

@@ -58,9 +58,9 @@ class LiveTeacher:
         layers: by hidden-state term (models/hidden.py) the layers whose states are compared.
     """
 
-    def __init__(self, model: BLIP):
+    def __init__(self, model: BLIP, layers: dict[str, list[int]] | None = None):
         self.model = model.eval().requires_grad_(False)
-        self.layers: dict[str, list[int]] = {}
+        self.layers = layers or {}
 
     @property
     def config(self) -> BLIPConfig:
@@ -154,6 +154,7 @@ class StoredTeacher:
 
     def __init__(self, config: BLIPConfig, temp: float | None):
         self.config, self.temp = config, temp
+        self.layers: dict[str, list[int]] = {}  # of hidden states, which are not stored
 
     def targets(self, images: torch.Tensor, stored: dict[str, torch.Tensor]) -> 'StoredTargets':
         return StoredTargets(stored)

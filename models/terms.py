@@ -19,12 +19,14 @@ def check_terms(used: set[str], student: BLIPConfig, teacher: BLIPConfig | None,
     """Whether the terms with a weight can be computed.
 
     Args:
-        has_momentum: there is a momentum twin.
+        has_momentum: there is a momentum encoder.
 
     Raises:
-        ValueError: a term needs a teacher, a part that a net of its task does not have, or equal sizes; names the term
-            and the remedy.
+        ValueError: there is none; or one needs a teacher, a part that a net of its task does not have, or equal sizes;
+            names the term and the remedy.
     """
+    if not used:
+        raise ValueError('every weight under `loss` is 0, so that nothing would train: give one a weight')
     for term in (term for term in TERMS if term in used):
         for who, net in (('student', student), ('teacher', teacher))[:1 + (term in TEACHER_TERMS)]:
             part = 'text_decoder' if term in DECODER else 'text_encoder'
@@ -34,7 +36,7 @@ def check_terms(used: set[str], student: BLIPConfig, teacher: BLIPConfig | None,
                 raise ValueError(f'loss.{term} needs a {part}, which the {who} of task {net.task!r} does not have: set '
                                  f'loss.{term}: 0, or give one that has it (BLIP: {HOLDERS[part]})')
     if used & set(CONTRASTIVE) and not has_momentum:
-        raise ValueError('the contrastive terms need a momentum twin')
+        raise ValueError('the contrastive terms need a momentum encoder')
     if teacher is None:
         return
     if student.vocab_size != teacher.vocab_size:

@@ -24,7 +24,8 @@ from models.tokenizer import Tokenizer
 from models.update import MicroBatch
 from utils import StopSignal, any_process, atomic_write, barrier, is_main, logger, rank, seed_everything, world_size
 
-NAMES = {'loss': 'train_loss', 'reward': 'train_reward'}  # in the logs; every other value is train_loss_NAME
+NAMES = {'loss': 'train_loss', 'reward': 'train_reward',  # in the logs; every other value is train_loss_NAME
+         'acc_i2t': 'train_acc_i2t', 'acc_t2i': 'train_acc_t2i'}
 
 
 class Run:

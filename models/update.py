@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -55,6 +56,18 @@ def with_start(ids: torch.Tensor, start_id: int) -> torch.Tensor:
     ids = ids.clone()
     ids[:, 0] = start_id
     return ids
+
+
+def row_noise(seed: int, first: int, count: int, width: int) -> torch.Tensor:
+    """Uniform (0, 1) float32 [count, width] for the rows `first`, `first` + 1, ... of a global batch.
+
+    Each row is a function of its number and the seed: a process draws its own rows alone, and those that it would have
+    on any number of processes.
+    """
+    blocks = -(-width // 8)  # a step of the counter gives eight numbers
+    generator = np.random.Generator(np.random.Philox(key=seed, counter=first * blocks))
+    noise = generator.random((count, 8 * blocks), dtype=np.float32)[:, :width]
+    return torch.from_numpy(noise).clamp_(1e-9, 1 - 1e-7)
 
 
 def token_share(mask: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:

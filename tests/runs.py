@@ -10,6 +10,7 @@ from ruamel.yaml import YAML
 
 from configs import read_yaml
 from models.checkpoint import read_checkpoint
+from models.logs import read_log
 from models.optim import learning_rate
 from utils import ROOT
 
@@ -51,6 +52,11 @@ def run_on_two(config: Path, out: Path, *overrides: str) -> dict:
     for done in joined(2, 'pretrain_dlip.py', *options(config, out), *overrides):
         assert done.returncode == 0, done.stderr[-2000:]
     return read_checkpoint(out / 'last.pth') if '--store_teacher' not in overrides else {}
+
+
+def read_losses(path: Path) -> list[dict]:
+    """The rows of a log without the accuracies, which are of a process's own batch, whatever its size."""
+    return [{name: value for name, value in row.items() if 'acc' not in name} for row in read_log(path)]
 
 
 def broken_set(scenes: Path, folder: Path, edit) -> Path:

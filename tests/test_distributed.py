@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import Python, joined, python
-from runs import broken_set, options, run, run_on_two
+from runs import broken_set, options, read_losses, run, run_on_two
 from torch.distributed.elastic.utils.distributed import get_free_port
 
 import pretrain_dlip
@@ -53,7 +53,7 @@ def test_accumulated_batches_train_the_same_model_as_one_large_batch(pretrained,
         for part in ('model', 'objective'):  # weights; momentum twin and queues
             for key, value in want[part].items():
                 assert torch.allclose(got[part][key].float(), value.float(), atol=1e-4), key
-    one, *others = (read_log(tmp_path / name / 'log.txt')[0] for name in ('one', 'four', 'both'))
+    one, *others = (read_losses(tmp_path / name / 'log.txt')[0] for name in ('one', 'four', 'both'))
     for row in others:
         assert row == pytest.approx(one, rel=1e-5)
 

@@ -1,7 +1,9 @@
 """Distillation while finetuning: a finetuned teacher's targets, its captions, and training on CIDEr itself."""
 
+import copy
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -26,9 +28,11 @@ from models.blip import BLIP, BLIPConfig
 from models.checkpoint import load_model, read_checkpoint, save_checkpoint
 from models.generation import generate
 from models.logs import read_log
+from models.momentum import NO_ID
 from models.self_critical import SelfCritical
 from models.teacher_captions import teacher_captions
 from models.tokenizer import Tokenizer
+from models.training import Run
 from utils import ROOT
 
 GENERATION = {'prompt': '', 'batch_size': 3, 'workers': 0, 'num_beams': 2, 'max_length': 8, 'min_length': 3}
@@ -69,6 +73,46 @@ def test_a_finetune_goes_on_with_the_maps_of_the_stage_before(scenes, tmp_path):
 
 
 # ---------------------------------------------------------------- retrieval
+
+def test_a_retrieval_finetune_goes_on_with_momentum_encoder_and_queues(pretrained, scenes, tmp_path, capsys):
+    """Of a last.pth at another image size, and of an original file; a best.pth has neither. At a rate of zero the
+    momentum encoder is found again at the end; a queue that is longer than what came keeps it behind.
+    """
+    before = read_checkpoint(pretrained[1] / 'last.pth')
+    held = {name.removeprefix('momentum.'): value for name, value in before['objective'].items()
+            if name.startswith('momentum.')}
+    newest = held['image_queue'].roll(-int(held['pointer']), 0)
+    towers = ('visual_encoder', 'text_encoder', 'vision_proj', 'text_proj')
+    original = before['model'] | {f'{tower}_m.{name.split(".", 1)[1]}': value for tower in towers
+                                  for name, value in held.items() if name.startswith(f'{tower}.')}
+    original |= {'image_queue': held['image_queue'].T, 'text_queue': held['text_queue'].T,
+                 'ptr_queue': held['pointer'][None]}
+    torch.save({'model': original}, tmp_path / 'original.pth')
+    torch.save({key: value for key, value in before.items() if key != 'objective'}, tmp_path / 'best.pth')
+    config = write_config(tmp_path, 'retrieval_flickr', scenes, train__epochs=1, model__image_size=64)
+    starts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, 'train_one_epoch', lambda run, *args: starts.append(copy.deepcopy(
+            run.objective.momentum)) or exit())
+        for source, length in ((pretrained[1] / 'last.pth', 20), (tmp_path / 'original.pth', 30),
+                               (tmp_path / 'original.pth', 8), (tmp_path / 'best.pth', 20),
+                               (pretrained[1] / 'last.pth', 0)):
+            with pytest.raises(SystemExit):
+                run(train_dlip_retrieval_flickr, config, tmp_path / 'out', f'model.init={source}',
+                    f'ita.queue_size={length}')
+    whole, longer, shorter, without, off = starts
+    for momentum in (whole, longer, shorter, off):
+        assert torch.equal(momentum.text_proj.weight, held['text_proj.weight'])
+        assert momentum.visual_encoder.pos_embed.shape == (1, 17, 32)
+    assert torch.allclose(whole.image_queue, newest) and torch.allclose(shorter.image_queue, newest[-8:])
+    assert torch.allclose(longer.image_queue[10:], newest) and int(longer.pointer) == 0
+    assert set(longer.id_queue.tolist()) == {NO_ID}
+    assert torch.equal(without.text_proj.weight, before['model']['text_proj.weight'])
+    assert without.image_queue.shape == newest.shape and not torch.allclose(without.image_queue, newest, atol=0.1)
+    said = re.findall('momentum encoder (.*); queues (.*)', capsys.readouterr().out)
+    assert [(a.split()[0], b.split()[0]) for a, b in said] == [
+        ('taken', 'taken'), ('taken', 'taken'), ('taken', 'taken'), ('absent', 'absent'), ('taken', 'off')]
+
 
 def test_a_retrieval_finetune_learns_from_a_finetuned_teacher(scenes, teachers, tokenizer, tmp_path):
     """Its terms are logged and fall; its queue holds the teacher's own embeddings of training pairs."""

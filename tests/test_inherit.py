@@ -105,7 +105,7 @@ def test_a_channel_is_mapped_to_the_one_it_comes_from(nano):
     inherit_vision(nano, teacher)
     inherit_text(nano, teacher)
     weights = dict.fromkeys(('image_tokens', 'fused_feat', 'decoder_feat', *STREAMS), 1.0)
-    objective = Objective(nano, weights, (0, 1, 2), MomentumQueue(nano, 8, 0.9), teacher)
+    objective = Objective(nano, weights, (0, 1, 2), MomentumQueue(nano, 8, 0.9, teacher.config.embed_dim), teacher)
 
     def distance() -> float:
         return float(cosine_loss(objective.token_map(nano.encode_image(images)), teacher.encode_image(images)))

@@ -1,18 +1,26 @@
 """Losses against hand-made numbers and the properties that make them safe to sum."""
 
+import copy
+import inspect
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import NANO
+from processes import joined
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from models import losses
 from models.blip import BLIP, BLIPConfig
 from models.hidden import STREAMS, layer_pairs
-from models.momentum import MomentumQueue
+from models.momentum import NO_ID, MomentumQueue
 from models.objective import Objective
+from models.targets import StoredTeacher
 from models.terms import TEACHER_TERMS, TERMS
+from models.update import MicroBatch, row_noise
+from utils import ROOT
 
 
 def test_ita_of_perfect_features_is_the_entropy_floor():
@@ -23,7 +31,7 @@ def test_ita_of_perfect_features_is_the_entropy_floor():
 
 
 def test_captions_of_one_picture_share_the_target():
-    targets = losses.positives(torch.tensor([7, 8]), torch.tensor([7, 8, 7, losses.IGNORE]))
+    targets = losses.positives(torch.tensor([7, 8]), torch.tensor([7, 8, 7, NO_ID]))
     assert targets.tolist() == [[0.5, 0, 0.5, 0], [0, 1, 0, 0]]
 
 
@@ -47,6 +55,22 @@ def test_hard_negatives_never_share_an_id_and_follow_the_weights():
     weights[0] = 0
     assert share[0] == 0
     assert torch.allclose(share, weights / weights.sum(), atol=0.01)
+
+
+def test_negatives_noise_is_a_function_of_step_and_row():
+    """Not of the number of processes: two that share the rows draw what one draws."""
+    whole = row_noise(7, 0, 8, 11)
+    assert torch.equal(whole, torch.cat([row_noise(7, 0, 4, 11), row_noise(7, 4, 4, 11)]))
+    assert not torch.equal(whole, row_noise(8, 0, 8, 11)) and len(whole.unique()) == whole.numel()
+    many = row_noise(1, 0, 300, 300)
+    assert 0 < many.min() and many.max() < 1 and many.mean() == pytest.approx(0.5, abs=0.01)
+    assert torch.corrcoef(many).fill_diagonal_(0).abs().max() < 0.35  # rows know nothing of each other
+
+
+def test_top_1_counts_captions_of_the_same_image():
+    rows, columns = torch.eye(3), torch.eye(3)[[1, 0, 2]]
+    assert float(losses.top_1(rows, columns, torch.tensor([4, 4, 5]))) == 1
+    assert float(losses.top_1(rows, columns, torch.tensor([3, 4, 5]))) == pytest.approx(1 / 3)
 
 
 def test_lm_loss_ignores_pads_and_an_empty_batch_is_zero():
@@ -111,6 +135,7 @@ def test_a_layer_that_is_not_there_is_named(chosen, message):
 
 # ---------------------------------------------------------------- the objective
 
+ACCURACIES = ('acc_i2t', 'acc_t2i')
 MAPPED = ('image_tokens', 'fused_feat', 'decoder_feat', *STREAMS)
 
 
@@ -133,7 +158,7 @@ def objective(tokenizer, weights, seed=0, teacher_width=48, **settings) -> Objec
 def test_every_trainable_parameter_gets_a_gradient(small_tokenizer, batch):
     net = objective(small_tokenizer, dict.fromkeys(TERMS, 1.0))
     out = net(*batch, alpha=0.4, step_seed=0)
-    assert set(out) == {*TERMS, 'loss'} and all(torch.isfinite(value) for value in out.values())
+    assert set(out) == {*TERMS, *ACCURACIES, 'loss'} and all(torch.isfinite(value) for value in out.values())
     out['loss'].backward()
     trainable = {name: p for name, p in net.named_parameters() if p.requires_grad}
     assert all(p.grad is not None for p in trainable.values())
@@ -146,10 +171,65 @@ def test_each_term_alone(small_tokenizer, batch, term):
     """A weight of 0 skips the other terms, and the value is the one it has among all of them."""
     together = objective(small_tokenizer, dict.fromkeys(TERMS, 1.0))(*batch, 0.4, 0)
     alone = objective(small_tokenizer, {term: 2.0})(*batch, 0.4, 0)
-    assert set(alone) == {term, 'loss'}
+    assert set(alone) - set(ACCURACIES) == {term, 'loss'}
     assert torch.allclose(alone['loss'], 2 * alone[term])
     if term not in MAPPED:  # their learned maps are drawn in another order
         assert torch.allclose(alone[term], together[term], rtol=1e-4)
+
+
+class Spy(TorchDispatchMode):
+    """Names the operations on bfloat16 other than the cast to float32."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if 'to_copy' not in str(function) and any(isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16
+                                                  for x in tree_leaves((args, kwargs, out))):
+            self.seen.add(str(function))
+        return out
+
+
+@pytest.mark.parametrize('term', TERMS)
+def test_no_loss_computes_in_bfloat16(small_tokenizer, batch, monkeypatch, term):
+    """Under autocast, in which the towers do: neither the losses' own operations nor their gradients."""
+    spy, called = Spy(), []
+
+    def watched(function):
+        def run(*args, **kwargs):
+            called.append(function.__name__)
+            with spy:
+                out = function(*args, **kwargs)
+                inputs = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+                if out.requires_grad:
+                    with torch.autocast('cpu', enabled=False):  # as in a run, whose backward pass is outside of it
+                        torch.autograd.grad(out.sum(), inputs, retain_graph=True)
+            return out
+        return run
+    for name, function in inspect.getmembers(losses, inspect.isfunction):
+        if name not in ('in_float32', 'as_float32'):
+            monkeypatch.setattr(losses, name, watched(function))
+    net = objective(small_tokenizer, {term: 1.0})
+    called.clear()
+    with torch.autocast('cpu', torch.bfloat16):
+        out = net(*batch, 0.4, 0)
+        assert net.student.vision_proj(batch[0][:, 0]).dtype == torch.bfloat16
+    assert called and not spy.seen
+    assert all(value.dtype == torch.float32 for value in out.values())
+
+
+def test_autocast_changes_no_contrastive_gradient():
+    torch.manual_seed(0)
+    features = [F.normalize(torch.randn(8, 64), dim=1).requires_grad_() for _ in range(2)]
+    temp, targets = torch.tensor(0.015, requires_grad=True), losses.positives(torch.arange(8), torch.arange(8))
+
+    def gradients(autocast):
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            loss = losses.ita_loss(*features, *features, *features, temp, targets, 0.4)
+        return torch.autograd.grad(loss, [*features, temp])
+    assert all(map(torch.equal, gradients(True), gradients(False)))
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(small_tokenizer, batch):
@@ -167,6 +247,53 @@ def test_pads_change_no_loss(small_tokenizer, batch):
     got = net(images, F.pad(ids, (0, 5)), F.pad(mask, (0, 5)), sample_ids, 0.4, 0)
     for name, value in want.items():
         assert torch.allclose(value, got[name], rtol=1e-4, atol=1e-6), name
+
+
+PAIRS = [('image_tokens', 'vision_hidden'), ('text_feat', 'text_hidden'), ('image_tokens', 'lm'), ('ita', 'cross_attn')]
+
+
+def test_any_set_of_terms_trains_on_two_processes(tmp_path):
+    """DDP waits for a gradient of every parameter that trains; each term alone and a few pairs."""
+    code = tmp_path / 'sets.py'
+    code.write_text(f"""import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from test_step import micro_batch, objective
+from models.terms import TERMS
+dist.init_process_group('gloo')
+for names in [*((term,) for term in TERMS), *{PAIRS!r}]:
+    torch.manual_seed(0)
+    net = objective(names, depth=1)
+    parallel = DistributedDataParallel(net)
+    batch = micro_batch('cpu')
+    for step in range(2):  # the second finds out what the first waited for
+        parallel(*batch[:4], 0.4, step, net.prepare([batch]))['loss'].backward()
+    print(names, sum(p.requires_grad for p in net.parameters()))
+""")
+    for done in joined(2, code):
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count('(') == len(TERMS) + len(PAIRS)
+
+
+@pytest.mark.parametrize('task, terms', [
+    ('retrieval', ('ita', 'itm')), ('caption', ('lm',)), ('caption', ('lm_logits',)), ('retrieval', ('cross_attn',)),
+    ('pretrain', ('vision_hidden',))])
+def test_what_no_term_reaches_is_frozen(small_tokenizer, batch, task, terms):
+    """For each task, with recomputed blocks, a prompt and a stored teacher; found without drawing a random number."""
+    torch.manual_seed(0)
+    config = BLIPConfig(**NANO | {'dropout': 0.1}, vocab_size=len(small_tokenizer), task=task)
+    student, teacher = BLIP(config, vit_ckpt_layer=1), BLIP(config)
+    momentum = MomentumQueue(student, 10, 0.9, 16) if task == 'retrieval' else None
+    state = torch.get_rng_state()
+    stored = StoredTeacher(config, 0.07)
+    frozen = [Objective(copy.deepcopy(student), dict.fromkeys(terms, 1.0), (2, 3, 4), momentum, source, prompt_length=2,
+                        hidden_layers={'vision': [1]}) for source in (teacher, stored)]
+    assert 'vision_hidden' in terms or torch.equal(torch.get_rng_state(), state)  # its maps are drawn
+    names = [{name for name, p in net.named_parameters() if p.requires_grad} for net in frozen]
+    assert names[0] == names[1]
+    frozen[0](*batch, alpha=0.4, step_seed=0)['loss'].backward()
+    assert {name for name, p in frozen[0].named_parameters() if p.grad is not None} == names[0]
 
 
 def test_teacher_cannot_leave_eval_nor_train(small_tokenizer, batch):
@@ -242,6 +369,19 @@ def test_the_batch_is_enqueued_after_the_losses(small_tokenizer, batch):
     assert torch.allclose(first['ita'], fresh(*batch, 0.4, 0)['ita'])
 
 
+def test_without_a_queue_the_batch_is_compared_with_itself(small_tokenizer, batch):
+    torch.manual_seed(0)
+    student = BLIP(BLIPConfig(**NANO, vocab_size=len(small_tokenizer)))
+    net = Objective(student, {'ita': 1.0, 'ita_soft': 1.0, 'itm': 1.0}, (2, 3, 4), MomentumQueue(student, 0, 0.9, 16),
+                    copy.deepcopy(student)).train()
+    assert not any('queue' in name or 'pointer' in name for name in net.state_dict())
+    update = net.prepare([MicroBatch(*batch)])
+    assert {len(rows) for rows in update.columns.values()} == {4} and len(update.column_ids) == 4
+    out = net(*batch, 0.4, 0)
+    assert math.isfinite(out['loss'].item()) and torch.equal(out['ita'], net(*batch, 0.4, 0)['ita'])  # nothing was kept
+    assert 0 <= float(out['acc_i2t']) <= 1
+
+
 def test_queue_wraps_at_any_batch_size(small_tokenizer):
     momentum = objective(small_tokenizer, {'ita': 1.0}).momentum
     for start in range(0, 12, 4):  # a queue of 10 and batches of 4
@@ -272,6 +412,11 @@ def test_a_missing_part_is_named(small_tokenizer, weights, task, message):
     student = BLIP(BLIPConfig(**NANO, vocab_size=len(small_tokenizer), task=task))
     with pytest.raises(ValueError, match=message):
         Objective(student, weights, (2, 3, 4))
+
+
+def test_weights_of_zero_alone_are_refused(nano):
+    with pytest.raises(ValueError, match='every weight under `loss` is 0'):
+        Objective(nano, {'lm': 0.0}, (2, 3, 4))
 
 
 def test_a_missing_teacher_is_named(nano):

@@ -36,7 +36,7 @@ def test_a_step_reads_nothing_off_the_device():
     shared = terms.prepare(batches)
     for part, batch in enumerate(batches):
         out = terms(*batch[:4], 0.4, 0, shared, part)
-        assert out.keys() == {*TERMS, 'loss'}
+        assert out.keys() == {*TERMS, 'acc_i2t', 'acc_t2i', 'loss'}
         out['loss'].backward()
     with pytest.raises(RuntimeError, match='meta'):
         terms.prepare([batches[0]._replace(lengths=None)])
@@ -65,6 +65,6 @@ def test_compiled_towers_compute_the_same():
             found.append(({name: value.item() for name, value in out.items()},
                           [p.grad for p in terms.student.parameters()]))
         (want, gradients), (got, others) = found
-        assert got == pytest.approx(want, abs=1e-5) and want.keys() == {*names, 'loss'}
+        assert got == pytest.approx(want, abs=1e-5) and want.keys() == {*names, 'acc_i2t', 'acc_t2i', 'loss'}
         for a, b in zip(gradients, others, strict=True):
             assert torch.allclose(a, b, atol=1e-5)

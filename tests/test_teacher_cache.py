@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import NANO
-from runs import broken_set, run, run_on_two, write_config
+from runs import broken_set, read_losses, run, run_on_two, write_config
 
 import pretrain_dlip
 from data import target_store
@@ -16,7 +16,6 @@ from data.target_store import TargetStore, WithTargets, pad_targets
 from data.transforms import train_transform
 from models import losses
 from models.blip import BLIP, BLIPConfig
-from models.logs import read_log
 from models.momentum import MomentumQueue
 from models.objective import Objective
 from models.targets import StoredTeacher
@@ -54,7 +53,7 @@ def test_training_from_stored_targets_has_the_live_losses(stored, tmp_path):
     config, folder = stored
     run(pretrain_dlip, config, tmp_path / 'live')
     run(pretrain_dlip, config, tmp_path / 'stored', f'teacher.cache={folder}', 'teacher.weights=null')
-    live, got = (read_log(tmp_path / name / 'steps.txt') for name in ('live', 'stored'))
+    live, got = (read_losses(tmp_path / name / 'steps.txt') for name in ('live', 'stored'))
     assert {'train_loss_cross_attn', 'train_loss_lm_logits', 'train_loss_image_tokens'} <= live[0].keys()
     assert got[0] == pytest.approx(live[0], rel=1e-3, abs=1e-3)  # of the same weights
     for want, row in zip(live, got, strict=True):  # of weights that float16 targets have moved
@@ -62,7 +61,7 @@ def test_training_from_stored_targets_has_the_live_losses(stored, tmp_path):
     shared = ('train.epochs=1', 'negative_all_rank=true')
     run_on_two(config, tmp_path / 'two', *shared, f'teacher.cache={folder}', 'train.batch_size=4')
     run(pretrain_dlip, config, tmp_path / 'one', *shared, f'teacher.cache={folder}')
-    one, two = (read_log(tmp_path / name / 'steps.txt') for name in ('one', 'two'))
+    one, two = (read_losses(tmp_path / name / 'steps.txt') for name in ('one', 'two'))
     for want, row in zip(one, two, strict=True):
         assert row == pytest.approx(want, rel=1e-4)
 
