@@ -17,7 +17,7 @@ from models.blip import BLIPConfig
 from models.update import with_start
 
 CLS, ENC, DEC = 101, 30523, 30522
-ORIGINAL_TERMS = ('ita', 'itm', 'lm', 'image_tokens', 'image_feat', 'text_feat', 'fused_feat', 'decoder_feat',
+ORIGINAL_TERMS = ('ita', 'itm', 'lm', 'image_feat', 'text_feat', 'fused_feat', 'decoder_feat',
                   'ita_soft', 'lm_logits', 'self_attn', 'cross_attn', 'decoder_self_attn')
 
 
@@ -59,10 +59,8 @@ class ReferenceStep:
                  device: str):
         self.student, self.teacher = student.to(device).train(), teacher.to(device).eval().requires_grad_(False)
         self.twin = copy.deepcopy(student).eval().requires_grad_(False)
-        wide, narrow = teacher.vision_proj.in_features, student.vision_proj.in_features
         text = teacher.text_proj.in_features, student.text_proj.in_features
-        self.maps = nn.ModuleDict({'token': nn.Linear(narrow, wide), 'fused': nn.Linear(text[1], text[0]),
-                                   'decoder': nn.Linear(text[1], text[0])}).to(device)
+        self.maps = nn.ModuleDict({name: nn.Linear(text[1], text[0]) for name in ('fused', 'decoder')}).to(device)
         self.weights = weights
         self.queues = {name: F.normalize(torch.randn(256, queue_size, device=device), dim=0)
                        for name in ('image', 'text', 'teacher image', 'teacher text')}
@@ -90,7 +88,6 @@ class ReferenceStep:
         out['ita_soft'] = losses.soft_ita_loss(image, text, every['image'], every['text'], student.temp, teacher_image,
                                                teacher_text, every['teacher image'], every['teacher text'],
                                                teacher.temp)
-        out['image_tokens'] = losses.cosine_loss(self.maps['token'](tokens), teacher_tokens)
         out['image_feat'] = losses.cosine_loss(image, teacher_image)
         out['text_feat'] = losses.cosine_loss(text, teacher_text)
         rows = (self.pointer + torch.arange(batch, device=ids.device)) % len(self.ids)
@@ -131,7 +128,8 @@ class ReferenceStep:
             wanted = teacher.decoder(ids, mask, **passes | {'encoder_hidden_states': teacher_tokens})
         valid = labels[:, 1:] != losses.IGNORE
         out['lm'] = losses.lm_loss(said.logits[:, :-1], labels[:, 1:])
-        out['lm_logits'] = losses.logit_kl_loss(said.logits[:, :-1][valid], wanted.logits[:, :-1][valid])
+        logits = said.logits[:, :-1][valid]
+        out['lm_logits'] = losses.logit_kl_loss(logits, logits.detach())  # there of the student with itself: always 0
         out['decoder_feat'] = losses.cosine_loss(self.maps['decoder'](said.hidden_states[-1][:, :-1]),
                                                  wanted.hidden_states[-1][:, :-1], valid)
         ours, theirs = (result.attentions[-1].clamp_min(1e-9).log() for result in (said, wanted))

@@ -43,8 +43,9 @@ def test_published_settings():
         5e-4, 1e-6, 0.9, 3000, 0.02]
     retrieval, caption = (read_yaml(ROOT / f'configs/{n}_flickr.yaml') for n in ('retrieval', 'caption'))
     assert retrieval['eval']['k_test'] == 128
-    assert (retrieval['optim']['lr'], retrieval['optim']['weight_decay']) == (5e-5, 0.05)
+    assert pretrain['teacher']['weights'].endswith('model_base_capfilt_large.pth')
     for config in (retrieval, caption):
+        assert (config['optim']['lr'], config['optim']['weight_decay']) == (5e-5, 0.05)
         assert (config['model']['image_size'], config['train']['batch_size'], config['train']['epochs']) == (384, 32, 6)
 
 
