@@ -102,7 +102,7 @@ def init_maps(objective: Objective, settings: dict, teacher: BLIP | None) -> Non
 
 
 def init_momentum(objective: Objective, config: dict) -> None:
-    """Start momentum encoder and queues where `model.init` ended (a `last.pth`, or a file of BLIP or dlip-v2), where they
+    """Start momentum encoder and queues where `model.init` ended (a `last.pth`, or a file of BLIP or dlip-v2), if they
     fit: random queues would be trivial negatives for a good part of a finetune's first epoch. Logs what it found.
 
     The queues of a teacher are taken over from a run with the same `teacher.weights` only.
