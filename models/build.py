@@ -119,9 +119,9 @@ def init_momentum(objective: Objective, config: dict) -> None:
         if (checkpoint.get('config') or {}).get('teacher', {}).get('weights') != config['teacher']['weights']:
             held = {name: value for name, value in held.items() if not name.startswith('teacher')}
     encoder, entries = momentum.take_over(held, columns)
-    lacking = 'absent (a last.pth has it, a best.pth has not) or of another size, so it starts'
-    queues = f'taken over ({entries} newest entries)' if entries else f'{lacking} random'
-    logger.info('%s: momentum encoder %s; queues %s', source, 'taken over' if encoder else f'{lacking} as the student',
+    lacking = 'absent (a last.pth has them, a best.pth has not) or of another size:'
+    queues = f'taken over ({entries} newest entries)' if entries else f'{lacking} they start random'
+    logger.info('%s: momentum encoder %s; queues %s', source, 'taken over' if encoder else f'{lacking} it starts as the student',
                 queues if momentum.queue_size else 'off')
 
 
