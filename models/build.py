@@ -121,8 +121,8 @@ def init_momentum(objective: Objective, config: dict) -> None:
     encoder, entries = momentum.take_over(held, columns)
     lacking = 'absent (a last.pth has them, a best.pth has not) or of another size:'
     queues = f'taken over ({entries} newest entries)' if entries else f'{lacking} they start random'
-    logger.info('%s: momentum encoder %s; queues %s', source,
-                'taken over' if encoder else f'{lacking} it starts as the student', queues if momentum.queue_size else 'off')
+    queues, start = queues if momentum.queue_size else 'off', f'{lacking} it starts as the student'
+    logger.info('%s: momentum encoder %s; queues %s', source, 'taken over' if encoder else start, queues)
 
 
 def need_teacher(teacher: BLIP | None, key: str) -> BLIP:
