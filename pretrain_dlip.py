@@ -19,8 +19,9 @@ import torch
 from configs import script_arguments
 from data.loader import make_loader
 from data.pairs import open_pairs
-from data.transforms import train_transform
+from data.transforms import eval_transform, train_transform
 from eval.caption import caption_pictures
+from eval.validation import HeldOut, validation
 from folders import run_folder
 from models.build import at_resolution, build_student, build_teacher, init_maps, init_momentum, loss_weights
 from models.momentum import MomentumQueue
@@ -29,11 +30,13 @@ from models.rehearsal import rehearse
 from models.teacher_cache import store_teacher, with_cache
 from models.tokenizer import Tokenizer
 from models.training import Run
+from stopping import STOP
 from utils import clean_exit, logger, rank, seed_everything, setup_process, world_size
 
 
 def main(argv: list[str] | None = None) -> None:
     args, config = script_arguments(__doc__, 'configs/pretrain.yaml', 'output/pretrain', argv)
+    STOP.listen()
     device = setup_process(args.device)
     with run_folder(args) as output_dir:
         pretrain(args, config, device, output_dir)
@@ -46,6 +49,8 @@ def pretrain(args: argparse.Namespace, config: dict, device: torch.device, outpu
     # data
     transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'], data['image_memory'])
     dataset = open_pairs(data['train'], transform, data['max_words'], args.seed)
+    held_out = HeldOut(dataset.hold_out(data['val']), eval_transform(model['image_size'], data['image_memory']),
+                       data['max_words'])
 
     # teacher (frozen), student, momentum twin and queues, losses
     tokenizer = Tokenizer.from_pretrained(config['tokenizer'])
@@ -64,11 +69,10 @@ def pretrain(args: argparse.Namespace, config: dict, device: torch.device, outpu
     init_momentum(objective, config)
 
     # run
-    steps = len(dataset) // (train['batch_size'] * world_size())
-    run = Run(objective, tokenizer, config, output_dir, device, args.seed, steps)
+    run = Run(objective, tokenizer, config, output_dir, device, args.seed, len(dataset))
     logger.info('%d pairs, %d processes x batch %d x accumulate %d = %d pairs a step, %d batches x %d epochs',
-                len(dataset), world_size(), train['batch_size'], config['optim']['accumulate'],
-                train['batch_size'] * world_size() * config['optim']['accumulate'], steps, train['epochs'])
+                len(dataset), world_size(), train['batch_size'], run.accumulate,
+                train['batch_size'] * world_size() * run.accumulate, run.steps_per_epoch, train['epochs'])
 
     def batches():
         return make_loader(dataset, train['batch_size'], seed=args.seed, epoch=run.epoch, start_step=run.batch,
@@ -76,10 +80,18 @@ def pretrain(args: argparse.Namespace, config: dict, device: torch.device, outpu
 
     if args.dry_run:
         return rehearse(run, batches(), data['max_tokens'])
+    if not len(held_out):
+        logger.info('data.val holds out no image of %d pairs: there is no validation, and the captions of samples.png '
+                    'are of training images', len(dataset))
+    shown = [file for file, _ in held_out.pairs[:8]] or dataset.examples(8)
     while run.epoch < train['epochs']:
         stats = run.train_one_epoch(batches(), data['max_tokens'])
-        samples = caption_pictures(student.eval(), tokenizer, dataset.examples(8)) if config['loss']['lm'] else ()
-        run.end_epoch(stats, samples)
+        val = validation(student.eval(), tokenizer, held_out, max_tokens=data['max_tokens'], workers=data['workers'])
+        if val:
+            logger.info('epoch %d val  %s', run.epoch, '  '.join(f'{name} {value:.3f}' for name, value in val.items()
+                                                                if name.startswith('loss') or name.endswith('_r1')))
+        samples = caption_pictures(student, tokenizer, shown) if config['loss']['lm'] else ()
+        run.end_epoch(stats | {f'val_{name}': value for name, value in val.items()}, samples)
     logger.info('done: %s', output_dir / 'last.pth')
 
 

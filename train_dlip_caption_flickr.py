@@ -3,13 +3,15 @@
     python train_dlip_caption_flickr.py --config configs/demo/caption_flickr.yaml
     python -m torch.distributed.run --nproc_per_node=8 train_dlip_caption_flickr.py
 
-Each epoch is evaluated on the validation pictures; the best by CIDEr is kept in OUTPUT_DIR/best.pth and
-measured on the test pictures at the end, with the teacher beside it in OUTPUT_DIR/table.md (`--no_test`: it is not).
+Each epoch is evaluated on the validation images; the best by CIDEr (where it ties, by the validation loss) is kept in
+OUTPUT_DIR/best.pth and measured on the test images at the end, with the teacher beside it in OUTPUT_DIR/table.md
+(`--no_test`: it is not).
 With `scst.epochs` self-critical training follows, a run of its own in OUTPUT_DIR/scst. Relaunching the same command
 resumes.
 """
 
 import argparse
+import math
 import shutil
 from pathlib import Path
 
@@ -22,9 +24,11 @@ from data.transforms import eval_transform, train_transform
 from eval.caption import evaluate_captions
 from eval.cider import CiderReward
 from eval.table import finetune_table
+from eval.validation import HeldOut, first_captions, validation
 from folders import run_folder
 from models.build import at_resolution, build_student, build_teacher, init_maps, loss_weights
 from models.checkpoint import load_model
+from models.generation import generate
 from models.objective import Objective
 from models.rehearsal import rehearse
 from models.self_critical import SelfCritical
@@ -32,6 +36,7 @@ from models.teacher_cache import store_teacher, with_cache
 from models.teacher_captions import teacher_captions
 from models.tokenizer import DEC, Tokenizer
 from models.training import Run
+from stopping import STOP
 from utils import (
     atomic_write,
     barrier,
@@ -48,6 +53,7 @@ from utils import (
 
 def main(argv: list[str] | None = None) -> None:
     args, config = script_arguments(__doc__, 'configs/caption_flickr.yaml', 'output/caption_flickr', argv, tests=True)
+    STOP.listen()
     device = setup_process(args.device)
     stages = ['scst'] if config['scst']['epochs'] else []
     with run_folder(args, *stages) as output_dir:
@@ -69,12 +75,16 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     held_out = {split: ImageTextEval(data['root'], split, eval_transform(model['image_size'], data['image_memory']),
                                      data['max_words'], data['split'])
                 for split in ('val', 'test')}
+    pairs = first_captions(held_out['val'], data['max_words'])
 
     # student and optional teacher
     tokenizer = Tokenizer.from_pretrained(config['tokenizer'])
     teacher = build_teacher(config['teacher'], tokenizer, 'caption')
     teacher = teacher and at_resolution(teacher, model['image_size'])
     student = build_student(model, tokenizer, 'caption', teacher)
+    # What the evaluation cannot do with these settings is said now, not after the first epoch.
+    generate(student.eval(), tokenizer, torch.zeros(1, 3, model['image_size'], model['image_size']), data['prompt'],
+             **{key: value for key, value in config['eval'].items() if key != 'batch_size'})
     if args.store_teacher is not None:
         return store_teacher(config, teacher, dataset, tokenizer, args.seed, device, args.store_teacher, data['prompt'])
     dataset, source = with_cache(config, teacher, dataset, tokenizer, args.seed, data['prompt'])
@@ -88,7 +98,7 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     init_maps(objective, model, teacher)
 
     # run
-    run = Run(objective, tokenizer, config, output_dir, device, args.seed, batches_an_epoch(dataset, train))
+    run = Run(objective, tokenizer, config, output_dir, device, args.seed, len(dataset))
     logger.info('%d captions, %d processes x batch %d, %d batches x %d epochs', len(dataset), world_size(),
                 train['batch_size'], run.steps_per_epoch, train['epochs'])
     generation = {'prompt': data['prompt'], 'workers': data['workers'], **config['eval']}
@@ -99,15 +109,14 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     elif data['teacher_captions']:
         dataset.teacher_captions = teacher_captions(teacher, tokenizer, pictures, output_dir / 'teacher_captions.jsonl',
                                                     device=device, **generation)
-    fit(run, dataset, held_out['val'], generation)
+    fit(run, dataset, held_out['val'], pairs, generation)
     barrier()
 
     # self-critical stage: from the best of the epochs before it, without dropout
     if scst['epochs']:
         if not train['epochs']:  # nothing was trained before: the stage starts from model.init, and has to beat it
-            run.best = evaluate_captions(student.eval(), tokenizer, held_out['val'], device=device,
-                                         **generation)[0]['CIDEr']
-            run.save_best()
+            found, _ = evaluate_captions(student.eval(), tokenizer, held_out['val'], device=device, **generation)
+            run.keep_best(found['CIDEr'], math.inf)
         start, folder = output_dir / 'before_scst.pth', output_dir / 'scst'
         if is_main() and not start.exists():
             copy(output_dir / 'best.pth', start)
@@ -116,11 +125,11 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
         objective = SelfCritical(student, tokenizer, CiderReward(pictures.references), scst['samples'], data['prompt'],
                                  config['eval']['max_length'])
         stage = config | {'optim': config['optim'] | {'lr': scst['lr']}, 'train': train | {'epochs': scst['epochs']}}
-        last = Run(objective, tokenizer, stage, folder, device, args.seed, batches_an_epoch(pictures, train))
+        last = Run(objective, tokenizer, stage, folder, device, args.seed, len(pictures))
         last.best = max(last.best, run.best)
         logger.info('self-critical stage: %d pictures, %d captions of each, %d batches x %d epochs', len(pictures),
                     scst['samples'], last.steps_per_epoch, scst['epochs'])
-        fit(last, pictures, held_out['val'], generation)
+        fit(last, pictures, held_out['val'], pairs, generation)
         if is_main() and (folder / 'best.pth').exists():
             copy(folder / 'best.pth', output_dir / 'best.pth')
         barrier()
@@ -138,10 +147,6 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     finetune_table(output_dir, {f'test_{name}': value for name, value in blip.items()})
 
 
-def batches_an_epoch(dataset: Captioned, train: dict) -> int:
-    return len(dataset) // (train['batch_size'] * world_size())
-
-
 def batches(run: Run, dataset: Captioned):
     """The rest of the epoch that the run is in."""
     config = run.config
@@ -149,23 +154,23 @@ def batches(run: Run, dataset: Captioned):
                        workers=config['data']['workers'], rank=rank(), world_size=world_size())
 
 
-def fit(run: Run, dataset: Captioned, val: ImageTextEval, generation: dict) -> None:
-    """Train to the last epoch; after each one caption the validation pictures and keep the best by CIDEr."""
+def fit(run: Run, dataset: Captioned, val: ImageTextEval, pairs: HeldOut, generation: dict) -> None:
+    """Train to the last epoch; after each one caption the validation images and keep the best by CIDEr."""
     data, student = run.config['data'], run.student
     while run.epoch < run.config['train']['epochs']:
         stats = run.train_one_epoch(batches(run, dataset), data['max_tokens'], data['prompt'])
         found, records = evaluate_captions(student.eval(), run.tokenizer, val, device=run.device, **generation)
-        stats |= {f'val_{name}': value for name, value in found.items()}
+        found |= validation(student, run.tokenizer, pairs, max_tokens=data['max_tokens'], prompt=data['prompt'],
+                            workers=data['workers'])
         if generation['num_beams'] > 1:
             greedy, _ = evaluate_captions(student, run.tokenizer, val, device=run.device,
                                           **generation | {'num_beams': 1})
-            stats['val_greedy_CIDEr'] = greedy['CIDEr']
-        logger.info('epoch %d val  CIDEr %.2f (greedy %.2f)  BLEU-4 %.2f', run.epoch - 1, found['CIDEr'],
-                    stats.get('val_greedy_CIDEr', found['CIDEr']), found['Bleu_4'])
-        if found['CIDEr'] > run.best:
-            run.best = found['CIDEr']
-            run.save_best(metrics=found)
-        run.end_epoch(stats, [(Path(record['image']), record['caption']) for record in records[:8]])
+            found['greedy_CIDEr'] = greedy['CIDEr']
+        logger.info('epoch %d val  CIDEr %.2f (greedy %.2f)  BLEU-4 %.2f  loss %.3f', run.epoch, found['CIDEr'],
+                    found.get('greedy_CIDEr', found['CIDEr']), found['Bleu_4'], found['loss'])
+        run.keep_best(found['CIDEr'], found['loss'], metrics=found)
+        run.end_epoch(stats | {f'val_{name}': value for name, value in found.items()},
+                      [(Path(record['image']), record['caption']) for record in records[:8]])
 
 
 def copy(source: Path, target: Path) -> None:

@@ -3,8 +3,9 @@
     python train_dlip_retrieval_flickr.py --config configs/demo/retrieval_flickr.yaml
     python -m torch.distributed.run --nproc_per_node=8 train_dlip_retrieval_flickr.py
 
-Each epoch is evaluated on the validation pictures; the best by mean recall is kept in OUTPUT_DIR/best.pth and
-measured on the test pictures at the end, with the teacher beside it in OUTPUT_DIR/table.md (`--no_test`: it is not).
+Each epoch is evaluated on the validation images; the best by mean recall (where it ties, by the validation loss) is
+kept in OUTPUT_DIR/best.pth and measured on the test images at the end, with the teacher beside it in
+OUTPUT_DIR/table.md (`--no_test`: it is not).
 Relaunching the same command resumes.
 """
 
@@ -19,6 +20,7 @@ from data.loader import make_loader
 from data.transforms import eval_transform, train_transform
 from eval.retrieval import evaluate_retrieval
 from eval.table import finetune_table
+from eval.validation import first_captions, validation
 from folders import run_folder
 from models.build import at_resolution, build_student, build_teacher, init_maps, init_momentum, loss_weights
 from models.checkpoint import load_model
@@ -28,12 +30,14 @@ from models.rehearsal import rehearse
 from models.teacher_cache import store_teacher, with_cache
 from models.tokenizer import Tokenizer
 from models.training import Run
+from stopping import STOP
 from utils import barrier, clean_exit, logger, rank, seed_everything, setup_process, world_size
 
 
 def main(argv: list[str] | None = None) -> None:
     args, config = script_arguments(__doc__, 'configs/retrieval_flickr.yaml', 'output/retrieval_flickr', argv,
                                     tests=True)
+    STOP.listen()
     device = setup_process(args.device)
     with run_folder(args) as output_dir:
         finetune(args, config, device, output_dir)
@@ -49,6 +53,7 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     held_out = {split: ImageTextEval(data['root'], split, eval_transform(model['image_size'], data['image_memory']),
                                      data['max_words'], data['split'])
                 for split in ('val', 'test')}
+    pairs = first_captions(held_out['val'], data['max_words'])
 
     # student, momentum twin and queues, optional teacher
     tokenizer = Tokenizer.from_pretrained(config['tokenizer'])
@@ -67,10 +72,9 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     init_momentum(objective, config)
 
     # run
-    steps = len(dataset) // (train['batch_size'] * world_size())
-    run = Run(objective, tokenizer, config, output_dir, device, args.seed, steps)
+    run = Run(objective, tokenizer, config, output_dir, device, args.seed, len(dataset))
     logger.info('%d captions, %d processes x batch %d, %d batches x %d epochs', len(dataset), world_size(),
-                train['batch_size'], steps, train['epochs'])
+                train['batch_size'], run.steps_per_epoch, train['epochs'])
     settings = {'max_tokens': data['max_tokens'], 'workers': data['workers'], **config['eval']}
 
     def batches():
@@ -81,13 +85,12 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
         return rehearse(run, batches(), data['max_tokens'])
     while run.epoch < train['epochs']:
         stats = run.train_one_epoch(batches(), data['max_tokens'])
-        val = evaluate_retrieval(student.eval(), tokenizer, held_out['val'], device=device, **settings)
+        val = validation(student.eval(), tokenizer, pairs, max_tokens=data['max_tokens'], workers=data['workers'])
+        val |= evaluate_retrieval(student, tokenizer, held_out['val'], device=device, **settings)
         stats |= {f'val_{name}': value for name, value in val.items()}
-        logger.info('epoch %d val  txt R@1 %.2f  img R@1 %.2f  mean recall %.2f', run.epoch - 1, val['txt_r1'],
-                    val['img_r1'], val['r_mean'])
-        if val['r_mean'] > run.best:
-            run.best = val['r_mean']
-            run.save_best(metrics=val)
+        logger.info('epoch %d val  txt R@1 %.2f  img R@1 %.2f  mean recall %.2f  loss %.3f', run.epoch, val['txt_r1'],
+                    val['img_r1'], val['r_mean'], val['loss'])
+        run.keep_best(val['r_mean'], val['loss'], metrics=val)
         run.end_epoch(stats)
     barrier()
     if args.no_test:

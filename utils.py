@@ -9,7 +9,6 @@ import re
 import reprlib
 import secrets
 import shutil
-import signal
 import sys
 import tempfile
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from launch import choose_device, end_with_torchrun, own_gpu, place, unwritten_store
+from stopping import STOP
 
 ROOT = Path(__file__).resolve().parent
 TIMEOUT = timedelta(minutes=60)  # of what one process waits for another: evaluation may keep one busy
@@ -63,6 +63,8 @@ def clean_exit():
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
+        if STOP.received and isinstance(error, RuntimeError):  # it waited for a process that the signal has ended
+            sys.exit(STOP.code)
         line = explanation(error)
         if line is None or os.environ.get('DLIP_TRACEBACK'):
             raise
@@ -84,7 +86,7 @@ def explanation(error: BaseException) -> str | None:
         return (f'error: {text.splitlines()[0][:120]}: a process that loads pictures was killed, for want of memory or '
                 f'of room in /dev/shm (in a container: --shm-size or --ipc=host), or waited for ever for a disk: lower '
                 f'data.workers; 0 loads in the main process')
-    if not isinstance(error, OSError | ValueError):
+    if not isinstance(error, OSError | ValueError | FloatingPointError):
         return None
     if 'Original Traceback' in text:  # of a loader's process: its last line is the error
         text = text.strip().splitlines()[-1].partition(': ')[2]
@@ -203,13 +205,18 @@ def gather_objects(item) -> list:
     return items
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """True on every process when it is true on any."""
+def any_process(flag: bool) -> bool:
+    """True on every process when it is true on any; the hosts exchange it, no GPU is waited for."""
     if world_size() == 1:
         return flag
-    value = torch.tensor(float(flag), device=device)
+    value = torch.tensor(float(flag))
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value)
+
+
+def to_device(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """`x` of the host on a device; a GPU copies it from pinned memory, while the host goes on."""
+    return (x.pin_memory() if torch.device(device).type == 'cuda' else x).to(device, non_blocking=True)
 
 
 def seed_everything(*parts: int) -> None:
@@ -223,21 +230,6 @@ def seed_everything(*parts: int) -> None:
     torch.default_generator.manual_seed(state)
     if torch.cuda.is_available():
         torch.cuda.manual_seed(state)
-
-
-class StopSignal:
-    """Remembers SIGTERM and SIGINT, so that the loop can save at a step boundary; a second one kills."""
-
-    def __init__(self):
-        self.received = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number, frame):
-        if self.received:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.received = True
 
 
 # ---------------------------------------------------------------- files

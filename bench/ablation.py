@@ -89,7 +89,8 @@ def train(variant: Variant, seed: int, folder: Path, place: Path) -> float:
     script, config = SCRIPTS[variant.stage]
     settings = [*PINNED, f'train.batch_size={BATCH}', *variant.settings]
     if variant.stage == 'pretrain':
-        settings = [f'data.train={place / "pairs.json"}', 'train.epochs=1', 'optim.schedule=cosine', *settings]
+        settings = [f'data.train={place / "pairs.json"}', 'data.val=0', 'train.epochs=1', 'optim.schedule=cosine',
+                    *settings]
         if variant.plotted:
             settings += [f'train.keep={POINTS}', f'train.save_every={PAIRS // BATCH // POINTS}']
     else:

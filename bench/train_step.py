@@ -41,7 +41,7 @@ from models.optim import parameter_groups
 from models.packing import packed
 from models.tokenizer import Tokenizer
 from models.update import MicroBatch
-from utils import ROOT, clean_exit, progress
+from utils import ROOT, clean_exit, progress, to_device
 
 VOCABULARY, TOKENS = 30524, 30
 
@@ -55,8 +55,8 @@ def data(batch: int, image_size: int, device: str) -> Callable:
         items = [first_readable([(io.BytesIO(file), 'two dogs run after a red ball on the beach', i)], transform, 30, i)
                  for i, file in enumerate(files)]
         ids, mask = tokenizer([item['caption'] for item in items], TOKENS)
-        images = torch.stack([item['image'] for item in items]).to(device, non_blocking=True)
-        normalise(images), ids.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+        images = to_device(torch.stack([item['image'] for item in items]), device)
+        normalise(images), to_device(ids, device), to_device(mask, device)
     return make
 
 

@@ -79,6 +79,20 @@ class Flag:
         return found
 
 
+@dataclass(frozen=True)
+class Either:
+    """A number, or a text that names how to find one."""
+
+    text: Text
+    number: Number
+
+    def read(self, value) -> str | float:
+        try:
+            return (self.text if isinstance(value, str) else self.number).read(value)
+        except ValueError:
+            raise ValueError(f'must be {self.text}, or {self.number}') from None
+
+
 class Layers:
     """null, or layers counted from 1, or pairs [student's, teacher's]. models/hidden.py checks the depths."""
 
@@ -114,8 +128,9 @@ RULES = {
     'ita.alpha_ramp_epochs': whole(0, 100_000),
     'negative_all_rank': FLAG,
     'data.train': TEXT,
+    'data.val': Number(0, 0.5),
     'data.root': TEXT,
-    'data.split': Text(('standard', 'hash')),
+    'data.split': Either(Text(('standard', 'hash')), Number(0, 0.4, above=True)),
     'data.prompt': Text(empty=True),
     'data.teacher_captions': SHARE,
     'data.max_words': whole(1, 100_000),
@@ -170,7 +185,7 @@ SIZE_DEFAULTS = {'embed_dim': 256, 'max_positions': 512}
 NOT_ABOVE = [('optim.min_lr', 'optim.lr'), ('optim.warmup_lr', 'optim.lr'), ('eval.min_length', 'eval.max_length')]
 
 
-def rule(key: str) -> Number | Text | Flag | Layers:
+def rule(key: str) -> Number | Text | Either | Flag | Layers:
     """The rule of a dotted key of a config. Every key of the shipped files has one."""
     return RULES.get(key) or RULES[f'{key.partition(".")[0]}.*']
 

@@ -28,14 +28,17 @@ def by_hash(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(Path(name).name.encode(errors='surrogatepass')).digest())
 
 
-def hash_split(names: list[str]) -> dict[str, str]:
+def hash_split(names: list[str], share: float | None = None) -> dict[str, str]:
     """Split of each image by the hash of its name: as many, in proportion, as the standard split of Flickr30K has.
 
     At least one image is held out for val and for test.
+
+    Args:
+        share: of the images, held out for val, and as many for test, in the place of that proportion.
     """
     order, splits = by_hash(names), dict.fromkeys(names, 'train')
-    for split, share in HELD_OUT.items():
-        count = max(1, round(share * len(names)))
+    for split, standard in HELD_OUT.items():
+        count = max(1, round((share or standard) * len(names)))
         splits |= dict.fromkeys(order[:count], split)
         order = order[count:]
     return splits
@@ -76,12 +79,12 @@ def completed(splits: dict[str, str | None], source: Path) -> dict[str, str]:
     return made
 
 
-def load_annotated(root: str | Path, split: str, how: str = 'standard') -> list[AnnotatedImage]:
+def load_annotated(root: str | Path, split: str, how: str | float = 'standard') -> list[AnnotatedImage]:
     """The images of a split, in the order of the annotation.
 
     Args:
         how: 'standard', the split that the annotation carries (what it leaves out: see `completed`); 'hash', by the
-            images' names whatever the annotation says (`hash_split`).
+            images' names whatever the annotation says (`hash_split`); a number, the same with this share.
 
     Raises:
         FileNotFoundError: the folder, the annotation or the images are missing; says what was looked for.
@@ -90,8 +93,8 @@ def load_annotated(root: str | Path, split: str, how: str = 'standard') -> list[
     root = Path(root)
     if split not in SPLITS:
         raise ValueError(f'unknown split {shorten(split)}: one of {", ".join(SPLITS)}')
-    if how not in ('standard', 'hash'):
-        raise ValueError(f'data.split: {shorten(how)} is neither standard nor hash')
+    if how not in ('standard', 'hash') and not isinstance(how, float):
+        raise ValueError(f'data.split: {shorten(how)} is neither standard nor hash, nor a share')
     if not root.is_dir():
         raise FileNotFoundError(f'no folder {root}: data.root is one of images and their annotation (README, "Data")')
     files, layout = find_annotation(root)
@@ -102,8 +105,8 @@ def load_annotated(root: str | Path, split: str, how: str = 'standard') -> list[
             raise ValueError(f'{files[0]}: {row.image} is in split {splits[row.image]} and in split {row.split}')
         captions.setdefault(row.image, []).extend(map(storable, row.captions))
         splits[row.image] = row.split
-    if how == 'hash':
-        splits = hash_split(list(captions))
+    if how != 'standard':
+        splits = hash_split(list(captions), how if how != 'hash' else None)
     elif captions and not layout.published:
         splits = completed(splits, files[0])
     chosen = [name for name in captions if ALSO_CALLED.get(splits[name]) == split]

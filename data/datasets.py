@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from data.index import COLUMNS, build_index, read_index
 from data.transforms import eval_transform, train_transform, whole_transform
 from utils import barrier, local_rank, logger
 
+MOST_HELD_OUT = 1000  # images: enough for a curve, and soon looked at
 MAX_TRIES = 20  # broken pictures in a row that end the run
 
 
@@ -89,7 +91,7 @@ class Captioned(torch.utils.data.Dataset):
     def __init__(self, table: pa.Table, folder: str | Path, transform: train_transform, max_words: int, seed: int):
         self.table, self.folder = table, folder
         self.transform, self.max_words, self.seed = transform, max_words, seed
-        self.epoch = 0
+        self.epoch, self.missing = 0, np.empty(0, np.int64)  # rows that are held out
         sample = self.examples(16)
         if not any(os.path.exists(path) for path in sample):
             raise FileNotFoundError(f'none of {len(sample)} images looked for is there, for example {sample[0][:300]}: '
@@ -97,6 +99,23 @@ class Captioned(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def hold_out(self, share: float) -> list[tuple[str, str]]:
+        """Take a share of the images out of the set, with all their pairs, by the hash of their ids: at most
+        `MOST_HELD_OUT`, and none where it comes to less than two.
+
+        Returns:
+            a (path, raw caption) of each.
+        """
+        ids = self.table['id'].to_numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        hashes, first = np.unique(ids, return_index=True)
+        count = held_out_count(share, len(hashes))
+        if not count:
+            return []
+        held_out = [self.pair(int(i))[:2] for i in first[:count]]
+        self.missing = np.flatnonzero(ids <= hashes[count - 1])
+        self.table = without(self.table, self.missing)
+        return held_out
 
     def pair(self, index: int) -> tuple[str, str, int]:
         """(path, raw caption, id) of pair `index`"""
@@ -111,6 +130,17 @@ class Captioned(torch.utils.data.Dataset):
         """Picture files to be looked at, spread over the set."""
         count = min(count, len(self))
         return [self.pair(i * len(self) // count)[0] for i in range(count)]
+
+
+def held_out_count(share: float, total: int) -> int:
+    count = min(MOST_HELD_OUT, round(share * total))
+    return count if count > 1 else 0
+
+
+def without(table: pa.Table, rows: np.ndarray) -> pa.Table:
+    """The table less some of its rows (ascending); nothing is copied."""
+    edges = [-1, *rows.tolist(), len(table)]
+    return pa.concat_tables([table.slice(a + 1, b - a - 1) for a, b in pairwise(edges) if b - a > 1])
 
 
 class PairDataset(Captioned):
@@ -137,7 +167,7 @@ class PairDataset(Captioned):
         return self.__dict__ | {'table': None}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, table=read_index(state['index']))
+        self.__dict__.update(state, table=without(read_index(state['index']), state['missing']))
 
 
 def with_captions(images: list[AnnotatedImage], source: str) -> list[AnnotatedImage]:
@@ -167,7 +197,7 @@ class AnnotatedTrain(Captioned):
     """
 
     def __init__(self, root: str | os.PathLike, transform: train_transform, max_words: int, seed: int = 0,
-                 how: str = 'standard', teacher_share: float = 0.0):
+                 how: str | float = 'standard', teacher_share: float = 0.0):
         if not 0 <= teacher_share <= 1:
             raise ValueError(f'data.teacher_captions is a probability between 0 and 1, got {teacher_share}')
         self.teacher_share, self.teacher_captions = teacher_share, {}
@@ -189,7 +219,7 @@ class AnnotatedWhole(Captioned):
         references: per image its captions.
     """
 
-    def __init__(self, root: str | os.PathLike, image_size: int, max_words: int, how: str = 'standard'):
+    def __init__(self, root: str | os.PathLike, image_size: int, max_words: int, how: str | float = 'standard'):
         images = with_captions(load_annotated(root, 'train', how), f'{root}, split train')
         self.references = [list(image.captions) for image in images]
         rows = [(image.path, image.captions[0], number) for number, image in enumerate(images)]
@@ -213,7 +243,7 @@ class ImageTextEval(torch.utils.data.Dataset):
     """
 
     def __init__(self, root: str | os.PathLike, split: str, transform: eval_transform, max_words: int,
-                 how: str = 'standard'):
+                 how: str | float = 'standard'):
         self.root, self.split, self.transform = Path(root), split, transform
         images = with_captions(load_annotated(root, split, how), f'{root}, split {split}')
         self.paths = [image.path for image in images]

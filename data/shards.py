@@ -9,7 +9,7 @@ very next sample, without opening the shards that were read before.
 import io
 import os
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import cycle, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.shardlists import expand_urls
 
 from data.captions import is_empty
-from data.datasets import first_readable
+from data.datasets import first_readable, held_out_count
 from data.tars import SCHEME, TAR, count_images, one_line_of, read_shard
 from data.transforms import train_transform
 from utils import gather_objects, progress, rank, world_size
@@ -92,12 +92,25 @@ class ShardDataset:
         mine = progress(self.urls[rank()::world_size()], desc='counting shards')
         parts = gather_objects([count_images(url) for url in mine])
         self.counts = np.array([parts[i % world_size()][i // world_size()] for i in range(len(self.urls))])
+        self.held = np.zeros_like(self.counts)  # samples at the start of each shard that are held out
         self.first = np.cumsum(self.counts) - self.counts  # number of each shard's first sample
         if not len(self):
             raise ValueError(f'{source} holds no image: its downloads failed')
 
     def __len__(self) -> int:
         return int(self.counts.sum())
+
+    def hold_out(self, share: float) -> list[tuple[io.BytesIO, str]]:
+        """`Captioned.hold_out`: the first samples of a few shards, from each at most a half. (file, raw caption)"""
+        few = [i * len(self.urls) // 8 for i in range(8)] if len(self.urls) > 8 else range(len(self.urls))
+        most = -(-held_out_count(share, len(self)) // len(few))
+        held_out = []
+        for shard in few:
+            self.held[shard] = min(most, self.counts[shard] // 2)
+            self.counts[shard] -= self.held[shard]
+            with suppress(Exception), closing(read_shard(self.urls[shard])) as samples:  # training says what is damaged
+                held_out += islice(samples, int(self.held[shard]))
+        return held_out
 
     def examples(self, count: int) -> list[io.BytesIO]:
         """Images to be looked at, from the start of the set."""
@@ -120,7 +133,8 @@ class ShardDataset:
             url, before, problem = self.urls[shard], wanted, 'it ends early'
             try:
                 with closing(read_shard(url)) as samples:
-                    for index, (image, caption) in enumerate(islice(samples, min(wanted, self.counts[shard]))):
+                    kept = islice(samples, int(self.held[shard]), None)
+                    for index, (image, caption) in enumerate(islice(kept, min(wanted, self.counts[shard]))):
                         wanted -= 1
                         yield Sample(image, caption, int(self.first[shard]) + index, lost)
             except Exception as error:  # whatever files, commands, decompressors and tars raise

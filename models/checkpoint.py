@@ -195,10 +195,27 @@ def fingerprint(model: BLIP) -> str:
 
 
 def save_checkpoint(path: str | os.PathLike, model: BLIP, tokenizer: Tokenizer, config: dict, **state) -> None:
-    """Write weights, architecture, vocabulary, config and `state` (plain values and tensors) atomically."""
+    """Write weights, architecture, vocabulary, config and `state` (plain values and tensors) atomically.
+
+    Raises:
+        FloatingPointError: a number is NaN or infinite; nothing is written.
+    """
+    content = {'model': model.state_dict(), **state}
+    bad = not_finite(content)
+    if bad:
+        raise FloatingPointError(f'{bad[0]} is not finite ({len(bad)} tensors in all): {path} is not written. '
+                                 f'Lower optim.lr, set optim.clip_norm, or use precision fp32.')
     with atomic_write(path, 'wb') as file:
-        torch.save({'format': FORMAT, 'model': model.state_dict(), 'architecture': model.config.to_dict(),
-                    'vocab': tokenizer.vocab, 'config': config, **state}, file)
+        torch.save({'format': FORMAT, **content, 'architecture': model.config.to_dict(), 'vocab': tokenizer.vocab,
+                    'config': config}, file)
+
+
+def not_finite(state, name: str = '') -> list[str]:
+    """The dotted names of the tensors in nested containers that hold a NaN or an infinity."""
+    if isinstance(state, torch.Tensor):
+        return [] if state.isfinite().all() else [name]
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
+    return [bad for key, value in items for bad in not_finite(value, f'{name}.{key}' if name else str(key))]
 
 
 def stored_config(checkpoint: dict, path: str | os.PathLike) -> BLIPConfig:

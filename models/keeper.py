@@ -5,8 +5,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from models.checkpoint import read_checkpoint
+from models.checkpoint import not_finite, read_checkpoint
 from utils import logger
+
+# What a run's checkpoint holds beside the net.
+PARTS = ('objective', 'optimizer', 'config', 'seed', 'epoch', 'batch', 'steps_per_epoch', 'world_size', 'meters')
 
 
 class Keeper:
@@ -25,21 +28,27 @@ class Keeper:
         return sorted(self.folder.glob('epoch*_batch*.pth'), key=lambda path: -path.stat().st_mtime_ns)
 
     def newest(self) -> tuple[Path, dict] | None:
-        """The newest checkpoint that can be read; None where there is none at all.
+        """The newest checkpoint that can be read and holds no NaN; None where there is none at all.
 
         Raises:
-            ValueError: there are some, and all are damaged.
+            ValueError: there are some, and all are damaged; or one is no run's state, such as a best.pth.
         """
         damaged = []
         for path in (self.last, *self.older()):
             try:
                 state = read_checkpoint(path, mmap=False)  # it becomes the optimizer's own
+                if bad := not_finite(state):
+                    raise ValueError(f'{path} is not resumed: {bad[0]} is not finite')
             except FileNotFoundError:
                 continue
             except ValueError as error:
                 logger.warning('%s', error)
                 damaged.append(str(path))
             else:
+                lacking = [part for part in PARTS if part not in state]
+                if lacking:
+                    raise ValueError(f'{path} holds a net and not the state of a run ({lacking[0]} is missing): to '
+                                     f'start from it, move it out of {self.folder} and set model.init to it')
                 self.later_name = name_of(state) if path == self.last else None
                 return path, state
         if damaged:
@@ -51,7 +60,7 @@ class Keeper:
         """Write a new `last.pth`: whole, or not at all.
 
         Args:
-            state: its `epoch` and `batch`.
+            state: its `epoch`, `batch` and `steps_per_epoch`.
 
         Raises:
             OSError: it cannot be written; the one before it is whole.
@@ -78,5 +87,6 @@ class Keeper:
             leftover.unlink()
 
 
-def name_of(state: dict) -> str:
-    return f'epoch{state["epoch"]}_batch{state["batch"]}.pth'
+def name_of(state: dict) -> str | None:
+    """None: not kept, as the checkpoint after it differs by the epoch's evaluation alone."""
+    return None if state['batch'] == state['steps_per_epoch'] else f'epoch{state["epoch"]}_batch{state["batch"]}.pth'

@@ -182,6 +182,15 @@ def read_log(path: Path) -> list[dict]:
             if line.endswith('\n')]
 
 
+def forget_after(folder: Path, epoch: int, position: float) -> None:
+    """Drop from a run's logs what a resumed run will do again: steps after `position`, epochs from `epoch` on."""
+    for name in ('steps.txt', 'log.txt'):
+        rows = [row for row in read_log(folder / name)
+                if (row['progress'] <= position + 1e-9 if 'progress' in row else row['epoch'] < epoch)]
+        with atomic_write(folder / name) as file:
+            file.writelines(json.dumps(row) + '\n' for row in rows)
+
+
 def plot_curves(logs: list[Path], png: Path) -> None:
     """Draw every `train_*`, `val_*` and `test_*` number of JSON-lines logs over the epochs, one small panel each.
 

@@ -19,7 +19,7 @@ from models.packing import Packed, packed
 from models.targets import LiveTeacher, StoredTeacher
 from models.terms import CONTRASTIVE, DECODER, FUSED, TERMS, check_terms
 from models.update import MicroBatch, Update, pad_to, row_noise, token_share, with_start
-from utils import all_gather, all_gather_grad, alone, rank, world_size
+from utils import all_gather, all_gather_grad, alone, rank, to_device, world_size
 
 
 class Objective(nn.Module):
@@ -203,7 +203,7 @@ class Objective(nn.Module):
         start, total = part * world_size() * size, world_size() * size
         pool = slice(start, start + total) if self.negative_all_rank else slice(start + first, start + first + size)
         ids = update.ids[pool]
-        noise = row_noise(step_seed, first, size, 2 * len(ids)).to(ids.device, non_blocking=True).chunk(2, 1)
+        noise = to_device(row_noise(step_seed, first, size, 2 * len(ids)), ids.device).chunk(2, 1)
         image_index, text_index = (
             losses.hard_negatives(losses.similarity(rows, update.columns[name][pool], self.student.temp), sample_ids,
                                   ids, own_noise)
@@ -271,7 +271,7 @@ class Objective(nn.Module):
             # The head runs on those positions only. They are found on the host: a mask as index waits for the device.
             rows = torch.tensor([row * valid.shape[1] + place for row, length in enumerate(update.lengths[part])
                                  for place in range(before, length - 1)], dtype=torch.long)
-            rows = rows.to(ids.device, non_blocking=True)
+            rows = to_device(rows, ids.device)
             logits = self.student.text_decoder.logits(hidden.flatten(0, 1)[rows])
         if self.uses('lm'):
             out['lm'] = share * losses.lm_loss(logits, ids[:, 1:].flatten()[rows])

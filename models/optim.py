@@ -1,8 +1,50 @@
-"""Learning-rate schedules and the parameter groups of AdamW."""
+"""The optimizer, its learning-rate schedules and parameter groups, and the exchange of gradients."""
 
 import math
+from inspect import signature
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from utils import world_size
+
+
+def build_optimizer(model: torch.nn.Module, optim: dict, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW of the config's `optim` settings.
+
+    Raises:
+        ValueError: `optim.shard` with one process.
+    """
+    groups = parameter_groups(model, optim['weight_decay'])
+    settings = {'lr': optim['lr'], 'fused': device.type in ('cuda', 'cpu')}
+    if optim['shard']:
+        if world_size() == 1:
+            raise ValueError('optim.shard spreads the optimizer over processes: launch several, or set it to false')
+        from fairscale.optim.oss import OSS
+        return OSS(groups, optim=torch.optim.AdamW, **settings)
+    return torch.optim.AdamW(groups, **settings)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Take over a checkpoint's averages. Settings are those of the optimizer at hand, but for the learning rate, which
+    the schedule sets."""
+    own = [{key: value for key, value in group.items() if key not in ('params', 'lr')}
+           for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+
+
+def parallel(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The module with its gradients averaged over the processes; of one process the module itself."""
+    if world_size() == 1:
+        return model
+    # The queues are equal on all ranks by construction; torch < 2.13 has one switch for both buffer syncs.
+    name = 'forward_sync_buffers'
+    if name not in signature(DistributedDataParallel).parameters:
+        name = 'broadcast_buffers'
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{name: False},
+                                   device_ids=[device] if device.type == 'cuda' else None)
 
 
 def learning_rate(step: int, steps_per_epoch: int, epochs: int, lr: float, min_lr: float, warmup_steps: int,

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from utils import to_device
+
 
 class Packed(NamedTuple):
     """The mask [R, T] of right-padded texts, and the place of each of their tokens among R * T [M].
@@ -19,7 +21,7 @@ class Packed(NamedTuple):
 def packed(mask: torch.Tensor, lengths: list[int]) -> Packed:
     """mask [R, T] of texts of these lengths, which the host knows: nothing waits for the device."""
     rows = [row * mask.shape[1] + place for row, length in enumerate(lengths) for place in range(length)]
-    return Packed(mask, torch.tensor(rows).to(mask.device, non_blocking=True))
+    return Packed(mask, to_device(torch.tensor(rows), mask.device))
 
 
 def pack(x: torch.Tensor, texts: Packed | None) -> torch.Tensor:

@@ -49,6 +49,7 @@ from utils import (
     make_output_dir,
     progress,
     rank,
+    to_device,
     world_size,
 )
 
@@ -220,7 +221,7 @@ def write_targets(folder: Path, config: dict, teacher: BLIP, dataset: Captioned,
     def ask(batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         bad.update(batch)
         ids, mask = tokenizer([prompt + caption for caption in batch['caption']], config['data']['max_tokens'])
-        inputs = [x.to(device, non_blocking=True) for x in (batch['image'], ids, mask)]
+        inputs = [to_device(x, device) for x in (batch['image'], ids, mask)]
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             found = answers(teacher, normalise(inputs[0]), *inputs[1:], starts, terms, top_k)
         return mask, {name: found[name].cpu() for name in fields}

@@ -1,31 +1,28 @@
 """One training run: optimizer, mixed precision, checkpoints and the step loop that all scripts share."""
 
-import json
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
-from inspect import signature
+from contextlib import ExitStack, nullcontext
 from itertools import islice
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from data.loader import BadImages
 from data.transforms import normalise
 from models.checkpoint import load_weights, save_checkpoint
 from models.keeper import Keeper
-from models.logs import Board, Clock, Meters, append_log, memory_used, plot_curves, read_log
+from models.logs import Board, Clock, Meters, append_log, forget_after, memory_used, plot_curves
 from models.objective import Objective
-from models.optim import learning_rate, parameter_groups
+from models.optim import build_optimizer, learning_rate, load_optimizer, parallel
 from models.precision import arithmetic
+from models.resume import compare, place_in_epoch
 from models.self_critical import SelfCritical
+from models.terms import TERMS
 from models.tokenizer import Tokenizer
 from models.update import MicroBatch
-from utils import StopSignal, any_process, atomic_write, barrier, is_main, logger, rank, seed_everything, world_size
-
-NAMES = {'loss': 'train_loss', 'reward': 'train_reward',  # in the logs; every other value is train_loss_NAME
-         'acc_i2t': 'train_acc_i2t', 'acc_t2i': 'train_acc_t2i'}
+from stopping import STOP
+from utils import any_process, barrier, is_main, logger, rank, seed_everything, to_device, world_size
 
 
 class Run:
@@ -41,100 +38,96 @@ class Run:
     Args:
         objective: student, losses, momentum twin and teacher; or, of the last stage of captioning, the student alone.
         config: the script's settings (`optim`, `train` and `ita` are read here).
-        steps_per_epoch: batches an epoch on each process.
+        samples: of the training set.
     """
 
     def __init__(self, objective: Objective | SelfCritical, tokenizer: Tokenizer, config: dict, output_dir: Path,
-                 device: torch.device, seed: int, steps_per_epoch: int):
+                 device: torch.device, seed: int, samples: int):
         self.objective = objective.to(device)
         if objective.teacher is not None:
             objective.teacher.to(device)
         self.tokenizer, self.config, self.output_dir = tokenizer, config, output_dir
-        self.device, self.seed, self.steps_per_epoch = device, seed, steps_per_epoch
+        self.device, self.seed, self.samples = device, seed, samples
+        self.steps_per_epoch = samples // (config['train']['batch_size'] * world_size())  # on each process
         self.dtype = arithmetic(config['train']['precision'], device)  # of the autocast regions
         self.accumulate = config['optim']['accumulate']
-        self.updates_per_epoch = -(-steps_per_epoch // self.accumulate)
+        self.updates_per_epoch = -(-self.steps_per_epoch // self.accumulate)
         self.epoch = self.batch = 0  # the next batch to train on
-        self.best = -math.inf
+        self.best = -math.inf, -math.inf  # score and negative validation loss
         self.keeper = Keeper(output_dir, config['train']['keep'])
         self.interval = Meters()  # since the last line of steps.txt
+        self.unchecked: list[tuple[int, torch.Tensor, dict]] = []  # (step, ids, losses) not yet looked at
         self.meters, self.bad_images = Meters(), BadImages(config['data']['max_bad_share'], logger)
-        self.optimizer = self._optimizer(config['optim'])
+        self.optimizer = build_optimizer(self.objective, config['optim'], device)
+        names = {id(parameter): name for name, parameter in objective.named_parameters()}
+        self.trained = [names[id(parameter)] for group in self.optimizer.param_groups for parameter in group['params']]
         self._resume()
         if config['train']['compile']:
             for net in (objective.student, objective.teacher):
                 if net is not None:
                     net.compile_towers()
-        self.parallel = self._parallel()
+        self.parallel = parallel(self.objective, device)
         self.board: Board | None = None
-        self.stop: StopSignal | None = None
+        self.listening = False
 
     @property
     def student(self):
         return self.objective.student
 
-    def _optimizer(self, optim: dict) -> torch.optim.Optimizer:
-        groups = parameter_groups(self.objective, optim['weight_decay'])
-        settings = {'lr': optim['lr'], 'fused': self.device.type in ('cuda', 'cpu')}
-        if optim['shard']:
-            if world_size() == 1:
-                raise ValueError('optim.shard spreads the optimizer over processes: launch several, or set it to false')
-            from fairscale.optim.oss import OSS
-            return OSS(groups, optim=torch.optim.AdamW, **settings)
-        return torch.optim.AdamW(groups, **settings)
-
-    def _parallel(self) -> torch.nn.Module:
-        if world_size() == 1:
-            return self.objective
-        # The queues are equal on all ranks by construction; torch < 2.13 has one switch for both buffer syncs.
-        name = 'forward_sync_buffers'
-        if name not in signature(DistributedDataParallel).parameters:
-            name = 'broadcast_buffers'
-        return DistributedDataParallel(self.objective, gradient_as_bucket_view=True, **{name: False},
-                                       device_ids=[self.device] if self.device.type == 'cuda' else None)
-
     # ------------------------------------------------------------ checkpoints
 
     def save(self) -> None:
-        """Write the run's whole state to `last.pth`; all processes call it, the main one writes."""
+        """Write the run's whole state to `last.pth`; all processes call it, the main one writes.
+
+        Raises:
+            FloatingPointError: a loss, a weight or the optimizer's state is not finite; nothing is written.
+        """
+        self._check_finite()
         if self.config['optim']['shard']:
             self.optimizer.consolidate_state_dict(0)
         meters, interval = self.meters.state_dict(), self.interval.state_dict()
         if is_main():
-            rest = {key: value for key, value in self.objective.state_dict().items() if not key.startswith('student.')}
-            state = {'objective': rest, 'optimizer': self.optimizer.state_dict(), 'epoch': self.epoch,
-                     'batch': self.batch, 'seed': self.seed, 'best': self.best, 'meters': meters, 'interval': interval,
-                     'world_size': world_size(), 'steps_per_epoch': self.steps_per_epoch}
+            state = {'objective': self._beside_student(), 'optimizer': self.optimizer.state_dict(),
+                     'epoch': self.epoch, 'batch': self.batch, 'best': self.best, 'meters': meters,
+                     'interval': interval, 'seed': self.seed, 'samples': self.samples, 'world_size': world_size(),
+                     'steps_per_epoch': self.steps_per_epoch, 'trained': self.trained}
             self.keeper.replace(state, lambda path: save_checkpoint(path, self.student, self.tokenizer, self.config,
                                                                     **state))
 
-    def save_best(self, **extra) -> None:
-        """Write the student alone to `best.pth`."""
-        if is_main():
-            save_checkpoint(self.output_dir / 'best.pth', self.student, self.tokenizer, self.config, epoch=self.epoch,
-                            **extra)
+    def keep_best(self, score: float, loss: float, **extra) -> None:
+        """Write the student alone to `best.pth` if its score is the highest so far or, where that ties, its validation
+        loss the lowest."""
+        if (score, -loss) > self.best:
+            self.best = score, -loss
+            if is_main():
+                save_checkpoint(self.output_dir / 'best.pth', self.student, self.tokenizer, self.config,
+                                epoch=self.epoch, **extra)
+
+    def _beside_student(self) -> dict[str, torch.Tensor]:
+        return {key: value for key, value in self.objective.state_dict().items() if not key.startswith('student.')}
 
     def _resume(self) -> None:
+        """Go on with the newest checkpoint, if there is one: with its state, and with the settings of the config.
+
+        Raises:
+            ValueError: it is of a run that cannot go on with these settings; names what differs.
+        """
         found = self.keeper.newest()
         if found is None:
             return
         path, state = found
+        compare(path, state, self.config, seed=self.seed, samples=self.samples, architecture=self.student.config,
+                vocab=self.tokenizer.vocab, trained=self.trained, kept=self._beside_student())
         load_weights(self.student, state['model'], str(path))
-        missing, unexpected = self.objective.load_state_dict(state['objective'], strict=False)
-        missing = [key for key in missing if not key.startswith('student.')]
-        if missing or unexpected or state['seed'] != self.seed:
-            what = f'keys {missing + unexpected}' if missing or unexpected else f'the seed ({state["seed"]})'
-            raise ValueError(f'{path} is of a run that differs in {what}: resume it with its own settings '
-                             f'or choose another --output_dir')
-        self.optimizer.load_state_dict(state['optimizer'])
-        self.epoch, self.batch, self.best = state['epoch'], state['batch'], state['best']
+        self.objective.load_state_dict(state['objective'], strict=False)
+        load_optimizer(self.optimizer, state['optimizer'])
         self.meters.load_state_dict(state['meters'])
         self.interval.load_state_dict(state['interval'])
-        if state['steps_per_epoch'] != self.steps_per_epoch:  # other global batches: an epoch's order stays the same
-            self.batch = self.batch * self.steps_per_epoch // state['steps_per_epoch']
-            self.interval = Meters()
-            logger.info('%d processes and %d batches an epoch, before %d and %d: goes on at the same place of the '
-                        'epoch', world_size(), self.steps_per_epoch, state['world_size'], state['steps_per_epoch'])
+        self.epoch, best = state['epoch'], state['best']
+        self.best = best if isinstance(best, tuple) else (best, -math.inf)  # of an earlier version the score alone
+        self.batch = place_in_epoch(state, self.config['train']['batch_size'], world_size(), self.samples)
+        if state['steps_per_epoch'] != self.steps_per_epoch:
+            self.interval = Meters()  # that of other batches
         logger.info('resumed %s at epoch %d, batch %d of %d', path, self.epoch, self.batch, self.steps_per_epoch)
 
     # ------------------------------------------------------------ training
@@ -155,59 +148,64 @@ class Run:
     def _open_logs(self) -> None:
         """Forget the logged steps and epochs that will be redone, and what a killed process left; start to log."""
         barrier()  # all have read the checkpoint
-        self.stop = StopSignal()
+        STOP.listen(code=0)
+        self.listening = True
         if not is_main():
             return
         self.keeper.sweep()
-        position = self.epoch + self.batch / self.steps_per_epoch
-        for name in ('steps.txt', 'log.txt'):
-            rows = [row for row in read_log(self.output_dir / name)
-                    if row.get('progress', row['epoch'] + 1) <= position + 1e-9]
-            with atomic_write(self.output_dir / name) as file:
-                file.writelines(json.dumps(row) + '\n' for row in rows)
-        self.board = Board(self.output_dir, self.config, round(position * self.steps_per_epoch))
+        done = self.epoch * self.steps_per_epoch + self.batch
+        forget_after(self.output_dir, self.epoch, done / self.steps_per_epoch)
+        self.board = Board(self.output_dir, self.config, done)
 
     def train_one_epoch(self, loader, max_tokens: int, prompt: str = '') -> dict[str, float]:
-        """Train from batch `self.batch` of epoch `self.epoch` to its end; returns the epoch's mean losses.
+        """Train from batch `self.batch` of epoch `self.epoch` to its end and save; returns the epoch's mean losses.
+
+        Of an epoch that was trained and not yet closed by `end_epoch` only the means are returned.
 
         Raises:
             FloatingPointError: a loss is not finite; names the step, the component and the samples.
-            SystemExit: SIGTERM or SIGINT arrived; the state is saved first (exit code 0).
+            SystemExit: SIGTERM or SIGINT arrived (exit code 0); the state was saved, unless no step was made.
         """
-        if self.stop is None:
+        if not self.listening:
             self._open_logs()
         train = self.config['train']
         last_step = self.steps_per_epoch * train['epochs']
-        clock, unchecked = Clock(last_step - self.epoch * self.steps_per_epoch - self.batch), []
+        clock = Clock(last_step - self.epoch * self.steps_per_epoch - self.batch)
         self.parallel.train()
-        for batches in self.updates(loader):
-            clock.data_ready()
-            first, before = self.epoch * self.steps_per_epoch + self.batch, self.batch
-            lr, losses = self.train_step(batches, first, max_tokens, prompt)
-            unchecked.append((first, torch.cat([batch['id'] for batch in batches]), losses))
-            self.batch += len(batches)
-            at_end = self.batch == self.steps_per_epoch
-            log_due, save_due = (every and (at_end or self.batch // every > before // every)
-                                 for every in (train['log_every'], train['save_every']))
-            if self.device.type == 'cpu' or log_due:
-                self._check_finite(unchecked)  # on a GPU only now: looking at a loss waits for the device
-            self.update()
-            values = {NAMES.get(name, f'train_loss_{name}'): value for name, value in losses.items()}
-            self.meters.update(values)
-            self.interval.update(values)
-            clock.step_done(len(batches), len(batches) * len(batches[0]['id']) * world_size())
-            if log_due:
-                self._log_interval(first + len(batches), lr, clock)
-            # Saved are whole updates only: gradients that were accumulated so far would be lost.
-            if (world_size() == 1 or log_due) and any_process(self.stop.received, self.device):
-                self.save()
-                logger.info('stopped by a signal; the same command resumes from %s', self.output_dir / 'last.pth')
-                raise SystemExit(0)
-            if save_due and not at_end:
-                self.save()
-        means = {'train_lr': self.optimizer.param_groups[0]['lr'], **self.meters.means()}  # the last step's
-        self.epoch, self.batch, self.meters = self.epoch + 1, 0, Meters()
-        return means
+        updates = self.updates(loader)
+        with ExitStack() as held:  # from the first step on there is something to save
+            while self.batch < self.steps_per_epoch:
+                batches = STOP.unless_received(lambda: next(updates))
+                clock.data_ready()
+                self._leave_if_stopped()
+                first, before = self.epoch * self.steps_per_epoch + self.batch, self.batch
+                lr, losses = self.train_step(batches, first, max_tokens, prompt)
+                self.unchecked.append((first, torch.cat([batch['id'] for batch in batches]), losses))
+                at_end = before + len(batches) == self.steps_per_epoch
+                log_due, save_due = (every and (at_end or (before + len(batches)) // every > before // every)
+                                     for every in (train['log_every'], train['save_every']))
+                if self.device.type == 'cpu' or log_due:
+                    self._check_finite()  # on a GPU only now: looking at a loss waits for the device
+                values = {f'train_loss_{name}' if name in TERMS else f'train_{name}': value
+                          for name, value in (losses | self.update()).items()}
+                self.batch += len(batches)
+                self.meters.update(values)
+                self.interval.update(values)
+                clock.step_done(len(batches), len(batches) * len(batches[0]['id']) * world_size())
+                if not STOP.held:
+                    held.enter_context(STOP.hold())
+                if log_due:
+                    self._log_interval(first + len(batches), lr, clock)
+                if at_end or save_due:
+                    self.save()
+        return {'train_lr': self.optimizer.param_groups[0]['lr'], **self.meters.means()}  # the last step's
+
+    def _leave_if_stopped(self) -> None:
+        """Save and leave if a signal has come to any process; all ask at the same place, before a batch."""
+        if any_process(STOP.received):
+            self.save()
+            logger.info('stopped by a signal; the same command resumes from %s', self.output_dir / 'last.pth')
+            raise SystemExit(0)
 
     def train_step(self, batches: list[dict], first: int, max_tokens: int, prompt: str
                    ) -> tuple[float, dict[str, torch.Tensor]]:
@@ -229,6 +227,8 @@ class Run:
         with autocast:
             shared = self.objective.prepare(parts)
         for number, inputs in enumerate(parts):
+            if number:  # an unfinished update is forgotten: it has changed nothing but gradients
+                self._leave_if_stopped()
             # Before the last batch the processes do not exchange any gradients.
             last = world_size() == 1 or number == len(parts) - 1
             with nullcontext() if last else self.parallel.no_sync():
@@ -248,28 +248,31 @@ class Run:
         if stored is not None:
             if not torch.equal(stored['tokens'], lengths):
                 raise ValueError('the stored targets are of captions of other lengths: store them again')
-            stored = {name: x.to(self.device, non_blocking=True) for name, x in stored.items()}
-        images, *rest = (x.to(self.device, non_blocking=True) for x in (batch['image'], ids, mask, batch['id']))
+            stored = {name: to_device(x, self.device) for name, x in stored.items()}
+        images, *rest = (to_device(x, self.device) for x in (batch['image'], ids, mask, batch['id']))
         return MicroBatch(normalise(images), *rest, lengths.tolist(), stored)
 
-    def update(self) -> None:
-        """One step of the optimizer and of the momentum twin."""
-        torch.nn.utils.clip_grad_norm_(self.objective.parameters(), self.config['optim']['clip_norm'] or math.inf)
+    def update(self) -> dict[str, torch.Tensor]:
+        """One step of the optimizer and of the momentum encoder -> the gradient's norm before clipping, and the
+        temperature of a student that has one."""
+        most = self.config['optim']['clip_norm'] or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), most)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.objective.momentum is not None:
             self.objective.momentum.update(self.student)
-        if self.student.text_encoder is not None:
-            self.student.temp.data.clamp_(0.001, 0.5)
+        if self.student.text_encoder is None:
+            return {'grad_norm': norm}
+        return {'grad_norm': norm, 'temp': self.student.temp.data.clamp_(0.001, 0.5).clone()}
 
-    def _check_finite(self, unchecked: list) -> None:
-        for step, ids, losses in unchecked:
+    def _check_finite(self) -> None:
+        for step, ids, losses in self.unchecked:
             bad = [name for name, value in losses.items() if not torch.isfinite(value)]
             if bad:
                 raise FloatingPointError(
                     f'loss.{bad[0]} is {float(losses[bad[0]])} at step {step} (samples {ids.tolist()[:16]}); the last '
                     f'good state is in {self.output_dir}. Lower optim.lr, set optim.clip_norm, or use precision fp32.')
-        unchecked.clear()
+        self.unchecked.clear()
 
     def _log_interval(self, done: int, lr: float, clock: Clock) -> None:
         """Args:
@@ -288,22 +291,24 @@ class Run:
             self.board.scalars({'train_lr': lr, **means, **system}, done - 1)
 
     def end_epoch(self, stats: dict, samples: list[tuple[Path, str]] = ()) -> None:
-        """Append the epoch to `log.txt` (the original's keys), redraw the curves and save `last.pth`.
+        """Append the epoch to `log.txt` (the original's keys), redraw the curves, save, and go on to the next one.
 
         Args:
-            samples: (picture, the student's caption) of a few held-out pictures, to be looked at.
+            samples: (image, the student's caption) of a few held-out images, to be looked at.
         """
         if is_main():
-            append_log(self.output_dir / 'log.txt', {**stats, 'epoch': self.epoch - 1})
-            step = self.epoch * self.steps_per_epoch
+            append_log(self.output_dir / 'log.txt', {**stats, 'epoch': self.epoch})
+            step = (self.epoch + 1) * self.steps_per_epoch
             self.board.scalars({name: value for name, value in stats.items()
                                 if isinstance(value, int | float) and not name.startswith('train_')}, step)
             if samples:
                 self.board.pictures(samples, step)
-            if self.epoch == self.config['train']['epochs']:
+            if self.epoch + 1 == self.config['train']['epochs']:
                 self.board.close()
             plot_curves([self.output_dir / 'steps.txt', self.output_dir / 'log.txt'], self.output_dir / 'curves.png')
-        self.save()
+        with STOP.hold():
+            self.epoch, self.batch, self.meters = self.epoch + 1, 0, Meters()
+            self.save()
 
     def finish(self, test: dict) -> None:
         """Append the test figures to `log.txt` and draw them."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from test_datasets import TRANSFORM, write_pictures
 
+from configs import load_config
 from data import datasets
 from data.annotations import AnnotatedImage, hash_split, load_annotated
 from data.datasets import AnnotatedTrain, ImageTextEval
@@ -363,3 +364,17 @@ def test_errors_say_what_was_looked_for(tmp_path):
     (flickr(root, 'karpathy') / 'flickr30k-images').rename(root / 'pictures')
     with pytest.raises(FileNotFoundError, match='looked for train0.jpg in it and in the folders flickr30k-images'):
         load_annotated(root, 'train')
+
+
+def test_a_share_of_the_images_is_held_out(tmp_path):
+    """By name too, and the images that a smaller share holds out for test are among them."""
+    root = flickr(tmp_path, 'kaggle')
+    sizes = {split: len(load_annotated(root, split, 0.3)) for split in SPLITS}
+    assert sizes == {'train': 2, 'val': 2, 'test': 2}
+    names = [f'{i}.jpg' for i in range(1000)]
+    few, many = ({name for name, split in hash_split(names, share).items() if split == 'test'} for share in (0.1, 0.2))
+    assert (len(few), len(many)) == (100, 200) and few < many
+    assert load_config('configs/caption_flickr.yaml', 'configs/caption_flickr.yaml', ['data.split=0.1']
+                       )['data']['split'] == 0.1
+    with pytest.raises(ValueError, match='data.split must be one of standard, hash, or a number above 0 and at most'):
+        load_config('configs/caption_flickr.yaml', 'configs/caption_flickr.yaml', ['data.split=0.9'])

@@ -1,0 +1,83 @@
+"""What SIGTERM and Ctrl-C do to a training."""
+
+import os
+import signal
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+
+class StopSignal:
+    """What SIGTERM and SIGINT do to a training: they end the process at once or, within `hold`, are remembered until
+    the loop has saved its state. After one of them Ctrl-C kills.
+
+    Attributes:
+        received: whether a signal has come.
+        code: exit code of a process that is ended; None: 128 + the signal's number.
+    """
+
+    def __init__(self):
+        self.received, self.held, self.waiting, self.code = False, False, False, None
+
+    def listen(self, code: int | None = None) -> None:
+        """Take the signals from now on; those that came before are forgotten."""
+        self.received, self.held, self.waiting, self.code = False, False, False, code
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number, frame):
+        if self.received:
+            if number == signal.SIGINT:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return  # a scheduler signals torchrun and its processes, and torchrun its processes again
+        self.received = True
+        if self.code is None:
+            self.code = 128 + number
+        if not self.held:
+            self.leave()
+        if self.waiting:
+            self.waiting = False
+            raise Stopped(self.code)
+
+    def leave(self) -> None:
+        """End the process.
+
+        Raises:
+            Stopped: always.
+        """
+        if not dist.is_initialized() or dist.get_rank() == 0:  # not by print, within which the signal may have come
+            os.write(2, b'\nstopped by a signal; the same command goes on with what is saved\n')
+        raise Stopped(self.code)
+
+    @contextmanager
+    def hold(self):
+        """A block that a signal does not end; after it, it does."""
+        before, self.held = self.held, True
+        try:
+            yield
+        finally:
+            self.held = before
+        if self.received and not self.held:
+            self.leave()
+
+    def unless_received(self, wait: Callable):
+        """`wait()`, or None once a signal has come, within `hold` too: for what loses nothing by being cut short."""
+        try:
+            self.waiting = self.held
+            try:
+                return None if self.received else wait()
+            finally:
+                self.waiting = False
+        except Stopped:
+            if not self.held:
+                raise
+            return None
+
+
+class Stopped(SystemExit):
+    """A signal ends the process."""
+
+
+STOP = StopSignal()  # of this process
