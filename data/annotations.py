@@ -102,7 +102,8 @@ def load_annotated(root: str | Path, split: str, how: str | float = 'standard') 
     splits: dict[str, str | None] = {}
     for row in chain.from_iterable(rows_of(file, layout) for file in files):
         if splits.get(row.image, row.split) != row.split:
-            raise ValueError(f'{files[0]}: {row.image} is in split {splits[row.image]} and in split {row.split}')
+            image, one, other = (shorten(Path(text or 'none')) for text in (row.image, splits[row.image], row.split))
+            raise ValueError(f'{files[0]}: {image} is in split {one} and in split {other}')
         captions.setdefault(row.image, []).extend(map(storable, row.captions))
         splits[row.image] = row.split
     if how != 'standard':
@@ -125,7 +126,7 @@ def rows_of(path: Path, layout: Layout) -> Iterator[Row]:
     try:
         for row in layout.read(path):
             row = row._replace(captions=[text for text in row.captions if text is not None])
-            if not all(isinstance(text, str) for text in (row.image, *row.captions)):
+            if not all(isinstance(text, str) for text in (row.image, *row.captions, row.split or '')):
                 raise TypeError(f'no text: {str(row)[:80]}')
             yield row
             count += 1
@@ -147,4 +148,5 @@ def place_images(root: Path, names: list[str]) -> list[Path]:
         for folder in image_folders(root):
             if any(os.path.isfile(folder / name) for name in tried[:20]):
                 return [folder / name for name in tried]
-    raise FileNotFoundError(f'no images in {root}: looked for {names[0]} in it and in the folders {", ".join(FOLDERS)}')
+    raise FileNotFoundError(f'no images in {root}: looked for {shorten(Path(names[0]))} in it and in the folders '
+                            f'{", ".join(FOLDERS)}')

@@ -140,6 +140,7 @@ def read_parquet(path: Path, key_length: int) -> dict[str, pa.StringArray | np.n
         raise ValueError(f'{path} has no column {", ".join(sorted(REQUIRED - there))}: download the shard again '
                          f'as the README says, or remove it to read the .json and .txt files')
     table = file.read([name for name in (*TEXTS, 'status', *SIZES) if name in there], use_threads=False)
+    table.validate(full=True)  # a damaged file may hold texts that are not UTF-8
     columns = {name: plain(table[name]) if name in there else pa.nulls(len(table))
                for name in (*TEXTS, 'status', *SIZES)}
     if pa.types.is_floating(columns['key'].type):

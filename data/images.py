@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
+from pathlib import Path
 from typing import BinaryIO
 
 import torch
@@ -21,6 +22,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import functional as F
 
 from data.rgb import ORIENTATION, orientation, to_rgb
+from utils import shorten
 
 FORMATS = ('JPEG', 'PNG', 'GIF', 'WEBP', 'AVIF', 'HEIF', 'TIFF', 'JPEG2000', 'BMP', 'PPM', 'ICO', 'TGA')
 HEIF_BRANDS = (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'hevm', b'hevs', b'mif1', b'msf1')
@@ -199,7 +201,7 @@ def opened(file: str | os.PathLike | BinaryIO, memory: float = MEMORY,
         BrokenPicture: names the file and what is wrong with it.
         MemoryError, OSError: the machine is out of memory or file handles.
     """
-    name, kind = name or file_name(file), 'not a picture'
+    name, kind = shorten(Path(name or file_name(file)), 600), 'not a picture'
     try:
         with regular_file(file) if isinstance(file, str | os.PathLike) else nullcontext(file) as stream, \
                 identified(stream, memory) as image:

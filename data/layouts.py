@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from data.scan import list_images
-from data.tables import Row, read_json, read_table, read_text
+from data.tables import Row, encoding_of, read_json, read_table, read_text
 from utils import logger, shorten
 
 SPLITS = ('train', 'val', 'test')
@@ -172,8 +172,8 @@ def metadata(name: str) -> Callable[[Path], list[Path]]:
 def kaggles_results(root: Path) -> list[Path]:
     """results.csv, also among the images, unless by its header it is a table of one's own."""
     def is_kaggles(path: Path) -> bool:
-        with open(path, 'rb') as file:
-            return re.sub(rb'\W+', b' ', file.readline(1000)).strip() == b'image_name comment_number comment'
+        with open(path, encoding=encoding_of(path), errors='replace') as file:
+            return re.sub(r'\W+', ' ', file.readline(1000)).strip() == 'image_name comment_number comment'
     return list(filter(is_kaggles, find_files(root, 'results.csv', folders=('', *FOLDERS))))
 
 

@@ -7,7 +7,7 @@ from functools import cache
 from PIL import Image
 
 from data.images import FORMATS, readers
-from utils import logger
+from utils import logger, shorten
 
 HEIF_ENDINGS = ('.heic', '.heif', '.hif', '.heics', '.heifs')
 # what systems put beside one's own files, in lower case
@@ -45,7 +45,7 @@ def list_images(folder: str | os.PathLike) -> list[str]:
         PermissionError: the folder itself cannot be read.
     """
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f'no folder {os.fsdecode(folder)!r}')
+        raise FileNotFoundError(f'no folder {shorten(os.fsdecode(folder), 400)}')
     os.scandir(folder).close()
     endings, others, unreadable, hidden = image_endings(), Counter(), [], 0
     found: dict[str, str] = {}  # real path -> path

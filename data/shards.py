@@ -178,6 +178,8 @@ class ShardStream(IterableDataset):
         with closing(dataset.rows(order, first + skipped, last)) as rows:
             for start in range(first + skipped, last, WINDOW):
                 window = list(islice(rows, min(WINDOW, last - start)))
+                if all(is_empty(sample.caption) for sample in window):
+                    raise ValueError(f'none of the {len(window)} samples from {window[0].image.name} on has a caption')
                 np.random.default_rng((*seeds, start)).shuffle(window)
                 for place in range(done, len(window)):
                     pairs = ((sample.image, sample.caption, sample.number)  # the next in the window stand in

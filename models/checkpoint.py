@@ -20,7 +20,7 @@ from models.tokenizer import Tokenizer
 from models.transformers_format import read_folder
 from models.vit import resample_positions
 from models.weight_checks import check_numbers, check_tensors
-from utils import atomic_write, shorten
+from utils import atomic_write, shorten, shown
 
 FORMAT = 'dlip-1'
 SECTIONS = ('data', 'eval', 'model', 'teacher')  # of a config, that are read of a checkpoint's
@@ -163,7 +163,8 @@ def load_weights(model: BLIP, weights: dict[str, torch.Tensor], source: str | os
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     shapes = [f'{key} {tuple(weights[key].shape)} in the file, {tuple(own[key].shape)} in the net'
               for key in own.keys() & weights.keys() if weights[key].shape != own[key].shape]
-    problems = [f'{len(keys)} {what} ({", ".join(key[:200] for key in keys[:3])}{", ..." if len(keys) > 3 else ""})'
+    problems = [f'{len(keys)} {what} '
+                f'({", ".join(shown(key[:200]) for key in keys[:3])}{", ..." if len(keys) > 3 else ""})'
                 for what, keys in (('missing', missing), ('unexpected', unexpected), ('misshaped', sorted(shapes)),
                                    ('untied', untied))
                 if keys]

@@ -54,7 +54,8 @@ def filter_top(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     if top_p < 1.0:
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
-        outside = probabilities.cumsum(-1) - probabilities >= top_p  # the most likely token always stays
+        outside = probabilities.cumsum(-1) - probabilities >= top_p
+        outside[:, 0] = False  # the most likely token stays, however small top_p
         logits = logits.masked_fill(outside.scatter(1, order, outside), -torch.inf)
     return logits
 
@@ -185,18 +186,19 @@ def generate_ids(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tens
                         ('top_k', top_k), ('num_captions', num_captions)):
         if not isinstance(value, int):
             raise ValueError(f'generation needs a whole number as {name}, got {shorten(value)}')
-    checks = {f'num_beams >= 1, got {num_beams}': num_beams >= 1,
+    checks = {f'1 <= num_beams <= 1000, got {num_beams}': 1 <= num_beams <= 1000,
               f'{len(prompt_ids)} (prompt) < max_length <= {model.config.max_positions}, got {max_length}':
                   len(prompt_ids) < max_length <= model.config.max_positions,
               f'min_length <= max_length, got {min_length} > {max_length}': min_length <= max_length,
-              f'temperature > 0, got {temperature}': temperature > 0,
+              f'1e-6 <= temperature <= 1e6, got {temperature}': 1e-6 <= temperature <= 1e6,
               f'0 < top_p <= 1, got {top_p}': 0 < top_p <= 1,
               f'top_k >= 0, got {top_k}': top_k >= 0,
               f'a length_rule blip or transformers, got {shorten(length_rule)}':
                   length_rule in ('blip', 'transformers'),
-              f'repetition_penalty > 0, got {repetition_penalty}': repetition_penalty > 0,
-              f'num_captions >= 1, and at most num_beams where it does not sample, got {num_captions}':
-                  1 <= num_captions and (sample or num_captions <= num_beams)}
+              f'1e-6 <= repetition_penalty <= 1e6, got {repetition_penalty}': 1e-6 <= repetition_penalty <= 1e6,
+              f'-100 <= length_penalty <= 100, got {length_penalty}': -100 <= length_penalty <= 100,
+              f'1 <= num_captions <= 1000, and at most num_beams where it does not sample, got {num_captions}':
+                  1 <= num_captions <= (1000 if sample else num_beams)}
     for rule, holds in checks.items():
         if not holds:
             raise ValueError(f'generation needs {rule}')

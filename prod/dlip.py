@@ -14,6 +14,7 @@ from models.originals import VOCABULARY
 from models.precision import for_inference
 from models.tokenizer import DEC, ENC
 from models.transformers_format import write_folder
+from prod.arguments import checked
 from prod.defaults import on_its_own_devices
 from prod.images import named_images, read_image
 from prod.index import PictureIndex
@@ -31,6 +32,7 @@ if hasattr(os, 'register_at_fork'):
 
 
 @on_its_own_devices
+@checked
 class DLIPProd:
     """A checkpoint of this repository, of dlip-v2 or of BLIP, ready for inference.
 
@@ -47,7 +49,7 @@ class DLIPProd:
         name: 'caption' or 'retrieval': what the checkpoint must be able to do. None: whatever it can.
         weight: path or URL of the checkpoint, a folder of the transformers layout, or the name of one on the Hugging
             Face hub. Of an original file the sizes are read from the tensors.
-        device: 'cpu', 'cuda', 'cuda:1', 'mps', or 'auto' (the best one there is).
+        device: 'cpu', 'cuda', 'cuda:1', 'mps', 'auto' (the best one there is), or a torch.device.
         tokenizer: vocabulary of an original file: a hub name, a folder or a vocab.txt.
         precision: 'fp32'; 'bf16' (features then differ by about 1%), which is fp32 on a device without instructions for
             it; 'int8' is bf16 with all matrices in 8 bits (backend openvino; by about 2%).
@@ -63,7 +65,7 @@ class DLIPProd:
     >>> dlip = DLIPProd(None, 'data/demo_teacher.pth')   # the demo's teacher: 64-pixel pictures of coloured shapes
     """
 
-    def __init__(self, name: str | None, weight: str | os.PathLike, device: str = 'cpu',
+    def __init__(self, name: str | None, weight: str | os.PathLike, device: str | torch.device = 'cpu',
                  tokenizer: str | os.PathLike = VOCABULARY, precision: str = 'fp32', backend: str = 'torch',
                  memory: float = 1.0):
         if name not in (None, *NEEDS):
@@ -123,6 +125,8 @@ class DLIPProd:
         self._require('caption')
         given = {'num_beams': num_beams, 'max_length': max_length, 'min_length': min_length}
         settings = self.generation | {key: value for key, value in given.items() if value is not None}
+        if seed is not None and not -2 ** 63 <= seed < 2 ** 64:
+            raise ValueError(f'seed must be from -2^63 to 2^64 - 1, got {shorten(seed)}')
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
         batch_size = self._batch_size(batch_size, max(settings['num_beams'], num_captions), settings['max_length'])
         captions = []
@@ -284,7 +288,10 @@ class DLIPProd:
                              f'{NEEDS[task]} that {task} needs: load a {task} or a pre-training checkpoint')
 
     def _batch_size(self, given: int | None, rows: int = 0, length: int = 0) -> int:
-        return fitting(self.memory, picture_bytes(self.model.config, rows, length)) if given is None else given
+        if given is not None:
+            check_batch_size(given)
+            return given
+        return fitting(self.memory, picture_bytes(self.model.config, rows, length))
 
     def _batches(self, images, batch_size: int, bgr: bool,
                  on_error: str = 'raise') -> Iterator[tuple[list[bool], torch.Tensor | None]]:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from data.json_lines import JsonLines
+from prod.arguments import checked
 from prod.defaults import on_its_own_devices
 from prod.images import find_pictures
 from utils import atomic_write, logger, progress, shown
@@ -31,6 +32,7 @@ UNUSED = 1000  # rows of no further use that are always tolerated
 
 
 @on_its_own_devices
+@checked
 class PictureIndex:
     """Open an index, or make an empty one. What is opened stays as it was, whatever other processes add.
 

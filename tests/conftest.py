@@ -7,6 +7,7 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')  # a test that asks the hub would f
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from odd import random_checkpoint  # noqa: E402
 from PIL import Image  # noqa: E402
 from runs import run, write_config  # noqa: E402
 
@@ -14,8 +15,7 @@ import json_dataset  # noqa: E402
 import pretrain_dlip  # noqa: E402
 from data import scene_layouts  # noqa: E402
 from models.blip import BLIP, BLIPConfig  # noqa: E402
-from models.checkpoint import save_checkpoint  # noqa: E402
-from models.tokenizer import DEC, ENC, Tokenizer  # noqa: E402
+from models.tokenizer import Tokenizer  # noqa: E402
 from prod import DLIPProd  # noqa: E402
 
 TESTS = Path(__file__).parent
@@ -24,7 +24,6 @@ TINY = dict(image_size=64, patch_size=16, vision_width=64, vision_depth=2, visio
             text_width=64, text_depth=2, text_heads=4, text_ffn=128)
 NANO = dict(image_size=32, patch_size=16, vision_width=32, vision_depth=2, vision_heads=2, text_width=32,
             text_depth=2, text_heads=2, text_ffn=64, embed_dim=16, dropout=0.0)
-WORDS = 'a picture of dog cat red blue green star ring above left the on grass two runs'.split()
 # A worker must not be left alone with one of these.
 LONGEST = ('test_readme', 'test_recovery', 'test_distributed', 'test_training', 'test_finetune')
 
@@ -84,18 +83,9 @@ def folder(tmp_path_factory):
     """A folder `save/` with one random checkpoint per task."""
     folder = tmp_path_factory.mktemp('prod')
     (folder / 'save').mkdir()
-    tokenizer = Tokenizer(['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', DEC, ENC, *WORDS])
-    names = {'caption': 'dlip_caption_flickr', 'retrieval': 'dlip_retrieval_flickr', 'pretrain': 'last'}
-    for task, name in names.items():
-        torch.manual_seed(1)
-        model = BLIP(BLIPConfig(image_size=32, patch_size=16, vision_width=32, vision_depth=2, vision_heads=2,
-                                text_width=32, text_depth=2, text_heads=2, text_ffn=64, task=task,
-                                vocab_size=len(tokenizer.vocab)))
-        for parameter in model.parameters():  # large weights: different inputs give clearly different outputs
-            if parameter.ndim > 1:
-                torch.nn.init.normal_(parameter, std=0.3)
-        save_checkpoint(folder / 'save' / f'{name}.pth', model, tokenizer,
-                        {'data': {'max_tokens': 8, 'prompt': 'a picture of '}})
+    for task, name in {'caption': 'dlip_caption_flickr', 'retrieval': 'dlip_retrieval_flickr',
+                       'pretrain': 'last'}.items():
+        random_checkpoint(folder / f'save/{name}.pth', task)
     return folder
 
 
