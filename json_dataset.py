@@ -25,10 +25,9 @@ import pyarrow.parquet as pq
 
 from configs.rules import whole
 from data.downloads import Part, find_shards, read_shard, read_visual_genome
+from data.folders import locked
 from data.text_columns import utf8
-from folders import locked
-from launch import as_worker
-from utils import atomic_write, clean_exit, make_output_dir, progress
+from utils import as_worker, atomic_write, clean_exit, make_output_dir, progress
 
 SOURCES = {'cc3m': 'cc3m.json', 'mscoco': 'coco.json', 'sbu': 'sbu.json', 'vgo': 'vgo.json'}
 FAILED = pa.schema({'url': pa.string(), 'caption': pa.string()})

@@ -17,21 +17,22 @@ from pathlib import Path
 import torch
 
 from configs import script_arguments
+from data.folders import run_folder
 from data.loader import make_loader
 from data.pairs import open_pairs
 from data.transforms import eval_transform, train_transform
 from eval.caption import caption_pictures
 from eval.validation import HeldOut, validation
-from folders import run_folder
 from models.build import at_resolution, build_student, build_teacher, init_maps, init_momentum, loss_weights
+from models.launch import setup_process
 from models.momentum import MomentumQueue
 from models.objective import Objective
 from models.rehearsal import rehearse
+from models.stopping import STOP
 from models.teacher_cache import store_teacher, with_cache
 from models.tokenizer import Tokenizer
 from models.training import Run
-from stopping import STOP
-from utils import clean_exit, logger, rank, seed_everything, setup_process, world_size
+from utils import clean_exit, logger, rank, seed_everything, world_size
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -96,5 +97,5 @@ def pretrain(args: argparse.Namespace, config: dict, device: torch.device, outpu
 
 
 if __name__ == '__main__':
-    with clean_exit():
+    with clean_exit(), STOP.ends():
         main()

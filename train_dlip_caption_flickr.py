@@ -19,36 +19,26 @@ import torch
 
 from configs import script_arguments
 from data.datasets import AnnotatedTrain, AnnotatedWhole, Captioned, ImageTextEval
+from data.folders import run_folder
 from data.loader import make_loader
 from data.transforms import eval_transform, train_transform
 from eval.caption import evaluate_captions
 from eval.cider import CiderReward
 from eval.table import finetune_table
 from eval.validation import HeldOut, first_captions, validation
-from folders import run_folder
 from models.build import at_resolution, build_student, build_teacher, init_maps, loss_weights
 from models.checkpoint import load_model
 from models.generation import generate
+from models.launch import setup_process
 from models.objective import Objective
 from models.rehearsal import rehearse
 from models.self_critical import SelfCritical
+from models.stopping import STOP
 from models.teacher_cache import store_teacher, with_cache
 from models.teacher_captions import teacher_captions
 from models.tokenizer import DEC, Tokenizer
 from models.training import Run
-from stopping import STOP
-from utils import (
-    atomic_write,
-    barrier,
-    clean_exit,
-    is_main,
-    logger,
-    rank,
-    seed_everything,
-    setup_process,
-    shorten,
-    world_size,
-)
+from utils import atomic_write, barrier, clean_exit, is_main, logger, rank, seed_everything, shorten, world_size
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -179,5 +169,5 @@ def copy(source: Path, target: Path) -> None:
 
 
 if __name__ == '__main__':
-    with clean_exit():
+    with clean_exit(), STOP.ends():
         main()

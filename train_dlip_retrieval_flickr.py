@@ -16,22 +16,23 @@ import torch
 
 from configs import script_arguments
 from data.datasets import AnnotatedTrain, ImageTextEval
+from data.folders import run_folder
 from data.loader import make_loader
 from data.transforms import eval_transform, train_transform
 from eval.retrieval import evaluate_retrieval
 from eval.table import finetune_table
 from eval.validation import first_captions, validation
-from folders import run_folder
 from models.build import at_resolution, build_student, build_teacher, init_maps, init_momentum, loss_weights
 from models.checkpoint import load_model
+from models.launch import setup_process
 from models.momentum import MomentumQueue
 from models.objective import Objective
 from models.rehearsal import rehearse
+from models.stopping import STOP
 from models.teacher_cache import store_teacher, with_cache
 from models.tokenizer import Tokenizer
 from models.training import Run
-from stopping import STOP
-from utils import barrier, clean_exit, logger, rank, seed_everything, setup_process, world_size
+from utils import barrier, clean_exit, logger, rank, seed_everything, world_size
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -107,5 +108,5 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
 
 
 if __name__ == '__main__':
-    with clean_exit():
+    with clean_exit(), STOP.ends():
         main()

@@ -1,18 +1,21 @@
 """Mechanics shared by the scripts: errors, processes, atomic files, progress bars."""
 
+import ctypes
 import errno
 import json
 import logging
+import multiprocessing
 import os
 import random
 import re
 import reprlib
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +23,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from launch import choose_device, end_with_torchrun, own_gpu, place, unwritten_store
-from stopping import STOP
-
 ROOT = Path(__file__).resolve().parent
-TIMEOUT = timedelta(minutes=60)  # of what one process waits for another: evaluation may keep one busy
-MEETING = timedelta(minutes=10)  # within which all processes of a run must have started
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 FULL = {errno.ENOSPC, errno.EDQUOT}
 logger = logging.getLogger('dlip')
 
@@ -63,8 +62,6 @@ def clean_exit():
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if STOP.received and isinstance(error, RuntimeError):  # it waited for a process that the signal has ended
-            sys.exit(STOP.code)
         line = explanation(error)
         if line is None or os.environ.get('DLIP_TRACEBACK'):
             raise
@@ -127,46 +124,14 @@ def barrier() -> None:
         dist.barrier()
 
 
-def setup_process(device: str = 'auto') -> torch.device:
-    """Join the process group when launched by torchrun or srun; choose the device; set up logging.
-
-    Raises:
-        ValueError: the device is absent, there are more processes than GPUs on this machine, or the processes do not
-            find each other.
-    """
-    end_with_torchrun()
-    here, chosen = place(), choose_device(device)
-    if chosen.type == 'cuda':
-        if here is not None or chosen.index is None:
-            chosen = torch.device('cuda', own_gpu(here, torch.cuda.device_count()) if here else 0)
-        torch.cuda.set_device(chosen)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    # oneDNN keeps a kernel for each shape. As texts are not padded, every training step brings new ones, and the 1024
-    # that it keeps by default are a third of a gigabyte that is never used again.
-    os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '128')
-    if here is not None and not dist.is_initialized():
-        try:
-            store, number, count = next(dist.rendezvous(here.url, timeout=MEETING))
-        except dist.DistError as error:
-            raise ValueError(f'process {here.rank} of {here.size} did not find the others at {here.address} '
-                             f'({str(error).splitlines()[0][:120]}): set MASTER_ADDR to the first node and MASTER_PORT '
-                             f'to a free port, the same for all') from None
-        store.set_timeout(TIMEOUT)
-        backend = 'cpu:gloo,cuda:nccl' if chosen.type == 'cuda' else 'gloo'  # what the host knows, no GPU waits for
-        dist.init_process_group(backend, timeout=TIMEOUT, rank=number,
-                                world_size=count, store=unwritten_store(store, number, count))
-    if hasattr(sys.stdout, 'reconfigure'):  # no notebook's
-        sys.stdout.reconfigure(errors='backslashreplace')  # as stderr: a name that is no text must not end a run
-    logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', stream=sys.stdout, force=True,
-                        level=logging.WARNING)
-    logger.setLevel(logging.INFO if is_main() else logging.WARNING)
-    return chosen
-
-
 def local_rank() -> int:
     """The number of this process among those of its run on this machine."""
-    here = place()
-    return here.local_rank if here and dist.is_initialized() else 0
+    return int(os.environ.get('LOCAL_RANK', 0)) if dist.is_initialized() else 0
+
+
+def local_world_size() -> int:
+    """How many processes of this run are on this machine."""
+    return int(os.environ.get('LOCAL_WORLD_SIZE', 1)) if dist.is_initialized() else 1
 
 
 @torch.no_grad()
@@ -217,6 +182,33 @@ def any_process(flag: bool) -> bool:
 def to_device(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """`x` of the host on a device; a GPU copies it from pinned memory, while the host goes on."""
     return (x.pin_memory() if torch.device(device).type == 'cuda' else x).to(device, non_blocking=True)
+
+
+def end_with_parent() -> bool:
+    """Ask the kernel to kill this process when the thread that started it ends; whether this system can."""
+    if sys.platform != 'linux':
+        return False
+    return ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) == 0
+
+
+def as_worker(*_) -> None:
+    """Prepare a worker process of a DataLoader or pool: it ends with its parent, and at its parent's word alone.
+
+    Ctrl-C and a scheduler's SIGTERM reach every process of a job; what they end is the parent's to decide.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, 'sigwaitinfo'):  # not on macOS and Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_at_parents_word, daemon=True).start()
+    if end_with_parent() and multiprocessing.get_start_method() == 'fork' and \
+            os.getppid() != multiprocessing.parent_process().pid:
+        os.kill(os.getpid(), signal.SIGKILL)  # the parent ended before
+
+
+def _end_at_parents_word() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
+        pass
+    os._exit(0)
 
 
 def seed_everything(*parts: int) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from data.captions import is_empty, storable
+from data.folders import sweep
 from data.json_list import read_json_list
-from folders import sweep
 from utils import atomic_write, logger, progress
 
 SCHEMA = pa.schema({'image_root': pa.binary(), 'caption': pa.string(), 'id': pa.int64()})

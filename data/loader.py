@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +14,7 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 from data.datasets import Captioned
 from data.shards import ShardDataset, ShardStream
 from data.target_store import WithTargets, pad_targets
-from launch import as_worker, place
-from utils import gather_objects
+from utils import as_worker, gather_objects, local_world_size
 
 SHARED_MEMORY = Path('/dev/shm')  # where Linux keeps the tensors that processes share
 PREFETCH = 2  # batches that each worker makes ahead
@@ -55,6 +55,21 @@ def collate(items: list[dict]) -> dict:
             'bad': [broken for item in items for broken in item['bad']], **stored}
 
 
+class Room(NamedTuple):
+    """Bytes of shared memory."""
+
+    total: int
+    free: int
+
+    @classmethod
+    def now(cls) -> 'Room | None':
+        """None on a system that does not keep it in a folder."""
+        if not SHARED_MEMORY.is_dir():
+            return None
+        usage = shutil.disk_usage(SHARED_MEMORY)  # itself it cannot be pickled
+        return cls(usage.total, usage.free)
+
+
 class InSharedMemory:
     """A collate function whose batches already lie in shared memory when a worker process hands them over.
 
@@ -67,9 +82,8 @@ class InSharedMemory:
     """
 
     def __init__(self, collate_fn: Callable):
-        here, self.collate_fn, self.checked = place(), collate_fn, False
-        self.processes = here.local_size if here else 1
-        self.room = shutil.disk_usage(SHARED_MEMORY) if SHARED_MEMORY.is_dir() else None  # without our own workers'
+        self.collate_fn, self.checked, self.processes = collate_fn, False, local_world_size()
+        self.room = Room.now()  # without our own workers'
 
     def __call__(self, items: list):
         worker = get_worker_info()

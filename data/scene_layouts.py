@@ -26,9 +26,8 @@ import pyarrow.parquet as pq
 from configs.rules import SHARE, whole
 from data.scene_captions import captions, vocabulary
 from data.scenes import KINDS, Scene, render, sample_split
-from launch import as_worker
 from models.generation import PROMPT
-from utils import atomic_write, clean_exit, progress, shorten
+from utils import as_worker, atomic_write, clean_exit, progress, shorten
 
 SHARES = {'cc3m': 0.45, 'mscoco': 0.35, 'sbu': 0.17, 'vgo': 0.03}
 SHARD = 1000  # samples a shard

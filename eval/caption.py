@@ -35,8 +35,9 @@ from eval.table import beside, markdown, side_by_side
 from models.blip import BLIP
 from models.checkpoint import load_model
 from models.generation import PROMPT, generate
+from models.launch import setup_process
 from models.tokenizer import Tokenizer
-from utils import clean_exit, gather_objects, is_main, logger, make_output_dir, setup_process
+from utils import clean_exit, gather_objects, is_main, logger, make_output_dir
 
 CONFIG = 'configs/caption_flickr.yaml'
 

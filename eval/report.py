@@ -31,8 +31,9 @@ from eval.speed import NEW_TOKENS, costs
 from eval.table import markdown, shares, side_by_side
 from models.blip import BLIP
 from models.checkpoint import load_model
+from models.launch import setup_process
 from models.tokenizer import Tokenizer
-from utils import atomic_write, clean_exit, is_main, logger, make_output_dir, setup_process
+from utils import atomic_write, clean_exit, is_main, logger, make_output_dir
 
 TEACHER, PLAIN, STUDENT = 'teacher', 'undistilled', 'student'
 RETRIEVAL_CONFIG, CAPTION_CONFIG = 'configs/retrieval_flickr.yaml', 'configs/caption_flickr.yaml'

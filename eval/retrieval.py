@@ -27,8 +27,9 @@ from eval.speed import costs
 from eval.table import beside, markdown, side_by_side
 from models.blip import BLIP
 from models.checkpoint import load_model
+from models.launch import setup_process
 from models.tokenizer import Tokenizer
-from utils import clean_exit, gather_objects, is_main, logger, make_output_dir, progress, setup_process
+from utils import clean_exit, gather_objects, is_main, logger, make_output_dir, progress
 
 CONFIG = 'configs/retrieval_flickr.yaml'
 NOT_RANKED = -100.0  # score of what is not among the k_test best, as in BLIP: below every re-ranked score

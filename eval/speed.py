@@ -31,9 +31,10 @@ from models.blip import BLIP
 from models.build import count_parameters
 from models.checkpoint import load_model
 from models.generation import PROMPT, generate_ids
+from models.launch import setup_process
 from models.linear import FLOPS
 from models.tokenizer import DEC, Tokenizer
-from utils import clean_exit, is_main, logger, make_output_dir, progress, setup_process
+from utils import clean_exit, is_main, logger, make_output_dir, progress
 
 CONFIG = 'configs/caption_flickr.yaml'
 NEW_TOKENS = 20

@@ -31,8 +31,9 @@ from eval.page import caption_card, grid, section, table, write_page
 from eval.table import markdown
 from models.blip import BLIP
 from models.checkpoint import load_model
+from models.launch import setup_process
 from models.tokenizer import Tokenizer
-from utils import clean_exit, gather_objects, is_main, logger, make_output_dir, setup_process, shorten
+from utils import clean_exit, gather_objects, is_main, logger, make_output_dir, shorten
 
 TEMPLATES = ('{}', 'a {}', 'a photo of a {}', 'a picture of a {}', 'a close-up of a {}', 'a photo of the {}')
 MAX_TOKENS = 35  # of a prompt

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import torch
 
 from data.datasets import Captioned
+from data.folders import locked
 from data.index import COLUMNS
 from data.loader import BadImages, collate, load
 from data.target_store import (
@@ -31,7 +32,6 @@ from data.target_store import (
     write_manifest,
 )
 from data.transforms import normalise
-from folders import locked
 from models.blip import BLIP, BLIPConfig
 from models.checkpoint import fingerprint
 from models.packing import packed

@@ -18,10 +18,10 @@ from models.optim import build_optimizer, learning_rate, load_optimizer, paralle
 from models.precision import arithmetic
 from models.resume import compare, place_in_epoch
 from models.self_critical import SelfCritical
+from models.stopping import STOP
 from models.terms import TERMS
 from models.tokenizer import Tokenizer
 from models.update import MicroBatch
-from stopping import STOP
 from utils import any_process, barrier, is_main, logger, rank, seed_everything, to_device, world_size
 
 

@@ -28,10 +28,11 @@ if __name__ == '__main__':  # run by its path, a script finds its own folder fir
 from PIL import Image
 
 from configs.rules import whole
+from models.launch import setup_process
 from prod import DLIPProd
 from prod.images import read_image
 from prod.index import PictureIndex
-from utils import clean_exit, logger, setup_process, shown
+from utils import clean_exit, logger, shown
 
 SHOWN = 384  # pixels, the longer side of a picture that was found
 FONTS = ['system-ui', 'sans-serif']  # gradio's own would be fetched from the network

@@ -20,9 +20,10 @@ if __name__ == '__main__':  # run by its path, a script finds its own folder fir
 from configs.rules import whole
 from data.json_lines import JsonLines
 from models.checkpoint import fingerprint
+from models.launch import setup_process
 from prod import DLIPProd
 from prod.images import find_pictures, read_image
-from utils import atomic_write, clean_exit, logger, progress, setup_process
+from utils import atomic_write, clean_exit, logger, progress
 
 
 def captioned(lines: JsonLines, settings: dict) -> set[str]:

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from data.transforms import eval_transform
-from launch import choose_device
 from models.checkpoint import load_model
 from models.generation import generate
+from models.launch import choose_device
 from models.originals import VOCABULARY
 from models.precision import for_inference
 from models.tokenizer import DEC, ENC

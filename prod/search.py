@@ -18,8 +18,9 @@ if __name__ == '__main__':  # run by its path, a script finds its own folder fir
 
 from configs.rules import whole
 from eval.sheet import Sheet
+from models.launch import setup_process
 from prod import DLIPProd
-from utils import clean_exit, setup_process, shown
+from utils import clean_exit, shown
 
 
 def query_of(text: str) -> str | Path:

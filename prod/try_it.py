@@ -10,8 +10,9 @@ from pathlib import Path
 if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from models.launch import setup_process
 from prod import DLIPProd
-from utils import clean_exit, setup_process, shown
+from utils import clean_exit, shown
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,15 +15,14 @@ import torch
 from processes import Python
 from runs import options, run
 
-import folders
 import pretrain_dlip
 from bench.stress import workers_of
-from data import loader
+from data import folders, loader
 from data.index import build_index
-from launch import hosts, place
 from models.checkpoint import read_checkpoint
+from models.launch import choose_device, hosts, place
 from models.logs import read_log
-from utils import atomic_write, choose_device, clean_exit, make_output_dir
+from utils import atomic_write, clean_exit, make_output_dir
 
 TASK = {'SLURM_JOB_ID': '1234', 'SLURM_STEP_ID': '0', 'SLURM_PROCID': '5', 'SLURM_NTASKS': '11', 'SLURM_LOCALID': '1',
         'SLURM_NODEID': '1', 'SLURM_JOB_NODELIST': 'gpu[001-003]', 'SLURM_STEP_TASKS_PER_NODE': '4(x2),3'}
@@ -97,6 +96,21 @@ def running(process: int) -> bool:
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system does not fork')
+def test_a_signal_to_every_process_of_a_job_loses_nothing(pretrained, tmp_path):
+    """As `scancel` and `timeout` send it."""
+    training = Python('pretrain_dlip.py', *options(pretrained[0], tmp_path), 'train.epochs=10000', 'train.batch_size=4',
+                      'train.save_every=0', 'data.workers=2')
+    deadline = time.monotonic() + 100
+    while len(read_log(tmp_path / 'steps.txt')) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in (*workers_of(training.pid), training.pid):
+        os.kill(pid, signal.SIGTERM)
+    done = training.wait(60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    state = read_checkpoint(tmp_path / 'last.pth')
+    assert state['epoch'] or state['batch']
+
+
 def test_a_forked_child_captions(caption, picture):
     """The threads of the parent's operations are not in the child, which must not wait for them."""
     threads = torch.get_num_threads()

@@ -17,9 +17,9 @@ import train_dlip_caption_flickr
 import train_dlip_retrieval_flickr
 from bench.stress import same
 from models.checkpoint import load_model, read_checkpoint
+from models.launch import setup_process
 from models.logs import read_log
 from models.optim import learning_rate, parameter_groups
-from utils import setup_process
 
 
 def test_a_run_leaves_checkpoint_logs_and_curves(pretrained):

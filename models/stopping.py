@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -40,6 +41,16 @@ class StopSignal:
         if self.waiting:
             self.waiting = False
             raise Stopped(self.code)
+
+    @contextmanager
+    def ends(self):
+        """A block whose failure, after a signal, only says that the signal has ended another process of the run."""
+        try:
+            yield
+        except RuntimeError:
+            if self.received:
+                sys.exit(self.code)
+            raise
 
     def leave(self) -> None:
         """End the process.

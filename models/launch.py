@@ -1,23 +1,25 @@
-"""How this process was launched: its place among the processes of a run, its device, and whose end ends it too."""
+"""How a process was launched: its place among the processes of a run, its device, and whose end ends it too."""
 
-import ctypes
 import itertools
 import json
-import multiprocessing
+import logging
 import os
 import re
-import signal
 import sys
 import time
 import uuid
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from utils import end_with_parent, is_main, logger
+
+TIMEOUT = timedelta(minutes=60)  # of what one process waits for another: evaluation may keep one busy
+MEETING = timedelta(minutes=10)  # within which all processes of a run must have started
 SPECIAL_STEPS = 0xfffffff0  # SLURM's step numbers from here on are batch scripts and interactive shells
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 class Place(NamedTuple):
@@ -37,10 +39,11 @@ class Place(NamedTuple):
     address: str
     by: str
 
-    @property
-    def url(self) -> str:
-        """As `torch.distributed.rendezvous` takes it."""
-        return 'env://' if self.by == 'torchrun' else f'tcp://{self.address}?rank={self.rank}&world_size={self.size}'
+    def variables(self) -> dict[str, str]:
+        """What torchrun sets in the environment of its processes."""
+        host, _, port = self.address.rpartition(':')
+        return {'RANK': str(self.rank), 'WORLD_SIZE': str(self.size), 'LOCAL_RANK': str(self.local_rank),
+                'LOCAL_WORLD_SIZE': str(self.local_size), 'MASTER_ADDR': host, 'MASTER_PORT': port}
 
 
 def place(env: Mapping[str, str] = os.environ) -> Place | None:
@@ -115,6 +118,44 @@ def numbers(ranges: str) -> list[str]:
 def counts(tasks: str) -> list[int]:
     """SLURM's tasks on each node: '4(x2),3' is 4, 4 and 3."""
     return [int(count) for count, times in re.findall(r'(\d+)(?:\(x(\d+)\))?', tasks) for _ in range(int(times or 1))]
+
+
+def setup_process(device: str = 'auto') -> torch.device:
+    """Join the process group when launched by torchrun or srun; choose the device; set up logging.
+
+    Raises:
+        ValueError: the device is absent, there are more processes than GPUs on this machine, or the processes do not
+            find each other.
+    """
+    end_with_torchrun()
+    here, chosen = place(), choose_device(device)
+    if here is not None:
+        os.environ |= here.variables()
+    if chosen.type == 'cuda':
+        if here is not None or chosen.index is None:
+            chosen = torch.device('cuda', own_gpu(here, torch.cuda.device_count()) if here else 0)
+        torch.cuda.set_device(chosen)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    # oneDNN keeps a kernel for each shape. As texts are not padded, every training step brings new ones, and the 1024
+    # that it keeps by default are a third of a gigabyte that is never used again.
+    os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '128')
+    if here is not None and not dist.is_initialized():
+        try:
+            store, number, count = next(dist.rendezvous('env://', timeout=MEETING))
+        except dist.DistError as error:
+            raise ValueError(f'process {here.rank} of {here.size} did not find the others at {here.address} '
+                             f'({str(error).splitlines()[0][:120]}): set MASTER_ADDR to the first node and MASTER_PORT '
+                             f'to a free port, the same for all') from None
+        store.set_timeout(TIMEOUT)
+        backend = 'cpu:gloo,cuda:nccl' if chosen.type == 'cuda' else 'gloo'  # what the host knows, no GPU waits for
+        dist.init_process_group(backend, timeout=TIMEOUT, rank=number,
+                                world_size=count, store=unwritten_store(store, number, count))
+    if hasattr(sys.stdout, 'reconfigure'):  # no notebook's
+        sys.stdout.reconfigure(errors='backslashreplace')  # as stderr: a name that is no text must not end a run
+    logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', stream=sys.stdout, force=True,
+                        level=logging.WARNING)
+    logger.setLevel(logging.INFO if is_main() else logging.WARNING)
+    return chosen
 
 
 def unwritten_store(store: dist.Store, number: int, count: int) -> dist.Store:
@@ -192,18 +233,3 @@ def end_with_torchrun() -> None:
             return
         if 'python' not in os.path.basename(program):  # the foster parent of orphans
             raise ValueError('torchrun, which started this process, has ended')
-
-
-def end_with_parent() -> bool:
-    """Ask the kernel to kill this process when the thread that started it ends; whether this system can."""
-    if sys.platform != 'linux':
-        return False
-    return ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) == 0
-
-
-def as_worker(*_) -> None:
-    """Prepare a worker process of a DataLoader or pool: it ends with its parent, which alone answers Ctrl-C."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if end_with_parent() and multiprocessing.get_start_method() == 'fork' and \
-            os.getppid() != multiprocessing.parent_process().pid:
-        os.kill(os.getpid(), signal.SIGKILL)  # the parent ended before
