@@ -28,10 +28,10 @@ if __name__ == '__main__':  # run by its path, a script finds its own folder fir
 from PIL import Image
 
 from configs.rules import whole
-from models.launch import setup_process
 from prod import DLIPProd
 from prod.images import read_image
 from prod.index import PictureIndex
+from prod.options import net_options, net_settings
 from utils import clean_exit, logger, shown
 
 SHOWN = 384  # pixels, the longer side of a picture that was found
@@ -209,9 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--retrieval', required=True, help='a retriever; may be the same file')
     parser.add_argument('--folder', required=True, help='pictures to search')
     parser.add_argument('--index', required=True, help='folder of the index; made when absent')
-    parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
-    parser.add_argument('--precision', default='fp32', help='fp32, bf16 or int8 (default: %(default)s)')
-    parser.add_argument('--backend', default='torch', help='torch or openvino (default: %(default)s)')
+    net_options(parser)
     parser.add_argument('--host', default='127.0.0.1', help='address to answer to (default: this machine alone)')
     parser.add_argument('--port', type=whole(0, 65535), default=7860, help='default: %(default)s')
     parser.add_argument('--max_upload', default='20mb', help='largest upload (default: %(default)s)')
@@ -219,8 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault('GRADIO_ANALYTICS_ENABLED', 'False')
     if find_spec('gradio') is None:
         raise ImportError('the web page needs gradio: pip install gradio')
-    device = str(setup_process(args.device))
-    served = {'device': device, 'precision': args.precision, 'backend': args.backend}
+    served = net_settings(args)
     captioner = DLIPProd('caption', args.caption, **served)
     retriever = captioner if args.retrieval == args.caption else DLIPProd('retrieval', args.retrieval, **served)
     index = retriever.index(args.folder, args.index)

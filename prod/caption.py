@@ -20,9 +20,9 @@ if __name__ == '__main__':  # run by its path, a script finds its own folder fir
 from configs.rules import whole
 from data.json_lines import JsonLines
 from models.checkpoint import fingerprint
-from models.launch import setup_process
 from prod import DLIPProd
 from prod.images import find_pictures, read_image
+from prod.options import net_options, net_settings
 from utils import atomic_write, clean_exit, logger, progress
 
 
@@ -66,16 +66,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--weight', required=True, help='a captioner: anything that DLIPProd takes')
     parser.add_argument('--out', type=Path, required=True, help='file of JSON lines; goes on where it ends')
     parser.add_argument('--overwrite', action='store_true', help='start the file over')
-    parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
-    parser.add_argument('--precision', default='fp32', help='fp32, bf16 or int8 (default: %(default)s)')
-    parser.add_argument('--backend', default='torch', help='torch or openvino (default: %(default)s)')
+    net_options(parser)
     parser.add_argument('--batch_size', type=whole(1), default=32, help='default: %(default)s')
     parser.add_argument('--num_beams', type=whole(1), help="default: the checkpoint's own, or 3")
     args = parser.parse_args(argv)
-    device = setup_process(args.device)
+    served = net_settings(args)
     paths, lines = find_pictures(args.folder), JsonLines(args.out)
     with lines.writing():
-        captioner = DLIPProd('caption', args.weight, str(device), precision=args.precision, backend=args.backend)
+        captioner = DLIPProd('caption', args.weight, **served)
         settings = captioner.generation | {'prompt': captioner.prompt, 'precision': args.precision,
                                            'weights': fingerprint(captioner.net)}
         if args.num_beams is not None:
@@ -88,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
         def opened(path: str):
             try:
-                return read_image(path, path)
+                return read_image(path, path, memory=args.memory)
             except ValueError as error:
                 errors[path] = str(error)
 

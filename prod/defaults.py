@@ -1,9 +1,14 @@
-"""Keeping what a notebook sets for all of torch away from DLIPProd."""
+"""Keeping what a notebook sets for all of torch, and the threads of the process it forked from, away from DLIPProd."""
 
 import functools
 import inspect
+import os
 
 import torch
+
+if hasattr(os, 'register_at_fork'):
+    # A forked child has none of the threads that torch's operations started in its parent, and would wait for them.
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 def on_its_own_devices(cls: type) -> type:

@@ -26,10 +26,6 @@ from utils import shorten
 NEEDS = {'caption': 'text_decoder', 'retrieval': 'text_encoder'}
 TEXTS = 256  # texts a batch
 
-if hasattr(os, 'register_at_fork'):
-    # A forked child has none of the threads that torch's operations started in its parent, and would wait for them.
-    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
-
 
 @on_its_own_devices
 @checked

@@ -18,8 +18,8 @@ if __name__ == '__main__':  # run by its path, a script finds its own folder fir
 
 from configs.rules import whole
 from eval.sheet import Sheet
-from models.launch import setup_process
 from prod import DLIPProd
+from prod.options import net_options, net_settings
 from utils import clean_exit, shown
 
 
@@ -45,12 +45,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--k', type=whole(1), default=5, help='hits a query (default: %(default)s)')
     parser.add_argument('--rerank', type=whole(0), default=0, help='nearest ones to compare again (default: none)')
     parser.add_argument('--sheet', type=Path, metavar='PNG', help='draw the hits')
-    parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
-    parser.add_argument('--precision', default='fp32', help='fp32, bf16 or int8 (default: %(default)s)')
-    parser.add_argument('--backend', default='torch', help='torch or openvino (default: %(default)s)')
+    net_options(parser)
     args = parser.parse_args(argv)
-    device, queries = setup_process(args.device), [query_of(query) for query in args.queries]
-    retriever = DLIPProd('retrieval', args.weight, str(device), precision=args.precision, backend=args.backend)
+    served, queries = net_settings(args), [query_of(query) for query in args.queries]
+    retriever = DLIPProd('retrieval', args.weight, **served)
     index = retriever.index(args.folder, args.index)
     rows = []
     for query in queries:

@@ -10,8 +10,8 @@ from pathlib import Path
 if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from models.launch import setup_process
 from prod import DLIPProd
+from prod.options import net_options, net_settings
 from utils import clean_exit, shown
 
 
@@ -19,12 +19,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--caption', required=True, help='caption checkpoint')
     parser.add_argument('--retrieval', required=True, help='retrieval checkpoint')
-    parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
+    net_options(parser)
     parser.add_argument('pictures', nargs='+')
     args = parser.parse_args(argv)
-    device = str(setup_process(args.device))
-    captioner = DLIPProd(name='caption', weight=args.caption, device=device)
-    retriever = DLIPProd(name='retrieval', weight=args.retrieval, device=device)
+    served = net_settings(args)
+    captioner = DLIPProd('caption', args.caption, **served)
+    retriever = DLIPProd('retrieval', args.retrieval, **served)
     captions = captioner.generate(args.pictures)
     similarity, match = retriever.similarity(args.pictures, captions), retriever.match(args.pictures, captions)
     print(f'image features {tuple(retriever.get_image_feat(args.pictures).shape)}, '
