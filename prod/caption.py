@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
         def opened(path: str):
             try:
-                return read_image(path, path, memory=args.memory)
+                return read_image(path, path, False, args.memory)
             except ValueError as error:
                 errors[path] = str(error)
 
