@@ -22,7 +22,7 @@ from models.stopping import STOP
 from models.terms import TERMS
 from models.tokenizer import Tokenizer
 from models.update import MicroBatch
-from utils import any_process, barrier, is_main, logger, rank, seed_everything, to_device, world_size
+from utils import any_process, barrier, is_main, logger, rank, seed_everything, shorten, to_device, world_size
 
 
 class Run:
@@ -180,7 +180,7 @@ class Run:
                 self._leave_if_stopped()
                 first, before = self.epoch * self.steps_per_epoch + self.batch, self.batch
                 lr, losses = self.train_step(batches, first, max_tokens, prompt)
-                self.unchecked.append((first, torch.cat([batch['id'] for batch in batches]), losses))
+                self.unchecked.append((first, [text for batch in batches for text in batch['caption']], losses))
                 at_end = before + len(batches) == self.steps_per_epoch
                 log_due, save_due = (every and (at_end or (before + len(batches)) // every > before // every)
                                      for every in (train['log_every'], train['save_every']))
@@ -266,12 +266,12 @@ class Run:
         return {'grad_norm': norm, 'temp': self.student.temp.data.clamp_(0.001, 0.5).clone()}
 
     def _check_finite(self) -> None:
-        for step, ids, losses in self.unchecked:
+        for step, captions, losses in self.unchecked:
             bad = [name for name, value in losses.items() if not torch.isfinite(value)]
             if bad:
                 raise FloatingPointError(
-                    f'loss.{bad[0]} is {float(losses[bad[0]])} at step {step} (samples {ids.tolist()[:16]}); the last '
-                    f'good state is in {self.output_dir}. Lower optim.lr, set optim.clip_norm, or use precision fp32.')
+                    f'loss.{bad[0]} is {float(losses[bad[0]])} at step {step} (captions {shorten(captions, 300)}); the '
+                    f'last good state is in {self.output_dir}. Lower optim.lr, set optim.clip_norm, or use precision fp32.')
         self.unchecked.clear()
 
     def _log_interval(self, done: int, lr: float, clock: Clock) -> None:

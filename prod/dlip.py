@@ -37,7 +37,8 @@ class DLIPProd:
     Images are a PIL image of any mode, a numpy array (H, W) or (H, W, 1|3|4) of uint8, uint16 or float in [0, 1], a
     torch tensor (1|3|4, H, W) of the same kinds, a path, the bytes of a file, or a list, tuple or iterator of these,
     which is read as it is needed. Arrays are RGB; `bgr=True` says that they come from OpenCV. EXIF orientation is
-    applied, transparency shown on white, of an animation the first picture. Texts are cut to the token length of
+    applied, transparency is shown on white, an animation is its first frame. Grey images of more than 8 bits are scaled
+    by their depth, colour ones are taken to use all 16. Texts are cut to the token length of
     training. Every method raises TypeError for what is no image (or text) and ValueError for a bad one, naming its
     place; with `on_error='skip'` an image of that sort leaves a gap instead. Results are float32 tensors on the CPU.
 

@@ -104,7 +104,7 @@ def test_the_path_from_pretraining_to_finetuned_students(pretrained, scenes, tmp
 def test_non_finite_loss_stops_and_names_the_component(pretrained, tmp_path, monkeypatch):
     config, _ = pretrained
     monkeypatch.setattr('models.losses.itm_loss', lambda logits: logits.sum() * float('nan'))
-    with pytest.raises(FloatingPointError, match=r'loss\.itm is nan at step 0 \(samples \['):
+    with pytest.raises(FloatingPointError, match=r'loss\.itm is nan at step 0 \(captions \['):
         run(pretrain_dlip, config, tmp_path)
 
 
