@@ -271,7 +271,8 @@ class Run:
             if bad:
                 raise FloatingPointError(
                     f'loss.{bad[0]} is {float(losses[bad[0]])} at step {step} (captions {shorten(captions, 300)}); '
-                    f'the last good state is in {self.output_dir}. Lower optim.lr, set optim.clip_norm, or use precision fp32.')
+                    f'the last good state is in {self.output_dir}. Lower optim.lr, set optim.clip_norm, or '
+                    f'use precision fp32.')
         self.unchecked.clear()
 
     def _log_interval(self, done: int, lr: float, clock: Clock) -> None:
