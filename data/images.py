@@ -150,7 +150,8 @@ def identified(file: BinaryIO, memory: float) -> Image.Image:
         except Exception as error:  # a reader may raise anything
             if is_machines(error):
                 raise
-            problem = problem or (error if accepts else None)  # TGA files have no signature
+            if accepts:  # TGA files have no signature
+                error.kind, problem = 'damaged', problem or error
     if start[4:8] == b'ftyp' and start[8:12] in HEIF_BRANDS and 'HEIF' not in readers():
         raise ValueError('HEIC needs the package pillow-heif: pip install pillow-heif')
     if start[4:8] == b'ftyp' and start[8:12] in (b'avif', b'avis'):
