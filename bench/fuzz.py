@@ -92,7 +92,7 @@ TOOLS: dict[str, tuple[Callable, Callable]] = {
 def images(world: World) -> Path:
     """A folder of 600 images, three batches of an index, and in it one of 40."""
     folder, noise = world.folder / 'images', np.random.default_rng(0)
-    (folder / 'few').mkdir(parents=True)
+    (folder / 'few').mkdir(parents=True, exist_ok=True)
     for number in range(600):
         path = folder / (f'few/{number}.png' if number < 40 else f'{number}.png')
         Image.fromarray(noise.integers(0, 256, (4, 4, 3), np.uint8)).resize((24, 24)).save(path)

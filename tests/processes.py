@@ -65,6 +65,7 @@ def _run(arguments: list[str], cwd: Path, environment: dict, printed: list[Path]
     os.environ.update(environment)
     os.chdir(cwd)
     torch.set_num_threads(int(environment['OMP_NUM_THREADS']))
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # a new Python's default
     first, *rest = arguments
     if first == '-m':
         sys.path.insert(0, str(cwd))

@@ -264,6 +264,13 @@ def test_tables_as_spreadsheets_save_them(tmp_path, header, row, encoding, newli
     assert sorted(found) == NAMES and found[NAMES[7]][0] == 'Ein Hund, größer, 7'
 
 
+def test_kaggles_table_in_utf_16(tmp_path):
+    write_pictures(tmp_path, NAMES)
+    lines = ['image_name| comment_number| comment', *(f'{name}| 0| a | b' for name in NAMES)]
+    (tmp_path / 'results.csv').write_text('\n'.join(lines), encoding='utf-16')
+    assert {text for texts in captions_of(tmp_path, 'train').values() for text in texts} == {'a | b'}
+
+
 @pytest.mark.parametrize('text, message', [
     ('image,caption\na.jpg,a cat\nb.jpg,a dog, running\n', 'line 3: 3 fields, but the header has 2: text with a'),
     ('image,caption,split\na.jpg,a cat\n', 'line 2: 2 fields, but the header has 3'),

@@ -1,5 +1,6 @@
 """DLIPProd on random checkpoints: what it returns, texts, checkpoints, devices."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,6 +68,22 @@ def test_generation_settings(caption, picture):
     assert caption.generate(picture, sample=True, top_k=1) == caption.generate(picture, num_beams=1)
     with pytest.raises(ValueError, match='top_p'):
         caption.generate(picture, sample=True, top_p=0)
+
+
+@pytest.mark.parametrize('setting, value, error', [
+    ('num_beams', 10 ** 6, ValueError), ('num_beams', 2.5, TypeError), ('num_captions', 2 ** 63, ValueError),
+    ('temperature', 1e-300, ValueError), ('temperature', 'hot', TypeError), ('repetition_penalty', 1e300, ValueError),
+    ('length_penalty', 1e30, ValueError), ('length_penalty', np.array([1, 2]), TypeError),
+    ('seed', 2 ** 64, ValueError), ('seed', 'x', TypeError), ('batch_size', 0, ValueError), ('batch_size', True, TypeError),
+    ('early_stopping', 'never', TypeError), ('on_error', None, TypeError), ('bgr', torch.tensor([1, 0]), TypeError)])
+def test_settings_that_cannot_be_are_named(caption, picture, setting, value, error):
+    with pytest.raises(error, match=setting):
+        caption.generate(picture, sample=setting == 'num_captions', **{setting: value})
+
+
+def test_numbers_of_numpy_and_the_smallest_nucleus_are_settings(caption, picture):
+    assert caption.generate(picture, num_beams=np.int64(2)) == caption.generate(picture, num_beams=2)
+    assert caption.generate(picture, sample=True, top_p=1e-300) == caption.generate(picture, num_beams=1)
 
 
 def test_features_unit_norm_float32_and_repeatable(retrieval, picture):
