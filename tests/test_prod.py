@@ -75,7 +75,8 @@ def test_generation_settings(caption, picture):
     ('temperature', 1e-300, ValueError), ('temperature', 'hot', TypeError), ('repetition_penalty', 1e300, ValueError),
     ('length_penalty', 1e30, ValueError), ('length_penalty', np.array([1, 2]), TypeError),
     ('seed', 2 ** 64, ValueError), ('seed', 'x', TypeError), ('batch_size', 0, ValueError),
-    ('batch_size', True, TypeError),     ('early_stopping', 'never', TypeError), ('on_error', None, TypeError), ('bgr', torch.tensor([1, 0]), TypeError)])
+    ('batch_size', True, TypeError), ('early_stopping', 'never', TypeError), ('on_error', None, TypeError),
+    ('bgr', torch.tensor([1, 0]), TypeError)])
 def test_settings_that_cannot_be_are_named(caption, picture, setting, value, error):
     with pytest.raises(error, match=setting):
         caption.generate(picture, sample=setting == 'num_captions', **{setting: value})
