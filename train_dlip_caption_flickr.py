@@ -60,7 +60,7 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     # data
     transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'], data['image_memory'])
     dataset = AnnotatedTrain(data['root'], transform, data['max_words'], args.seed, data['split'],
-                          data['teacher_captions'])
+                             data['teacher_captions'])
     pictures = AnnotatedWhole(data['root'], model['image_size'], data['max_words'], data['split'])
     held_out = {split: ImageTextEval(data['root'], split, eval_transform(model['image_size'], data['image_memory']),
                                      data['max_words'], data['split'])
@@ -69,6 +69,10 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
 
     # student and optional teacher
     tokenizer = Tokenizer.from_pretrained(config['tokenizer'])
+    prompt_length = tokenizer([data['prompt']], data['max_tokens'], DEC)[0].shape[1] - 1  # without [SEP]
+    if prompt_length > data['max_tokens'] - 2:
+        raise ValueError(f'data.prompt {shorten(data["prompt"])} leaves no token for a caption: raise data.max_tokens, '
+                         f'{data["max_tokens"]}')
     teacher = build_teacher(config['teacher'], tokenizer, 'caption')
     teacher = teacher and at_resolution(teacher, model['image_size'])
     student = build_student(model, tokenizer, 'caption', teacher)
@@ -78,10 +82,6 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     if args.store_teacher is not None:
         return store_teacher(config, teacher, dataset, tokenizer, args.seed, device, args.store_teacher, data['prompt'])
     dataset, source = with_cache(config, teacher, dataset, tokenizer, args.seed, data['prompt'])
-    prompt_length = tokenizer([data['prompt']], data['max_tokens'], DEC)[0].shape[1] - 1  # without [SEP]
-    if prompt_length > data['max_tokens'] - 2:
-        raise ValueError(f'data.prompt {shorten(data["prompt"])} leaves no token for a caption: raise data.max_tokens, '
-                         f'{data["max_tokens"]}')
     objective = Objective(student, loss_weights(config['loss'], source),
                           (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), teacher=source,
                           prompt_length=prompt_length, hidden_layers=config['hidden_layers'])

@@ -129,7 +129,7 @@ def setup_process(device: str = 'auto') -> torch.device:
     """
     end_with_torchrun()
     here, chosen = place(), choose_device(device)
-    if here is not None:
+    if here is not None and here.by == 'srun':
         os.environ |= here.variables()
     if chosen.type == 'cuda':
         if here is not None or chosen.index is None:

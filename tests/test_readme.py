@@ -196,7 +196,7 @@ def test_train_evaluate_use(place, bert_tokenizer, monkeypatch, capsys):
     (place / 'photos').mkdir()
     shutil.copy('dog.jpg', 'photos')
     exec(searching, scope)
-    assert scope['index'].pictures == ['photos/dog.jpg']
+    assert scope['index'].pictures == [str((place / 'photos/dog.jpg').resolve())]
     words = scope['caption'].generate(scope['image'])
     assert len(words) == 1 and isinstance(words[0], str)
     for feature in (scope['retrieval'].get_image_feat(scope['image']), scope['retrieval'].get_text_feat('a dog')):

@@ -238,7 +238,7 @@ def test_a_dry_run_measures_and_writes_nothing(pretrained, scenes, tmp_path, cap
         path = write_config(tmp_path, name, scenes)
         script.main(['--config', str(path), '--output_dir', str(out), '--device', 'cpu', '--dry_run'])
         assert 'nothing was written' in capsys.readouterr().out and not list(out.iterdir())
-    monkeypatch.setattr('models.rehearsal.shutil.disk_usage', lambda path: SimpleNamespace(free=2 ** 10))
+    monkeypatch.setattr('models.rehearsal.shutil.disk_usage', lambda path: SimpleNamespace(total=2 ** 40, free=2 ** 10))
     with pytest.raises(ValueError, match='has 0.0 GiB free, the run needs .* lower train.keep'):
         pretrain_dlip.main(['--config', str(config), '--output_dir', str(out), '--device', 'cpu', '--dry_run'])
 
