@@ -32,6 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """pytest-xdist cannot send the names of files that are not UTF-8, which tools print."""
+    report = yield
+    report.sections = [(title, text.encode('utf-8', 'backslashreplace').decode()) for title, text in report.sections]
+    return report
+
+
 def golden(name: str) -> dict:
     return torch.load(GOLDEN / name, weights_only=True)
 
