@@ -70,15 +70,14 @@ def validation(model: BLIP, tokenizer: Tokenizer, held_out: HeldOut, *, max_toke
     found = []
     for items in load(held_out, workers, list, batch_sampler=batches[rank()::world_size()]):
         items = [(image, caption) for image, caption in items if image is not None]
-        if items:
-            images, captions = zip(*items, strict=True)
-            found.append(of_batch(model, tokenizer, torch.stack(images), captions, max_tokens, prompt))
+        images, captions = zip(*items, strict=True) if items else ((), ())
+        found.append(of_batch(model, tokenizer, torch.stack(images), captions, max_tokens, prompt) if items else {})
     parts = gather_objects(found)  # process i has batches i, i + processes, ...
-    found = [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+    found = [part for i in range(len(batches)) if (part := parts[i % len(parts)][i // len(parts)])]
     if not found:
         return {}
-    totals = {name: [sum(part[name][i] for part in found) for i in range(2)] for name in found[0]
-              if name not in ('image', 'text')}
+    names = dict.fromkeys(name for part in found for name in part if name not in ('image', 'text'))
+    totals = {name: [sum(part[name][i] for part in found if name in part) for i in range(2)] for name in names}
     out = {f'loss_{name}': total / count for name, (total, count) in totals.items()}
     if 'image' in found[0]:
         image, text = (torch.cat([part[name] for part in found]) for name in ('image', 'text'))

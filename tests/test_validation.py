@@ -72,6 +72,21 @@ def test_the_losses_are_those_of_training(small_tokenizer):
     assert 0 < out['loss_itm'] < 3 and out['txt_r10'] == 100
 
 
+@pytest.mark.parametrize('readable', [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1, 0, 1, 1, 1]])
+def test_a_batch_may_have_one_image_or_none(small_tokenizer, nano, readable):
+    """One image alone has no negatives: it counts for the other losses."""
+    image = torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    class Given(HeldOut):
+        def __init__(self):
+            self.pairs = readable
+
+        def __getitem__(self, index):
+            return (image if readable[index] else None), 'a red dog'
+    out = validation(nano, small_tokenizer, Given(), max_tokens=12, batch_size=2)
+    assert {'loss_ita', 'loss_itm', 'loss_lm'} < out.keys()
+
+
 def test_pre_training_is_validated_the_same_by_any_number_of_processes(pretrained, tmp_path):
     config, _ = pretrained
     settings = 'data.val=0.2', 'train.epochs=1', 'negative_all_rank=true', 'model.dropout=0.0'
