@@ -10,7 +10,7 @@ from models.checkpoint import architecture, build, load_weights, read_checkpoint
 from models.inherit import image_channels, inherit_text, inherit_vision, load_bert, load_timm, text_channels
 from models.objective import Objective
 from models.originals import momentum_state
-from models.terms import TEACHER_TERMS
+from models.terms import TEACHER_TERMS, asks_for_features
 from models.tokenizer import Tokenizer
 from utils import logger
 
@@ -105,7 +105,7 @@ def init_momentum(objective: Objective, config: dict) -> None:
     """Start momentum encoder and queues where `model.init` ended (a `last.pth`, or a file of BLIP or dlip-v2), if they
     fit: random queues would be trivial negatives for a good part of a finetune's first epoch. Logs what it found.
 
-    The queues of a teacher are taken over from a run with the same `teacher.weights` only.
+    The queues of a teacher are taken over from a run with the same `teacher.weights` only, that filled them.
     """
     source, momentum = config['model']['init'], objective.momentum
     if not source:
@@ -116,7 +116,8 @@ def init_momentum(objective: Objective, config: dict) -> None:
     columns = ('image', 'text')
     if objective.uses('ita_soft'):
         columns += ('teacher_image', 'teacher_text')
-        if (checkpoint.get('config') or {}).get('teacher', {}).get('weights') != config['teacher']['weights']:
+        theirs = checkpoint.get('config') or {}
+        if theirs.get('teacher', {}).get('weights') != config['teacher']['weights'] or not asks_for_features(theirs):
             held = {name: value for name, value in held.items() if not name.startswith('teacher')}
     encoder, entries = momentum.take_over(held, columns)
     lacking = 'absent (a last.pth has them, a best.pth has not) or of another size:'

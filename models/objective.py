@@ -17,7 +17,7 @@ from models.linear import Linear
 from models.momentum import MomentumQueue
 from models.packing import Packed, packed
 from models.targets import LiveTeacher, StoredTeacher
-from models.terms import CONTRASTIVE, DECODER, FUSED, TERMS, check_terms
+from models.terms import CONTRASTIVE, DECODER, FUSED, TEACHER_FEATURES, TERMS, check_terms
 from models.update import MicroBatch, Update, pad_to, row_noise, token_share, with_start
 from utils import all_gather, all_gather_grad, alone, rank, to_device, world_size
 
@@ -117,7 +117,7 @@ class Objective(nn.Module):
             if self.uses(*CONTRASTIVE):
                 ids, texts = with_start(ids, self.cls_id), packed(mask, lengths[-1])
                 rows['image'], rows['text'] = self.momentum.encode(images, ids, texts)
-                if self.uses('ita_soft', 'image_feat', 'text_feat', 'text_hidden'):
+                if self.uses(*TEACHER_FEATURES):
                     rows['teacher_image'], rows['teacher_text'] = targets[-1].features(ids, texts)
             found.append({name: all_gather(value) for name, value in rows.items()})
             counts.append(all_gather(torch.stack([mask.sum(), mask[:, max(1, self.prompt_length):].sum()])[None]))

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from models.blip import BLIPConfig
+from models.terms import asks_for_features
 from utils import logger, shorten
 
 FREE = ('dropout', 'vision_eps')  # of the architecture: no weight depends on them
@@ -37,6 +38,9 @@ def compare(path: Path, state: dict, config: dict, **now) -> None:
         ValueError: something differs that cannot change within a run; names it, and the settings.
     """
     changed, differ = changed_settings(state['config'], config), differences(state, **now)
+    if 'momentum.teacher_image_queue' in now['kept'] and config['loss']['ita_soft'] and \
+            not asks_for_features(state['config']):
+        differ.append("the queues of the teacher's features, which it never filled (loss.ita_soft was 0)")
     if differ:
         raise ValueError(f'{path} is of a run that differs in {", ".join(differ)}: resume it with its own settings or '
                          f'choose another --output_dir; its settings differ in {"; ".join(changed) or "nothing"}')

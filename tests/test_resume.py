@@ -223,6 +223,22 @@ def test_what_cannot_change_within_a_run_is_named(pretrained, half, scenes, tmp_
     assert same(read_checkpoint(out / 'last.pth'), read_checkpoint(half / 'last.pth'))
 
 
+def test_queues_without_the_teachers_features_are_not_used(pretrained, scenes, tmp_path, capsys):
+    """They are noise beside the student's pairs, unless a term asked for those features."""
+    config, teacher = pretrained
+    settings = f'teacher.weights={teacher / "last.pth"}', 'teacher.size=nano'
+    next_stage = (*options(config, tmp_path / 'next'), *settings, 'loss.ita_soft=1.0', '--dry_run',
+                  f'model.init={tmp_path / "out/last.pth"}')
+    run(pretrain_dlip, config, tmp_path / 'out', *settings, 'train.epochs=1')
+    pretrain_dlip.main(next_stage)
+    assert 'they start random' in capsys.readouterr().out
+    with pytest.raises(ValueError, match="differs in the queues of the teacher's features.*loss.ita_soft 0.0 -> 1.0"):
+        run(pretrain_dlip, config, tmp_path / 'out', *settings, 'loss.ita_soft=1.0')
+    run(pretrain_dlip, config, tmp_path / 'out', *settings, 'loss.image_feat=1.0')
+    pretrain_dlip.main(next_stage)
+    assert 'queues taken over (20' in capsys.readouterr().out
+
+
 def test_another_batch_size_goes_on_where_a_batch_of_it_ends(pretrained, tmp_path, monkeypatch):
     config, _ = pretrained
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
