@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
+from zlib import crc32
 
 import torch
 from PIL import Image
@@ -70,20 +71,26 @@ def plain_jpeg(data: bytes) -> tuple[bytes, bytes, bool]:
                 components, scans = segment[9], marker in (0xFFC2, 0xFFCA)
             if marker == 0xFFE1 and segment[4:10] == b'Exif\0\0':
                 exif = exif or segment[4:]
-            if marker != 0xFFFE and (marker & 0xFFF0 != 0xFFE0 or marker in (0xFFE0, 0xFFEE)):  # not APPn or comment
+            if marker in (0xFFE0, 0xFFEE):  # JFIF's and Adobe's tell the colour space, where they are whole
+                needed = size >= (16 if marker == 0xFFE0 else 14)
+            else:
+                needed = marker != 0xFFFE and marker & 0xFFF0 != 0xFFE0  # neither a comment nor APPn
+            if needed:
                 kept.append(segment)
             at += 2 + size
     return b''.join([*kept, data[at:]]), exif, scans
 
 
 def plain_png(data: bytes) -> bytes:
-    """A PNG file with the chunks alone that its pixels and orientation need."""
+    """A PNG file with the chunks alone that its pixels and orientation need; the latter only if it is undamaged."""
     kept, at = [data[:8]], 8
     while at + 8 <= len(data):
         end = at + 12 + int.from_bytes(data[at:at + 4], 'big')
-        if data[at + 4:at + 8] in (b'IHDR', b'PLTE', b'tRNS', b'eXIf', b'IDAT', b'IEND'):
+        kind = data[at + 4:at + 8]
+        if kind in (b'IHDR', b'PLTE', b'tRNS', b'IDAT', b'IEND') or \
+                kind == b'eXIf' and crc32(data[at + 4:end - 4]).to_bytes(4, 'big') == data[end - 4:end]:
             kept.append(data[at:end])
-        at = end if data[at + 4:at + 8] != b'IEND' else len(data)
+        at = end if kind != b'IEND' else len(data)
     return b''.join(kept)
 
 

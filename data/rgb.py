@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 BAND = 1 << 22  # pixels that are converted at a time
-WHITE = (255, 4095, 65535)  # of integers beyond 8 bits, where the file does not say: the first that none exceeds
+WHITE = (255, 1023, 4095, 16383, 65535)  # of integers beyond 8 bits, where the file does not say: the first that none exceeds
 HDR = 64  # floats whose brightest are between 1 and this are taken for high dynamic range, above it for 0 to 255
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -18,7 +18,8 @@ ORIENTATION, BITS, PHOTOMETRIC, MAX_SAMPLE = 274, 258, 262, 281  # TIFF tags
 
 def exif_orientation(exif: bytes) -> int:
     """The orientation in an EXIF block; 1 (upright) if it holds none that makes sense. Reads nothing else of it."""
-    exif = exif.removeprefix(b'Exif\0\0')
+    while exif.startswith(b'Exif\0\0'):  # some writers put it twice
+        exif = exif[6:]
     order = {b'II': '<', b'MM': '>'}.get(exif[:2])
     if order:
         with suppress(struct.error):

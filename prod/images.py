@@ -129,7 +129,7 @@ def tensor_array(tensor: torch.Tensor, name: str) -> np.ndarray:
 def array_image(array: np.ndarray, name: str, bgr: bool = False) -> Image.Image:
     """(H, W) or (H, W, 1|3|4) of uint8, uint16 or float in [0, 1] -> 8-bit RGB PIL image
 
-    16 bits that hold no value above 4095 (or 255) are taken for 12 (or 8) bits, as in files.
+    16 bits that hold no value above 16383 (4095, 1023, 255) are taken for 14 (12, 10, 8) bits, as in files.
     """
     if array.ndim not in (2, 3) or array.ndim == 3 and array.shape[2] not in (1, 3, 4):
         raise ValueError(f'{name} has the shape {array.shape}: an array must be (H, W) or (H, W, 1|3|4)'

@@ -153,7 +153,7 @@ def draw(dice: random.Random, mode: str, size: tuple[int, int]) -> Image.Image:
     if mode in ('I', 'F') or mode.startswith('I;16'):
         grey = np.array(image.convert('L').resize(size), np.float32) / 255
         grey.flat[0], grey.flat[-1] = 0, 1
-        grey *= dice.choice([1, 255] if mode == 'F' else [255, 4095, 65535])
+        grey *= dice.choice([1, 255] if mode == 'F' else [255, 1023, 4095, 16383, 65535])
         kind = {'I': '<i4', 'F': '<f4', 'I;16B': '>u2'}.get(mode, '<u2')
         return Image.frombytes(mode, size, (grey if mode == 'F' else np.rint(grey)).astype(kind).tobytes())
     try:
@@ -168,7 +168,7 @@ def on_white(image: Image.Image) -> np.ndarray | None:
     """uint8 [H, W, 3] of any mode by its definition; None where it is a matter of taste (floats of unclear range)."""
     if image.mode in ('I', 'F') or image.mode.startswith('I;16'):
         values = np.asarray(image, np.float64)
-        white = next((white for white in (255, 4095, 65535) if values.max() <= white), values.max())
+        white = next((white for white in (255, 1023, 4095, 16383, 65535) if values.max() <= white), values.max())
         if image.mode == 'F' and values.max() <= 1:
             white = 1
         elif image.mode == 'F' and np.percentile(values, 99.5) < 130:

@@ -117,7 +117,7 @@ def test_nothing_starts_a_program(monkeypatch, tmp_path):
         read_image(Image.open(path))
 
 
-@pytest.mark.parametrize('bits, top', [(12, 4095), (16, 4095), (16, 65535)])
+@pytest.mark.parametrize('bits, top', [(12, 4095), (16, 1023), (16, 4095), (16, 16383), (16, 65535)])
 @pytest.mark.parametrize('white_is_zero', [False, True])
 def test_deep_tiffs_show_their_range(bits, top, white_is_zero):
     ramp = np.arange(0, top + 1, top // 15)[:16]
@@ -145,8 +145,9 @@ def chunk(kind: bytes, content: bytes) -> bytes:
     chunk(b'tEXt', b'a\0' + b'x' * 3_000_000), chunk(b'zTXt', b'a\0\0' + zlib.compress(b'x' * 3_000_000)),
     chunk(b'iTXt', b'a\0\1\0\0\0' + zlib.compress(b'x' * 3_000_000)), 70 * chunk(b'tEXt', b'a\0' + b'x' * 1_000_000),
     chunk(b'iCCP', b'a\0\0' + zlib.compress(b'x' * 3_000_000)), chunk(b'iCCP', b'a\0\0no zlib'),
-    chunk(b'zTXt', b'a\0\7?'), chunk(b'tEXt', b'a\0b')[:-1] + b'?', chunk(b'pHYs', b''), chunk(b'eXIf', b'MM\0')],
-    ids=['tEXt', 'zTXt', 'iTXt', '70 MB', 'iCCP', 'no ICC', 'no method', 'checksum', 'pHYs', 'eXIf'])
+    chunk(b'zTXt', b'a\0\7?'), chunk(b'tEXt', b'a\0b')[:-1] + b'?', chunk(b'pHYs', b''), chunk(b'eXIf', b'MM\0'),
+    chunk(b'eXIf', b'MM\0')[:-1] + b'?'],
+    ids=['tEXt', 'zTXt', 'iTXt', '70 MB', 'iCCP', 'no ICC', 'no method', 'checksum', 'pHYs', 'eXIf', 'eXIf checksum'])
 @pytest.mark.parametrize('place', ['before', 'after'])
 def test_png_with_any_text_or_profile(extra, place):
     data = saved(colours())
@@ -162,7 +163,7 @@ EXIFS = {f'resolution {name}': tiff(entry(274, 3, 1, 6), entry(282, kind, 1, RAT
                                    ('NaN', 12, struct.pack('<d', np.nan)), ('infinite', 12, struct.pack('<d', np.inf)),
                                    ('beyond the end', 5, b''), ('of type 77', 77, bytes(8)))}
 TURNED = {**EXIFS, 'plain': tiff(entry(274, 3, 1, 6)), 'big-endian': tiff(entry(274, 3, 1, 6, '>'), order='>'),
-          'long': tiff(entry(274, 4, 1, 6))}
+          'long': tiff(entry(274, 4, 1, 6)), 'header twice': b'Exif\0\0' + tiff(entry(274, 3, 1, 6))}
 UPRIGHT = {'0': tiff(entry(274, 3, 1, 0)), '9': tiff(entry(274, 3, 1, 9)), '65535': tiff(entry(274, 3, 1, 65535)),
            'string': tiff(entry(274, 2, 2, b'6\0')), 'rational': tiff(entry(274, 5, 1, RATIONAL), extra=bytes(40)),
            'cut off': tiff(entry(274, 3, 1, 6))[:-12], 'garbage': b'garbage', 'header': b'II*\0\x07', 'nothing': b''}
@@ -206,6 +207,9 @@ def test_jpegs_are_stripped_of_metadata_alone():
     assert found == b'Exif\0\0' + exif and not scans and len(plain) < len(data) - 250_000
     assert difference(Image.open(io.BytesIO(plain)), Image.open(io.BytesIO(data))) == 0
     assert plain_jpeg(saved(colours(), 'JPEG', progressive=True))[2]
+    for short in (b'\xff\xe0\0\7JFIF\0', b'\xff\xee\0\7Adobe', b'\xff\xe0\0\2'):  # segments that break off
+        assert difference(open_image(io.BytesIO(data[:2] + short + data[2:])),
+                          open_image(io.BytesIO(data))) == 0
     for cut in range(2, 700, 7):  # whatever is left of a file, it is a file
         assert plain_jpeg(data[:cut])[0][:2] == data[:2]
 
