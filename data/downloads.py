@@ -20,6 +20,7 @@ from pandas.util import hash_array
 from data.captions import one_line
 from data.json_list import read_json_list
 from data.text_columns import one_lines, quoted, text_column
+from utils import shorten
 
 IMAGES = ('.jpg', '.jpeg', '.png', '.webp')
 REQUIRED, TEXTS = {'key', 'caption', 'status'}, ('key', 'caption', 'url')
@@ -139,6 +140,9 @@ def read_parquet(path: Path, key_length: int) -> dict[str, pa.StringArray | np.n
     if not there >= REQUIRED:
         raise ValueError(f'{path} has no column {", ".join(sorted(REQUIRED - there))}: download the shard again '
                          f'as the README says, or remove it to read the .json and .txt files')
+    twice = [name for name in there if file.schema_arrow.names.count(name) > 1]
+    if twice:
+        raise ValueError(f'{path} has the column {shorten(twice[0])} twice: remove it to read the .json and .txt files')
     table = file.read([name for name in (*TEXTS, 'status', *SIZES) if name in there], use_threads=False)
     table.validate(full=True)  # a damaged file may hold texts that are not UTF-8
     columns = {name: plain(table[name]) if name in there else pa.nulls(len(table))

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from data.scan import list_images
+from data.scan import is_hidden, list_images
 from data.tables import Row, encoding_of, read_json, read_table, read_text
 from utils import logger, shorten
 
 SPLITS = ('train', 'val', 'test')
 ALSO_CALLED = {'training': 'train', 'restval': 'train', 'validation': 'val', 'valid': 'val', 'dev': 'val',
                'testing': 'test'} | {split: split for split in SPLITS}
+KAGGLES = ['image_name', 'comment_number', 'comment']  # columns of Flickr30K there
 FOLDERS = ('flickr30k-images', 'flickr30k_images', 'Flicker8k_Dataset', 'Flickr8k_Dataset', 'images', 'Images')
 
 
@@ -173,13 +174,13 @@ def kaggles_results(root: Path) -> list[Path]:
     """results.csv, also among the images, unless by its header it is a table of one's own."""
     def is_kaggles(path: Path) -> bool:
         with open(path, encoding=encoding_of(path), errors='replace') as file:
-            return re.sub(r'\W+', ' ', file.readline(1000)).strip() == 'image_name comment_number comment'
+            return [name.strip('\ufeff" \n') for name in file.readline(1000).split('|')] == KAGGLES
     return list(filter(is_kaggles, find_files(root, 'results.csv', folders=('', *FOLDERS))))
 
 
 def own_tables(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.suffix.lower() in ('.csv', '.tsv', '.jsonl')
-                  and not path.name.startswith('.'))
+                  and path.is_file() and not is_hidden(path.name))
 
 
 def pairs(root: Path) -> list[Path]:

@@ -17,7 +17,7 @@ SYSTEM = {'@eadir', '@recycle', '@tmp', '#recycle', '#snapshot', '__macosx', '$r
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is hidden, or was put there by a system."""
-    return name.startswith('.') or name.lower() in SYSTEM
+    return name.startswith(('.', '~$')) or name.lower() in SYSTEM
 
 
 @cache

@@ -7,7 +7,9 @@ very next sample, without opening the shards that were read before.
 """
 
 import io
+import math
 import os
+import re
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from itertools import cycle, islice
@@ -22,8 +24,10 @@ from data.captions import is_empty
 from data.datasets import first_readable, held_out_count
 from data.tars import SCHEME, TAR, count_images, one_line_of, read_shard
 from data.transforms import train_transform
-from utils import gather_objects, progress, rank, world_size
+from utils import gather_objects, progress, rank, shorten, world_size
 
+MOST_SHARDS = 10 ** 6
+RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')
 WINDOW = 1024  # samples, still encoded: some 25 MB in a worker where images are 256 px
 
 
@@ -56,6 +60,8 @@ def list_shards(source: str) -> list[str]:
         FileNotFoundError: a file or folder is not there, or a folder holds no tar.
         ValueError: the pattern's braces or variables are none.
     """
+    if math.prod(abs(int(last) - int(first)) + 1 for first, last in RANGE.findall(source)) > MOST_SHARDS:
+        raise ValueError(f'data.train: {shorten(source)} stands for more than {MOST_SHARDS:,} shards: mend its braces')
     try:
         parts = [url.strip() for url in expand_urls(source)]
     except AssertionError as error:  # ${NAME} without a variable WDS_NAME

@@ -165,7 +165,7 @@ def header_of(text: str, delimiter: str, path: Path) -> list[str]:
 
 def csv_rows(text: str, delimiter: str, path: Path) -> Iterator[tuple[int, list[str]]]:
     """(line that it starts in, fields) of the rows that are not blank."""
-    reader = csv.reader(io.StringIO(text, newline=''), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=''), delimiter=delimiter, skipinitialspace=True, strict=True)
     while True:
         line = reader.line_num + 1
         try:

@@ -99,9 +99,11 @@ def count_images(url: str) -> int:
     *_, mark = [None, *TAR.finditer(url)]
     if mark:
         quiet = ' 2>/dev/null' if url.startswith('pipe:') and os.name == 'posix' else ''  # often there is none
-        with suppress(OSError, ValueError, KeyError, TypeError), \
+        with suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError), \
                 opened(f'{url[:mark.start()]}_stats.json{url[mark.end():]}{quiet}') as file:
-            return max(0, int(json.loads(file.read())['successes']))
+            successes = int(json.loads(file.read())['successes'])
+            if successes >= 0:
+                return successes
     count = more = 0
     try:
         with closing(members(url)) as files:

@@ -144,7 +144,7 @@ def hub_file(repository: str, *names: str) -> Path:
         raise FileNotFoundError(
             f'cannot get {shorten(repository)}: there is no such file or folder here, it is not in the cache of the '
             f'Hugging Face hub, and the hub did not supply it ({reason}). Where there is a network run `hf download '
-            f'{repository}`, copy the folder that it prints, and give its path instead of the name')
+            f'{shorten(Path(repository))}`, copy the folder that it prints, and give its path instead of the name')
     return path
 
 

@@ -11,6 +11,7 @@ written with JSON escapes: Python's `json.loads` gives back the path as `os.list
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -22,12 +23,12 @@ from data.json_lines import JsonLines
 from models.checkpoint import fingerprint
 from prod import DLIPProd
 from prod.images import find_pictures, read_image
-from prod.options import net_options, net_settings
+from prod.options import net_options, net_settings, output_file
 from utils import atomic_write, clean_exit, logger, progress
 
 
 def captioned(lines: JsonLines, settings: dict) -> set[str]:
-    """The paths that have a caption in the file; errors are dropped from it, to be tried again.
+    """The files that have a caption, by their real paths, however the folder was spelled; errors are dropped from it, to be tried again.
 
     Raises:
         ValueError: the file holds something else, or captions made with other settings.
@@ -52,7 +53,7 @@ def captioned(lines: JsonLines, settings: dict) -> set[str]:
         lines.replace(done)
     with atomic_write(beside) as file:
         json.dump(settings, file, indent=1)
-    return {record['path'] for record in done}
+    return {os.path.realpath(record['path']) for record in done}
 
 
 def settings_file(out: Path) -> Path:
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder')
     parser.add_argument('--weight', required=True, help='a captioner: anything that DLIPProd takes')
-    parser.add_argument('--out', type=Path, required=True, help='file of JSON lines; goes on where it ends')
+    parser.add_argument('--out', type=output_file, required=True, help='file of JSON lines; goes on where it ends')
     parser.add_argument('--overwrite', action='store_true', help='start the file over')
     net_options(parser)
     parser.add_argument('--batch_size', type=whole(1), default=32, help='default: %(default)s')
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.overwrite:
             lines.replace([])
         done, errors = captioned(lines, settings), {}
-        left = [path for path in paths if path not in done]
+        left = [path for path in paths if os.path.realpath(path) not in done]
         logger.info('%d images, %d of them captioned already', len(paths), len(paths) - len(left))
 
         def opened(path: str):

@@ -55,7 +55,7 @@ class PictureIndex:
                 raise ValueError(f'the index {folder} was made by an earlier version of this code: delete it, and the '
                                  f'next run makes it again')
             if not all(name.startswith(('index.jsonl', 'features-')) for name in files):
-                raise ValueError(f'{folder} is a folder of other files, not an index: name a new folder')
+                raise ValueError(f'{self.folder} is a folder of other files, not an index: name a new folder')
             with self._lines.writing(wait=True):
                 if not self._lines.path.exists():  # another process may have been faster
                     self._header = {'width': self.width, 'probe': probe.tolist(), 'weight': weight}

@@ -1,9 +1,12 @@
 """The options that every command over DLIPProd takes."""
 
 import argparse
+import os
+from pathlib import Path
 
 from configs.rules import Number
 from models.launch import setup_process
+from utils import shorten
 
 
 def net_options(parser: argparse.ArgumentParser) -> None:
@@ -18,3 +21,10 @@ def net_settings(args: argparse.Namespace) -> dict:
     """What `net_options` read, as DLIPProd's arguments."""
     return {'device': str(setup_process(args.device)), 'precision': args.precision, 'backend': args.backend,
             'memory': args.memory}
+
+
+def output_file(text: str) -> Path:
+    """argparse's type of a file to be written."""
+    if not text.strip() or '\0' in text or os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f'must name a file, got {shorten(text)}')
+    return Path(text)

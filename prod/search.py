@@ -19,8 +19,8 @@ if __name__ == '__main__':  # run by its path, a script finds its own folder fir
 from configs.rules import whole
 from eval.sheet import Sheet
 from prod import DLIPProd
-from prod.options import net_options, net_settings
-from utils import clean_exit, shown
+from prod.options import net_options, net_settings, output_file
+from utils import clean_exit, make_output_dir, shown
 
 
 def query_of(text: str) -> str | Path:
@@ -44,10 +44,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--index', required=True, help='folder of the index; made when absent')
     parser.add_argument('--k', type=whole(1), default=5, help='hits a query (default: %(default)s)')
     parser.add_argument('--rerank', type=whole(0), default=0, help='nearest ones to compare again (default: none)')
-    parser.add_argument('--sheet', type=Path, metavar='PNG', help='draw the hits')
+    parser.add_argument('--sheet', type=output_file, metavar='PNG', help='draw the hits')
     net_options(parser)
     args = parser.parse_args(argv)
     served, queries = net_settings(args), [query_of(query) for query in args.queries]
+    if args.sheet:
+        make_output_dir(args.sheet.parent)
     retriever = DLIPProd('retrieval', args.weight, **served)
     index = retriever.index(args.folder, args.index)
     rows = []

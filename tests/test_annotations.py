@@ -271,6 +271,16 @@ def test_kaggles_table_in_utf_16(tmp_path):
     assert {text for texts in captions_of(tmp_path, 'train').values() for text in texts} == {'a | b'}
 
 
+@pytest.mark.parametrize('header, row', [
+    ('image_name,comment_number,comment', '{},0,"a dog, running"'), ('image, caption', '{}, "a dog, running"')])
+def test_a_table_of_ones_own_beside_what_spreadsheets_leave(tmp_path, header, row):
+    write_pictures(tmp_path, NAMES)
+    (tmp_path / 'results.csv').write_text('\n'.join([header, *map(row.format, NAMES), '']))
+    (tmp_path / '~$results.csv').write_bytes(b'\0')  # Excel's, while it has the table open
+    (tmp_path / 'old.csv').mkdir()
+    assert {text for texts in captions_of(tmp_path, 'train').values() for text in texts} == {'a dog, running'}
+
+
 @pytest.mark.parametrize('text, message', [
     ('image,caption\na.jpg,a cat\nb.jpg,a dog, running\n', 'line 3: 3 fields, but the header has 2: text with a'),
     ('image,caption,split\na.jpg,a cat\n', 'line 2: 2 fields, but the header has 3'),

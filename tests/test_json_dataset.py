@@ -272,6 +272,13 @@ def parquet_without_captions(root: Path) -> Path:
     return shard.with_suffix('.parquet')
 
 
+def parquet_with_captions_twice(root: Path) -> Path:
+    path = write_shard(root / 'cc3m' / '00000', {'0': 'a'}).with_suffix('.parquet')
+    texts = pa.array(['0'])
+    pq.write_table(pa.Table.from_arrays(4 * [texts], ['key', 'caption', 'status', 'caption']), path)
+    return path
+
+
 def broken_genome(root: Path) -> Path:
     return write_genome(root / 'vgo', '[{"id": 1, ')
 
@@ -291,7 +298,7 @@ def broken_after_a_good_source(root: Path) -> Path:
     return broken_genome(root)
 
 
-BREAKAGES = [parquet_without_captions, broken_genome, genome_of_another_schema, genome_in_bytes,
+BREAKAGES = [parquet_without_captions, parquet_with_captions_twice, broken_genome, genome_of_another_schema, genome_in_bytes,
              broken_after_a_good_source]
 
 

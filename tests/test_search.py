@@ -155,6 +155,9 @@ def test_captioning_a_folder_goes_on_where_it_stopped(command, caption, pictures
     assert list(first) == sorted(first) and len(first) == 8
     assert 'is not a readable image' in first[str(pictures / 'broken.jpg')]['error']
     assert first[str(pictures / '0.png')]['caption'] == caption.generate(pictures / '0.png')[0]
+    assert caption_tool.main([str(pictures / '..' / pictures.name), *command[1:]]) == 1  # the same folder
+    assert len(out.read_text().splitlines()) == 8
+    out.write_text(''.join(json.dumps(line) + '\n' for line in first.values()))
     whole = out.read_text()
     out.write_text(whole[:whole.rindex('{') + 9])  # cut off in its last line
     assert caption_tool.main(command) == 1 and rows(out) == first
@@ -244,8 +247,17 @@ def test_queries_that_ask_nothing(folder, pictures, tmp_path, query, message):
                           str(tmp_path / 'index'), '--device', 'cpu'])
 
 
+@pytest.mark.parametrize('name', ['', '{here}', 'a\0b'])
+def test_a_file_to_be_written_has_a_name(tmp_path, capsys, name):
+    name = name.format(here=tmp_path)
+    for tool, option in ((caption_tool, ['--out', name]), (search_tool, ['a dog', '--index', 'i', '--sheet', name])):
+        with pytest.raises(SystemExit):
+            tool.main([str(tmp_path), *option, '--weight', 'unread.pth'])
+        assert 'must name a file' in capsys.readouterr().err
+
+
 def test_searching_a_folder_draws_the_hits(folder, pictures, tmp_path, capsys):
-    sheet = tmp_path / 'hits.png'
+    sheet = tmp_path / 'new/hits.png'
     search_tool.main([str(pictures), 'a dog', str(pictures / '1.png'), 'a very long query ' * 30, 'nul \0', '--weight',
                       str(folder / 'save/dlip_retrieval_flickr.pth'), '--index', str(tmp_path / 'index'), '--k', '3',
                       '--sheet', str(sheet), '--device', 'cpu'])
