@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 BAND = 1 << 22  # pixels that are converted at a time
-WHITE = (255, 1023, 4095, 16383, 65535)  # of integers beyond 8 bits, where the file does not say: the first that none exceeds
+# White of integers beyond 8 bits, where the file does not say: the first that none exceeds
+WHITE = (255, 1023, 4095, 16383, 65535)
 HDR = 64  # floats whose brightest are between 1 and this are taken for high dynamic range, above it for 0 to 255
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,

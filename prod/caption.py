@@ -28,7 +28,8 @@ from utils import atomic_write, clean_exit, logger, progress
 
 
 def captioned(lines: JsonLines, settings: dict) -> set[str]:
-    """The files that have a caption, by their real paths, however the folder was spelled; errors are dropped from it, to be tried again.
+    """The real paths of the files that have a caption, however the folder was spelled; errors are dropped from the
+    file, to be tried again.
 
     Raises:
         ValueError: the file holds something else, or captions made with other settings.

@@ -298,8 +298,8 @@ def broken_after_a_good_source(root: Path) -> Path:
     return broken_genome(root)
 
 
-BREAKAGES = [parquet_without_captions, parquet_with_captions_twice, broken_genome, genome_of_another_schema, genome_in_bytes,
-             broken_after_a_good_source]
+BREAKAGES = [parquet_without_captions, parquet_with_captions_twice, broken_genome, genome_of_another_schema,
+             genome_in_bytes, broken_after_a_good_source]
 
 
 @pytest.mark.parametrize('breakage', BREAKAGES)
