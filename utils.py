@@ -83,6 +83,9 @@ def explanation(error: BaseException) -> str | None:
         return (f'error: {text.splitlines()[0][:120]}: a process that loads pictures was killed, for want of memory or '
                 f'of room in /dev/shm (in a container: --shm-size or --ipc=host), or waited for ever for a disk: lower '
                 f'data.workers; 0 loads in the main process')
+    if isinstance(error, RuntimeError) and re.search('Connection (closed|reset) by (remote )?peer', text):  # gloo's
+        return ('error: another process of this run has ended, and so does this one: what it printed says why; the '
+                'same command goes on with what is saved')
     if not isinstance(error, OSError | ValueError | FloatingPointError):
         return None
     if 'Original Traceback' in text:  # of a loader's process: its last line is the error

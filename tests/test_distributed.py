@@ -132,6 +132,29 @@ pretrain_dlip.main()
     assert first[2] == 3  # 7 batches of each process are 3 updates of two and one of one
 
 
+def test_a_process_whose_peer_has_left_ends_with_one_line(pretrained, tmp_path):
+    """A signal to one of two alone, while they validate."""
+    code = tmp_path / 'left.py'
+    code.write_text(f'''import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import pretrain_dlip
+from models.stopping import STOP
+from utils import clean_exit
+validation = pretrain_dlip.validation
+def left(*args, **kwargs):
+    if os.environ['RANK'] == '1':
+        os.kill(os.getpid(), signal.SIGTERM)
+    return validation(*args, **kwargs)
+pretrain_dlip.validation = left
+with clean_exit(), STOP.ends():
+    pretrain_dlip.main()
+''')
+    left, gone = joined(2, code, *options(pretrained[0], tmp_path / 'out'), 'train.batch_size=4')
+    assert (left.returncode, gone.returncode) == (1, 0) and 'Traceback' not in left.stderr
+    assert 'error: another process of this run has ended' in left.stderr
+    assert read_checkpoint(tmp_path / 'out/last.pth')['batch'] == 7  # trained, and not yet judged
+
+
 def test_a_failure_on_any_rank_ends_the_job_with_its_traceback(pretrained, tmp_path):
     config, _ = pretrained
     code = (tmp_path / 'broken.py')
