@@ -86,7 +86,7 @@ def test_other_ranges_of_integer_and_float_pictures():
     assert grey([0, 2 ** 30, 2 ** 31 - 1], np.int32) == [0, 128, 255]
     assert grey([np.nan, -5, 255], np.float32) == [0, 0, 255]
     assert grey([0, 2048, 4095], np.uint16) == grey([0, 2048, 4095], np.int32) == [0, 128, 255]  # 12 bits
-    assert grey([0, 4096], np.uint16) == [0, 16]
+    assert grey([0, 16384], np.uint16) == [0, 64]
     assert grey([0, 0.5, 1] * 99 + [1.01], np.float32)[:3] == [0, 128, 255]  # resampled: overshoots
     assert grey([0, 2, 4] * 99 + [900], np.float32)[:3] == pytest.approx([0, 130, 255], abs=5)  # high dynamic range
 
@@ -168,9 +168,10 @@ BOMB = saved(Image.new('1', (8, 8)), 'PNG').replace(
     struct.pack('>II', 8, 8), struct.pack('>II', 60_000, 60_000))  # whose header promises 3.6 gigapixels
 BOMB = BOMB[:29] + struct.pack('>I', zlib.crc32(BOMB[12:29])) + BOMB[33:]
 BROKEN = {
-    'not a picture': {'empty.jpg': b'', 'text.jpg': b'<html>404</html>', 'bad.tif': b'II*\0\xff\xff\xff\xff',
-                      'bad.gif': b'GIF89a', 'bad.webp': b'RIFF\0\0\0\0WEBPVP8 ', 'header.jpg': LARGE[:20]},
-    'damaged': {'truncated.jpg': LARGE[:len(LARGE) // 2], 'truncated.png': STRIPES[:200],
+    'not a picture': {'empty.jpg': b'', 'text.jpg': b'<html>404</html>'},
+    'damaged': {'bad.tif': b'II*\0\xff\xff\xff\xff', 'bad.gif': b'GIF89a', 'bad.webp': b'RIFF\0\0\0\0WEBPVP8 ',
+                'header.jpg': LARGE[:20],
+                'truncated.jpg': LARGE[:len(LARGE) // 2], 'truncated.png': STRIPES[:200],
                 'zeros.png': STRIPES[:100] + bytes(len(STRIPES) - 100), 'turned.jpg': READABLE['turned.jpg'][:800]},
     'too large': {'bomb.png': BOMB}}
 
