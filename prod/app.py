@@ -199,6 +199,7 @@ def serve(page, host: str, port: int, max_upload: str) -> None:
         listening = server.config.bind_socket()
     except SystemExit:  # uvicorn has logged the reason
         raise OSError(f'cannot listen to {host}:{port}: choose another --port or --host') from None
+    listening.listen()  # who comes before the server runs is answered then
     print(f'Running on local URL:  http://{host}:{port}', flush=True)
     server.run(sockets=[listening])
 
