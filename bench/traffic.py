@@ -54,13 +54,14 @@ from models.update import MicroBatch
 from models.vit import VisionTower
 from utils import clean_exit
 
-aten = torch.ops.aten
+aten, COMPOSITE = torch.ops.aten, torch._C.DispatchKey.CompositeImplicitAutograd
 FREE = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.detach,
         aten.lift_fresh, aten._unsafe_view, aten.alias, aten.set_, aten.resize_, aten.is_same_size}
 WRITES = {aten.zeros, aten.zeros_like, aten.ones, aten.ones_like, aten.full, aten.full_like, aten.new_zeros,
           aten.new_full, aten.new_ones, aten.fill_, aten.zero_, aten.arange, aten.rand, aten.scalar_tensor}
 GATHERS = {aten.index, aten.index_select, aten.gather, aten.embedding}  # read the rows they return
 TENSORS_PER_KERNEL, CHUNKS_PER_KERNEL, CHUNK = 110, 320, 65536  # of torch's multi_tensor_apply
+LINKS = {'NVLink': 300e9, '100 Gb/s Ethernet': 11e9}  # bytes a second that a GPU can send, of H100s and of a node
 GIB = 2 ** 30
 
 
@@ -74,7 +75,15 @@ class Count:
 
 
 class AsOnGPU(TorchFunctionMode):
-    """Where a GPU runs other kernels than a CPU for the same call: fused attention, float32 layer norms of autocast."""
+    """Where a GPU runs other kernels than a CPU for the same call: fused attention, float32 layer norms of autocast.
+
+    Args:
+        width: the most tokens of a text, the one value of tensors that a step asks for.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -87,6 +96,8 @@ class AsOnGPU(TorchFunctionMode):
                 mask = F.pad(mask, (0, shape[3] - mask.shape[3])).expand(shape)[..., :k.shape[2]]
             return aten._scaled_dot_product_efficient_attention(
                 q, k, v, mask, torch.is_grad_enabled() and q.requires_grad, dropout)[0]
+        if func is torch.Tensor.item:
+            return self.width
         if func is F.layer_norm and torch.is_autocast_enabled('cpu'):
             args = [x.float() if isinstance(x, torch.Tensor) else x for x in args]
         return func(*args, **kwargs)
@@ -102,6 +113,8 @@ class Traffic(TorchDispatchMode):
         label: the part of what no frame claims; a backward operation belongs to the part of its forward one.
         peak, alive: bytes of storages.
         peak_part: in which part of the step the peak was reached.
+        kept: bytes that are there before and after a step.
+        gradients: bytes of the trained parameters' gradients.
         sent: bytes handed to the collectives by name.
     """
 
@@ -112,7 +125,9 @@ class Traffic(TorchDispatchMode):
         self.operations: dict[tuple[str, str], Count] = defaultdict(Count)
         self.alive = self.peak = 0
         self.peak_part = ''
-        self.seen, self.sent = set(), defaultdict(int)
+        self.seen: set[int] = set()
+        self.kept = self.gradients = 0
+        self.sent: dict[str, int] = defaultdict(int)
         self.made_by: list[str] = []  # parts, by autograd's sequence number of the node
 
     def hold(self, *tensors: torch.Tensor) -> None:
@@ -123,6 +138,14 @@ class Traffic(TorchDispatchMode):
                 self.seen.add(storage._cdata)
                 self.alive += storage.nbytes()
                 weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
+
+    def all_gather(self, parts: list[torch.Tensor], x: torch.Tensor) -> None:
+        """Stands for torch.distributed's: every process has what this one has."""
+        self.sent['all_gather'] += size(x)
+        parts[:] = [x] * len(parts)
+
+    def all_reduce(self, x: torch.Tensor) -> None:
+        self.sent['all_reduce'] += size(x)
 
     @property
     def total(self) -> Count:
@@ -146,17 +169,15 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func.namespace == 'aten' and func._can_decompose():
+        if func.namespace == 'aten' and func.has_kernel_for_dispatch_key(COMPOSITE):
             with self:  # in inference mode they come whole
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
         part = self.part()
         out = func(*args, **kwargs)
-        inputs, outputs = ([x for x in tree_flatten(y)[0] if isinstance(x, torch.Tensor)] for y in ((args, kwargs), out))
+        inputs, outputs = tensors_of((args, kwargs)), tensors_of(out)
         packet = func.overloadpacket
-        if func.namespace == 'c10d':
-            self.sent[packet.__name__] += sum(size(x) for x in inputs)
         before = {x.untyped_storage()._cdata for x in inputs}
         self.hold(*outputs)
         if self.alive > self.peak:
@@ -168,7 +189,7 @@ class Traffic(TorchDispatchMode):
         if mutated and not outputs:  # of lists
             written = [x for value, argument in zip(args, func._schema.arguments, strict=False)
                        if argument.alias_info is not None and argument.alias_info.is_write
-                       for x in tree_flatten(value)[0] if isinstance(x, torch.Tensor)]
+                       for x in tensors_of(value)]
         if not written:
             return out
         moved = sum(map(size, written))
@@ -182,6 +203,10 @@ class Traffic(TorchDispatchMode):
             count.bytes += moved
             count.kernels += launches(packet.__name__, args)
         return out
+
+
+def tensors_of(values) -> list[torch.Tensor]:
+    return [x for x in tree_flatten(values)[0] if isinstance(x, torch.Tensor)]
 
 
 def size(x: torch.Tensor) -> int:
@@ -215,14 +240,14 @@ def part_of(frame) -> str | None:
 
 
 @contextmanager
-def as_on_gpu():
+def as_on_gpu(width: int):
     """The choices of a GPU's step on fake tensors of the CPU: see `AsOnGPU`; and gradients clipped as lists."""
     with ExitStack() as held:
         for owner in (models.text, models.vit):
             held.enter_context(patch.object(owner, 'prefers_plain_attention', lambda *_: False))
         held.enter_context(patch.object(torch.nn.utils.clip_grad, '_has_foreach_support', lambda *_: True))
         held.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        held.enter_context(AsOnGPU())
+        held.enter_context(AsOnGPU(width))
         yield
 
 
@@ -259,7 +284,7 @@ def count(config: dict, processes: int = 1) -> Traffic:
             from torch.testing._internal.distributed.fake_pg import FakeStore
             dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=processes)
             held.callback(dist.destroy_process_group)
-        held.enter_context(as_on_gpu())
+        held.enter_context(as_on_gpu(length))
         objective = faked(objective)
         optimizer = build_optimizer(objective, config['optim'], torch.device('cpu'))
         for group in optimizer.param_groups:
@@ -271,6 +296,8 @@ def count(config: dict, processes: int = 1) -> Traffic:
         ids, sample_ids = torch.ones(batch_size, length, dtype=torch.long), torch.ones(batch_size, dtype=torch.long)
         batch = images, ids, torch.ones_like(ids), sample_ids
         traffic = held.enter_context(Traffic(part_of))
+        for name in ('all_gather', 'all_reduce'):
+            held.enter_context(patch.object(dist, name, getattr(traffic, name)))
         traffic.hold(*objective.parameters(), *objective.buffers(), *objective.teacher.parameters(), *batch,
                      *(x for state in optimizer.state.values() for x in state.values()))
         traffic.kept = traffic.alive
@@ -289,6 +316,20 @@ def count(config: dict, processes: int = 1) -> Traffic:
     return traffic
 
 
+def exchange(traffic: Traffic, processes: int) -> str:
+    """What each of some processes sends a step, and the least seconds that it takes by ring algorithms.
+
+    An all-gather of b bytes a process sends (W - 1) b, an all-reduce of b bytes 2 (W - 1) / W b.
+    """
+    times = {'all_gather': processes - 1, 'all_reduce': 2 * (processes - 1) / processes}
+    sent = {'all_reduce of gradients (DDP, while the backward pass runs)': times['all_reduce'] * traffic.gradients}
+    sent |= {f'{name} of features, ids and negatives': times[name] * number for name, number in traffic.sent.items()}
+    lines = ['| exchange | MB sent by a process | ms by NVLink | ms by 100 Gb/s Ethernet |', '|---|---:|---:|---:|']
+    lines += [f'| {name} | {number / 1e6:.2f} | ' + ' | '.join(f'{1000 * number / rate:.2f}' for rate in LINKS.values())
+              + ' |' for name, number in sent.items()]
+    return '\n'.join(lines)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--processes', type=whole(1), default=1, help='default: %(default)s')
@@ -300,6 +341,8 @@ def main(argv: list[str] | None = None) -> None:
     print('| part | TFLOP | GB | kernels |\n|---|---:|---:|---:|')
     for name, part in [*sorted(traffic.parts.items()), ('all', traffic.total)]:
         print(f'| {name} | {part.flops / 1e12:.2f} | {part.bytes / 1e9:.1f} | {part.kernels} |')
+    if args.processes > 1:
+        print(f'\n{exchange(traffic, args.processes)}')
     print(f'\npeak memory {traffic.peak / GIB:.1f} GiB (in {traffic.peak_part}), of which {traffic.kept / GIB:.1f} are '
           f'weights, optimizer, queues and batch')
     worst = sorted(traffic.operations.items(), key=lambda item: -item[1].bytes)[:args.operations]
