@@ -23,15 +23,16 @@ from data.pairs import open_pairs
 from data.transforms import eval_transform, train_transform
 from eval.caption import caption_pictures
 from eval.validation import HeldOut, validation
-from models.build import at_resolution, build_student, build_teacher, init_maps, init_momentum, loss_weights
-from models.launch import setup_process
+from models.distill.objective import Objective
+from models.distill.start import init_maps, init_momentum, loss_weights
+from models.distill.teacher_cache import store_teacher, with_cache
+from models.engine.dry_run import rehearse
+from models.engine.launch import setup_process
+from models.engine.stopping import STOP
+from models.engine.training import Run
 from models.momentum import MomentumQueue
-from models.objective import Objective
-from models.rehearsal import rehearse
-from models.stopping import STOP
-from models.teacher_cache import store_teacher, with_cache
-from models.tokenizer import Tokenizer
-from models.training import Run
+from models.weights.build import at_resolution, build_student, build_teacher
+from models.weights.sources import load_tokenizer
 from utils import clean_exit, logger, rank, seed_everything, world_size
 
 
@@ -54,7 +55,7 @@ def pretrain(args: argparse.Namespace, config: dict, device: torch.device, outpu
                        data['max_words'])
 
     # teacher (frozen), student, momentum twin and queues, losses
-    tokenizer = Tokenizer.from_pretrained(config['tokenizer'])
+    tokenizer = load_tokenizer(config['tokenizer'])
     teacher = build_teacher(config['teacher'], tokenizer, 'pretrain')
     student = build_student(model, tokenizer, 'pretrain', teacher)
     teacher = teacher and at_resolution(teacher, model['image_size'])

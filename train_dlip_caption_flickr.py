@@ -26,18 +26,20 @@ from eval.caption import evaluate_captions
 from eval.cider import CiderReward
 from eval.table import finetune_table
 from eval.validation import HeldOut, first_captions, validation
-from models.build import at_resolution, build_student, build_teacher, init_maps, loss_weights
-from models.checkpoint import load_model
+from models.distill.objective import Objective
+from models.distill.start import init_maps, loss_weights
+from models.distill.teacher_cache import store_teacher, with_cache
+from models.distill.teacher_captions import teacher_captions
+from models.engine.dry_run import rehearse
+from models.engine.launch import setup_process
+from models.engine.self_critical import SelfCritical
+from models.engine.stopping import STOP
+from models.engine.training import Run
 from models.generation import generate
-from models.launch import setup_process
-from models.objective import Objective
-from models.rehearsal import rehearse
-from models.self_critical import SelfCritical
-from models.stopping import STOP
-from models.teacher_cache import store_teacher, with_cache
-from models.teacher_captions import teacher_captions
-from models.tokenizer import DEC, Tokenizer
-from models.training import Run
+from models.tokenizer import DEC
+from models.weights.build import at_resolution, build_student, build_teacher
+from models.weights.checkpoint import load_model
+from models.weights.sources import load_tokenizer
 from utils import atomic_write, barrier, clean_exit, is_main, logger, rank, seed_everything, shorten, world_size
 
 
@@ -68,7 +70,7 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     pairs = first_captions(held_out['val'], data['max_words'])
 
     # student and optional teacher
-    tokenizer = Tokenizer.from_pretrained(config['tokenizer'])
+    tokenizer = load_tokenizer(config['tokenizer'])
     prompt_length = tokenizer([data['prompt']], data['max_tokens'], DEC)[0].shape[1] - 1  # without [SEP]
     if prompt_length > data['max_tokens'] - 2:
         raise ValueError(f'data.prompt {shorten(data["prompt"])} leaves no token for a caption: raise data.max_tokens, '

@@ -22,16 +22,17 @@ from data.transforms import eval_transform, train_transform
 from eval.retrieval import evaluate_retrieval
 from eval.table import finetune_table
 from eval.validation import first_captions, validation
-from models.build import at_resolution, build_student, build_teacher, init_maps, init_momentum, loss_weights
-from models.checkpoint import load_model
-from models.launch import setup_process
+from models.distill.objective import Objective
+from models.distill.start import init_maps, init_momentum, loss_weights
+from models.distill.teacher_cache import store_teacher, with_cache
+from models.engine.dry_run import rehearse
+from models.engine.launch import setup_process
+from models.engine.stopping import STOP
+from models.engine.training import Run
 from models.momentum import MomentumQueue
-from models.objective import Objective
-from models.rehearsal import rehearse
-from models.stopping import STOP
-from models.teacher_cache import store_teacher, with_cache
-from models.tokenizer import Tokenizer
-from models.training import Run
+from models.weights.build import at_resolution, build_student, build_teacher
+from models.weights.checkpoint import load_model
+from models.weights.sources import load_tokenizer
 from utils import barrier, clean_exit, logger, rank, seed_everything, world_size
 
 
@@ -57,7 +58,7 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     pairs = first_captions(held_out['val'], data['max_words'])
 
     # student, momentum twin and queues, optional teacher
-    tokenizer = Tokenizer.from_pretrained(config['tokenizer'])
+    tokenizer = load_tokenizer(config['tokenizer'])
     teacher = build_teacher(config['teacher'], tokenizer, 'retrieval')
     teacher = teacher and at_resolution(teacher, model['image_size'])
     student = build_student(model, tokenizer, 'retrieval', teacher)

@@ -38,8 +38,8 @@ from data.datasets import ImageTextEval
 from data.transforms import eval_transform
 from eval.caption import evaluate_captions
 from eval.retrieval import evaluate_retrieval
-from models.checkpoint import load_model
-from models.logs import pyplot, read_log
+from models.engine.logs import pyplot, read_log
+from models.weights.checkpoint import load_model
 from utils import ROOT, atomic_write, clean_exit, make_output_dir, progress
 
 PAIRS, BATCH, POINTS = 1200, 8, 5

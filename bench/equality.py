@@ -19,11 +19,12 @@ import torch
 import torch.nn.functional as F
 
 from configs.rules import whole
+from data.captions import PROMPT
 from models.blip import BLIP, BLIPConfig
-from models.checkpoint import architecture, load_model
-from models.generation import PROMPT, generate_ids
+from models.generation import generate_ids
 from models.tokenizer import DEC, ENC, Tokenizer
-from models.transformers_format import write_folder
+from models.weights.checkpoint import architecture, load_model
+from models.weights.transformers_format import write_folder
 from utils import ROOT
 
 TEXTS = ['a picture of a dog', 'two red balls left of a large green box on a table', 'snow']
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--size', default='base', help='a block of configs/sizes.yaml (default: %(default)s)')
     parser.add_argument('--image_size', type=whole(1), nargs='+', default=[224, 384], help='default: 224 384')
     args = parser.parse_args(argv)
-    tokenizer = Tokenizer.from_pretrained(ROOT / 'tests' / 'vocab.txt')
+    tokenizer = Tokenizer.from_file(ROOT / 'tests' / 'vocab.txt')
     for image_size in args.image_size:
         images = random_pictures(8, image_size)
         row = {}

@@ -22,9 +22,9 @@ from PIL import Image
 from bench.inference import SERVED
 from configs.rules import whole
 from models.blip import BLIP
-from models.checkpoint import architecture
 from models.tokenizer import Tokenizer
-from models.transformers_format import write_folder
+from models.weights.checkpoint import architecture
+from models.weights.transformers_format import write_folder
 from utils import ROOT, clean_exit, progress
 
 DLIP = """
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=whole(1), default=3, help='default: %(default)s')
     args = parser.parse_args(argv)
-    tokenizer = Tokenizer.from_pretrained(ROOT / 'tests' / 'vocab.txt')
+    tokenizer = Tokenizer.from_file(ROOT / 'tests' / 'vocab.txt')
     with tempfile.TemporaryDirectory() as place:
         folders = {size: Path(place) / size for size in ('base', 'small')}
         for size, folder in folders.items():

@@ -31,14 +31,15 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from configs.rules import whole
+from data.captions import PROMPT
 from models import generation
 from models.blip import BLIP
-from models.checkpoint import architecture
-from models.generation import PROMPT, generate_ids
+from models.generation import generate_ids
 from models.linear import FLOPS, Linear
-from models.openvino_backend import HINTS, core
-from models.precision import BACKENDS, for_inference
 from models.tokenizer import DEC, ENC, Tokenizer
+from models.weights.checkpoint import architecture
+from prod.openvino_backend import HINTS, core
+from prod.precision import BACKENDS, for_inference
 from utils import ROOT, clean_exit, progress
 
 SERVED = (('fp32', 'torch'), ('bf16', 'torch'), ('fp32', 'openvino'), ('bf16', 'openvino'), ('int8', 'openvino'))
@@ -219,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--threads', type=whole(1), default=2, help='default: %(default)s')
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    tokenizer = Tokenizer.from_pretrained(ROOT / 'tests' / 'vocab.txt')
+    tokenizer = Tokenizer.from_file(ROOT / 'tests' / 'vocab.txt')
     for image_size in args.image_size:
         torch.manual_seed(0)
         theirs = transformers_base(image_size)

@@ -24,13 +24,13 @@ import torch
 
 from configs.rules import whole
 from models.blip import BLIP
-from models.checkpoint import architecture
 from models.tokenizer import Tokenizer
-from models.transformers_format import write_folder
+from models.weights.checkpoint import architecture
+from models.weights.transformers_format import write_folder
 from utils import ROOT, clean_exit
 
 OURS = """
-from models.checkpoint import load_model
+from models.weights.checkpoint import load_model
 from transformers import BlipConfig  # a folder's config.json is read by it: an import, as on the other side
 start()
 model = load_model(source, tokenizer='tests/vocab.txt')[0]
@@ -64,7 +64,7 @@ def load_once(code: str, source: Path) -> list[float]:
 
 
 def write_sources(folder: Path) -> dict[str, Path]:
-    tokenizer = Tokenizer.from_pretrained(ROOT / 'tests' / 'vocab.txt')
+    tokenizer = Tokenizer.from_file(ROOT / 'tests' / 'vocab.txt')
     model = BLIP(architecture('base', 384, len(tokenizer), 'caption'))
     weights = model.state_dict()
     sources = {'folder': folder / 'folder', 'original .pth': folder / 'caption.pth',

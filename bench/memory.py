@@ -21,11 +21,11 @@ import torch
 from bench.train_step import CLS, DEC, ENC, VOCABULARY, random_batch
 from configs.rules import whole
 from models.blip import BLIP
-from models.checkpoint import architecture
-from models.logs import memory_used
+from models.distill.objective import Objective
+from models.engine.dry_run import SavedTensors
+from models.engine.logs import memory_used
 from models.momentum import MomentumQueue
-from models.objective import Objective
-from models.rehearsal import SavedTensors
+from models.weights.checkpoint import architecture
 from utils import clean_exit, progress
 
 GIB = 2 ** 30

@@ -14,7 +14,7 @@ from transformers import BlipTextConfig, BlipTextLMHeadModel, BlipTextModel, Bli
 
 from models import losses
 from models.blip import BLIPConfig
-from models.update import with_start
+from models.distill.update import with_start
 
 CLS, ENC, DEC = 101, 30523, 30522
 ORIGINAL_TERMS = ('ita', 'itm', 'lm', 'image_feat', 'text_feat', 'fused_feat', 'decoder_feat',

@@ -28,8 +28,8 @@ from bench.inference import with_plain_linear_maps
 from configs.rules import whole
 from eval.retrieval import Texts, matching_logits, nearest, text_feats
 from models.blip import BLIP
-from models.checkpoint import architecture
 from models.tokenizer import ENC, Tokenizer
+from models.weights.checkpoint import architecture
 from utils import ROOT, clean_exit, progress
 
 IMAGE_SIZE, MAX_TOKENS, K_TEST, BATCH = 384, 35, 128, 64
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    tokenizer = Tokenizer.from_pretrained(ROOT / 'tests' / 'vocab.txt')
+    tokenizer = Tokenizer.from_file(ROOT / 'tests' / 'vocab.txt')
     config = architecture('small', IMAGE_SIZE, len(tokenizer), 'retrieval')
     model = BLIP(config).eval()
     plain = with_plain_linear_maps(model)

@@ -27,10 +27,10 @@ from configs import read_yaml
 from configs.rules import whole
 from data.target_store import ROW, Fields, Shard, ShardWriter, pad_targets, sides
 from models.blip import BLIP
-from models.checkpoint import architecture
-from models.targets import StoredTeacher
-from models.teacher_cache import answers, fields_of
-from models.terms import TEACHER_TERMS
+from models.distill.teacher import StoredTeacher
+from models.distill.teacher_cache import answers, fields_of
+from models.distill.terms import TEACHER_TERMS
+from models.weights.checkpoint import architecture
 from utils import clean_exit, progress
 
 LARGE = ('image_tokens', 'decoder_feat', 'self_attn', 'cross_attn', 'decoder_self_attn', 'decoder_cross_attn')

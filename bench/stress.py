@@ -41,8 +41,8 @@ import json_dataset
 import pretrain_dlip
 from configs.rules import whole
 from data import scene_layouts
-from models.checkpoint import read_checkpoint
-from models.logs import read_log
+from models.engine.logs import read_log
+from models.weights.checkpoint import read_checkpoint
 from utils import ROOT, progress
 
 SAVE_EVERY = 3

@@ -32,15 +32,14 @@ from configs.rules import whole
 from data.datasets import first_readable
 from data.transforms import normalise, train_transform
 from models.blip import BLIP
-from models.checkpoint import architecture
-from models.linear import FLOPS, Linear
-from models.logs import memory_used
+from models.distill.objective import Objective
+from models.distill.update import MicroBatch
+from models.engine.logs import memory_used
+from models.engine.optim import parameter_groups
+from models.linear import FLOPS, Linear, packed
 from models.momentum import MomentumQueue
-from models.objective import Objective
-from models.optim import parameter_groups
-from models.packing import packed
 from models.tokenizer import Tokenizer
-from models.update import MicroBatch
+from models.weights.checkpoint import architecture
 from utils import ROOT, clean_exit, progress, to_device
 
 VOCABULARY, TOKENS = 30524, 30
@@ -49,7 +48,7 @@ VOCABULARY, TOKENS = 30524, 30
 def data(batch: int, image_size: int, device: str) -> Callable:
     """A function that makes a batch of JPEGs and captions, as the loader and the run do."""
     files = [photograph(seed, 75) for seed in range(batch)]
-    transform, tokenizer = train_transform(image_size, 0.2, True), Tokenizer.from_pretrained(ROOT / 'tests/vocab.txt')
+    transform, tokenizer = train_transform(image_size, 0.2, True), Tokenizer.from_file(ROOT / 'tests/vocab.txt')
 
     def make() -> None:
         items = [first_readable([(io.BytesIO(file), 'two dogs run after a red ball on the beach', i)], transform, 30, i)
@@ -70,7 +69,7 @@ def random_batch(batch: int, image_size: int, device: str) -> tuple[torch.Tensor
 
 
 class OurStep:
-    """The step of models/training.py, its parts timed.
+    """The step of models/engine/training.py, its parts timed.
 
     Args:
         lengths: tokens of each text of the batch, as the tokenizer tells a run.

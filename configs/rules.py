@@ -94,7 +94,7 @@ class Either:
 
 
 class Layers:
-    """null, or layers counted from 1, or pairs [student's, teacher's]. models/hidden.py checks the depths."""
+    """null, or layers counted from 1, or pairs [student's, teacher's]. models/distill/hidden.py checks the depths."""
 
     def read(self, value) -> list | None:
         pairs = value if isinstance(value, list) else [None]

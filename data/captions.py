@@ -2,6 +2,7 @@
 
 import re
 
+PROMPT = 'a picture of '  # BLIP's, before every caption that is generated
 PUNCTUATION = '.!"()*#:;~'
 EDGES = PUNCTUATION + ' '  # what a caption without a word is made of
 BLANKED = str.maketrans(dict.fromkeys(PUNCTUATION, ' '))

@@ -4,9 +4,9 @@ import random
 import re
 from dataclasses import dataclass
 
+from data.captions import PROMPT
 from data.scenes import ARRANGEMENTS, BACKGROUNDS, COLOURS, FILLS, PLACES, SHAPES, SIZES, Scene, Thing
 from data.transforms import swap_left_right
-from models.generation import PROMPT
 
 # {0}, {1}, {2}: the scene's things in canonical order; a phrasing without {bg} does not name the background.
 TEMPLATES = {

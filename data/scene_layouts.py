@@ -24,9 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.rules import SHARE, whole
+from data.captions import PROMPT
 from data.scene_captions import captions, vocabulary
 from data.scenes import KINDS, Scene, render, sample_split
-from models.generation import PROMPT
 from utils import as_worker, atomic_write, clean_exit, progress, shorten
 
 SHARES = {'cc3m': 0.45, 'mscoco': 0.35, 'sbu': 0.17, 'vgo': 0.03}

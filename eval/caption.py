@@ -22,6 +22,7 @@ if __name__ == '__main__':  # run by its path, a script finds its own folder fir
 import torch
 
 from configs import load_config
+from data.captions import PROMPT
 from data.datasets import ImageTextEval
 from data.images import open_image
 from data.scene_captions import slots_match
@@ -33,10 +34,10 @@ from eval.page import caption_card, grid, section, table, write_page
 from eval.speed import NEW_TOKENS, costs
 from eval.table import beside, markdown, side_by_side
 from models.blip import BLIP
-from models.checkpoint import load_model
-from models.generation import PROMPT, generate
-from models.launch import setup_process
+from models.engine.launch import setup_process
+from models.generation import generate
 from models.tokenizer import Tokenizer
+from models.weights.checkpoint import load_model
 from utils import clean_exit, gather_objects, is_main, logger, make_output_dir
 
 CONFIG = 'configs/caption_flickr.yaml'

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import Subset
 
 from data.loader import load
-from models.originals import VOCABULARY
+from models.weights.originals import VOCABULARY
 from utils import atomic_write, progress, rank, world_size
 
 

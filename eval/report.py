@@ -30,9 +30,9 @@ from eval.sheet import Sheet
 from eval.speed import NEW_TOKENS, costs
 from eval.table import markdown, shares, side_by_side
 from models.blip import BLIP
-from models.checkpoint import load_model
-from models.launch import setup_process
+from models.engine.launch import setup_process
 from models.tokenizer import Tokenizer
+from models.weights.checkpoint import load_model
 from utils import atomic_write, clean_exit, is_main, logger, make_output_dir
 
 TEACHER, PLAIN, STUDENT = 'teacher', 'undistilled', 'student'

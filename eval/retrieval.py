@@ -26,9 +26,9 @@ from eval.page import picture_hits, section, table, text_hits, write_page
 from eval.speed import costs
 from eval.table import beside, markdown, side_by_side
 from models.blip import BLIP
-from models.checkpoint import load_model
-from models.launch import setup_process
+from models.engine.launch import setup_process
 from models.tokenizer import Tokenizer
+from models.weights.checkpoint import load_model
 from utils import clean_exit, gather_objects, is_main, logger, make_output_dir, progress
 
 CONFIG = 'configs/retrieval_flickr.yaml'

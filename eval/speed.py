@@ -24,16 +24,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs import load_config
 from configs.rules import whole
+from data.captions import PROMPT
 from eval.common import checkpoint_parser, compared, hardware, write_json
 from eval.page import section, table, write_page
 from eval.table import markdown, number
 from models.blip import BLIP
-from models.build import count_parameters
-from models.checkpoint import load_model
-from models.generation import PROMPT, generate_ids
-from models.launch import setup_process
+from models.engine.launch import setup_process
+from models.generation import generate_ids
 from models.linear import FLOPS
 from models.tokenizer import DEC, Tokenizer
+from models.weights.build import count_parameters
+from models.weights.checkpoint import load_model
 from utils import clean_exit, is_main, logger, make_output_dir, progress
 
 CONFIG = 'configs/caption_flickr.yaml'

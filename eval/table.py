@@ -6,7 +6,7 @@ column per net, and behind each net its share of the first one, the teacher. A f
 
 from pathlib import Path
 
-from models.logs import read_log
+from models.engine.logs import read_log
 from utils import atomic_write, is_main, logger
 
 # measure -> (its name in tables, number of decimals)

@@ -30,9 +30,9 @@ from eval.metrics import recall_at_k
 from eval.page import caption_card, grid, section, table, write_page
 from eval.table import markdown
 from models.blip import BLIP
-from models.checkpoint import load_model
-from models.launch import setup_process
+from models.engine.launch import setup_process
 from models.tokenizer import Tokenizer
+from models.weights.checkpoint import load_model
 from utils import clean_exit, gather_objects, is_main, logger, make_output_dir, shorten
 
 TEMPLATES = ('{}', 'a {}', 'a photo of a {}', 'a picture of a {}', 'a close-up of a {}', 'a photo of the {}')

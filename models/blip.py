@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.linear import Linear
-from models.packing import Packed
+from models.linear import Linear, Packed
 from models.text import ImageKV, KVCache, TextDecoder, TextTower, tie_decoder
 from models.vit import VisionTower
 from utils import shorten

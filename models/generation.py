@@ -7,12 +7,11 @@ transformers.
 
 import torch
 
+from data.captions import PROMPT
 from models.blip import BLIP, select_images
 from models.text import KVCache
 from models.tokenizer import DEC, Tokenizer
 from utils import shorten
-
-PROMPT = 'a picture of '
 
 
 class Decoder:

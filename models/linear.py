@@ -1,16 +1,20 @@
-"""Linear maps of all towers: torch's, except that float32 on AMD's CPUs goes through oneDNN.
+"""Linear maps of all towers, the number format that they compute in, and the texts without padding that they run on.
 
-MKL, with which torch multiplies float32 matrices, keeps its AVX-512 code for Intel's CPUs. On an AMD EPYC it does half
-of what oneDNN does, which torch carries too (for convolutions and bfloat16, and for what its compiler generates).
+float32 on AMD's CPUs goes through oneDNN: MKL, with which torch multiplies float32 matrices, keeps its AVX-512 code for
+Intel's CPUs. On an AMD EPYC it does half of what oneDNN does, which torch carries too (for convolutions and bfloat16,
+and for what its compiler generates). All private operators of torch are called here.
 """
 
 import math
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from utils import logger, shorten, to_device
 
 
 @cache
@@ -69,3 +73,61 @@ class Linear(nn.Linear):
 # For torch's FlopCounterMode, which does not know the operation.
 FLOPS = {torch.ops.mkldnn._linear_pointwise:
          lambda x, weight, *_, out_shape=None, **__: 2 * math.prod(x) * weight[0]} if prefers_onednn() else {}
+
+
+# ---------------------------------------------------------------- number formats
+
+@cache
+def has_bf16(device_type: str) -> bool:
+    """Whether a device has instructions for bfloat16, which is slower than float32 where it is emulated."""
+    if device_type == 'cuda':
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device_type != 'cpu' or bool(torch.backends.mkldnn.is_available()
+                                        and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def arithmetic(precision: str, device: torch.device) -> torch.dtype:
+    """What 'fp32' or 'bf16' computes in on a device: float32, which is said, where bfloat16 would be emulated.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    if precision not in ('fp32', 'bf16'):
+        raise ValueError(f'unknown precision {shorten(precision)}: choose one of fp32, bf16')
+    if precision == 'bf16' and has_bf16(device.type):
+        return torch.bfloat16
+    if precision == 'bf16':
+        logger.warning('precision bf16: this %s has no bfloat16 arithmetic and would be slower by it, so float32 it is',
+                       'CPU' if device.type == 'cpu' else 'GPU')
+    return torch.float32
+
+
+# ---------------------------------------------------------------- texts without padding
+
+class Packed(NamedTuple):
+    """The mask [R, T] of right-padded texts, and the place of each of their tokens among R * T [M].
+
+    Given in the place of a mask, what treats every token on its own (all products but those of attention) leaves the
+    pads out. States come back padded with zeros.
+    """
+
+    mask: torch.Tensor
+    rows: torch.Tensor
+
+
+def packed(mask: torch.Tensor, lengths: list[int]) -> Packed:
+    """mask [R, T] of texts of these lengths, which the host knows: nothing waits for the device."""
+    rows = [row * mask.shape[1] + place for row, length in enumerate(lengths) for place in range(length)]
+    return Packed(mask, to_device(torch.tensor(rows), mask.device))
+
+
+def pack(x: torch.Tensor, texts: Packed | None) -> torch.Tensor:
+    """[R, T, width] -> [M, width]"""
+    return x if texts is None else x.flatten(0, 1)[texts.rows]
+
+
+def pad(x: torch.Tensor, texts: Packed | None) -> torch.Tensor:
+    """[M, width] -> [R, T, width]"""
+    if texts is None:
+        return x
+    return x.new_zeros(texts.mask.numel(), x.shape[1]).index_copy(0, texts.rows, x).unflatten(0, texts.mask.shape)

@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.blip import BLIP, build_text_tower
-from models.linear import Linear
-from models.packing import Packed
+from models.linear import Linear, Packed
 from models.vit import VisionTower, resample_positions
 
 NO_ID = torch.iinfo(torch.long).min  # of a queue entry that is nobody's pair: no sample's id

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.linear import Linear
-from models.packing import Packed, pack, pad
+from models.linear import Linear, Packed, pack, pad
 from models.vit import prefers_plain_attention
 
 LAYER_NORM_EPS = 1e-12  # BERT's

@@ -7,10 +7,8 @@ from pathlib import Path
 import tokenizers
 import torch
 
-from models.sources import find_file
 from utils import atomic_write, shorten
 
-VOCABULARY_FILES = ('vocab.txt', 'tokenizer.json')
 DEC, ENC = '[DEC]', '[ENC]'  # start of a caption, start of a text to be matched with an image
 
 
@@ -40,22 +38,6 @@ class Tokenizer:
             self._wordpiece = tokenizers.BertWordPieceTokenizer(ids, lowercase=True)
         except (UnicodeEncodeError, TypeError):
             raise ValueError('not a BERT vocabulary: it holds half characters (lone surrogates)') from None
-
-    @classmethod
-    def from_pretrained(cls, name_or_path: str | os.PathLike) -> 'Tokenizer':
-        """Read a `vocab.txt`, a folder that holds one, or a tokenizer of the Hugging Face hub by name.
-
-        Raises:
-            FileNotFoundError: neither a local vocabulary nor reachable or cached on the hub.
-            ValueError: the file is damaged, or no vocabulary of a BERT.
-        """
-        if not Path(name_or_path).is_file():
-            try:
-                name_or_path = find_file(name_or_path, *VOCABULARY_FILES)
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f'no vocabulary {shorten(str(name_or_path), 400)}: {error}, or a '
-                                        f'vocab.txt') from None
-        return cls.from_file(Path(name_or_path))
 
     @classmethod
     def from_file(cls, path: Path) -> 'Tokenizer':

@@ -20,7 +20,7 @@ if __name__ == '__main__':  # run by its path, a script finds its own folder fir
 
 from configs.rules import whole
 from data.json_lines import JsonLines
-from models.checkpoint import fingerprint
+from models.weights.checkpoint import fingerprint
 from prod import DLIPProd
 from prod.images import find_pictures, read_image
 from prod.options import net_options, net_settings, output_file

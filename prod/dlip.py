@@ -7,18 +7,18 @@ import torch
 from PIL import Image
 
 from data.transforms import eval_transform
-from models.checkpoint import load_model
+from models.engine.launch import choose_device
 from models.generation import generate
-from models.launch import choose_device
-from models.originals import VOCABULARY
-from models.precision import for_inference
 from models.tokenizer import DEC, ENC
-from models.transformers_format import write_folder
+from models.weights.checkpoint import load_model
+from models.weights.originals import VOCABULARY
+from models.weights.transformers_format import write_folder
 from prod.arguments import checked
 from prod.defaults import on_its_own_devices
 from prod.images import named_images, read_image
 from prod.index import PictureIndex
 from prod.memory import check_batch_size, fitting, pair_bytes, picture_bytes
+from prod.precision import for_inference
 from prod.run_settings import MAX_NEW, MIN_NEW, run_settings
 from prod.texts import checked_texts
 from utils import shorten

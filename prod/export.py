@@ -18,8 +18,8 @@ if __name__ == '__main__':  # run by its path, a script finds its own folder fir
 import torch
 
 from eval.common import tokenizer_option
-from models.checkpoint import load_model, save_checkpoint
-from models.transformers_format import write_folder
+from models.weights.checkpoint import load_model, save_checkpoint
+from models.weights.transformers_format import write_folder
 from utils import clean_exit, make_output_dir
 
 

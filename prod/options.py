@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from configs.rules import Number
-from models.launch import setup_process
+from models.engine.launch import setup_process
 from utils import shorten
 
 

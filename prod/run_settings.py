@@ -2,7 +2,7 @@
 
 import os
 
-from models.generation import PROMPT
+from data.captions import PROMPT
 
 MAX_TOKENS = 35  # of a text, where the checkpoint does not say what it was trained with
 MIN_NEW, MAX_NEW = 6, 26  # tokens of a caption after its prompt: the original's 10 and 30 less the 4 of its prompt

@@ -51,7 +51,7 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.fixture(scope='session')
 def bert_tokenizer() -> Tokenizer:
-    return Tokenizer.from_pretrained(TESTS / 'vocab.txt')
+    return Tokenizer.from_file(TESTS / 'vocab.txt')
 
 
 @pytest.fixture(scope='session')

@@ -37,8 +37,8 @@ from data.index import build_index, read_index
 from data.shards import ShardDataset, ShardStream
 from data.transforms import eval_transform, train_transform, whole_transform
 from models.blip import BLIP, BLIPConfig
-from models.checkpoint import save_checkpoint
 from models.tokenizer import DEC, ENC, Tokenizer
+from models.weights.checkpoint import save_checkpoint
 from prod import DLIPProd
 from utils import ROOT
 

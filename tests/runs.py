@@ -9,9 +9,9 @@ from processes import joined
 from ruamel.yaml import YAML
 
 from configs import read_yaml
-from models.checkpoint import read_checkpoint
-from models.logs import read_log
-from models.optim import learning_rate
+from models.engine.logs import read_log
+from models.engine.optim import learning_rate
+from models.weights.checkpoint import read_checkpoint
 from utils import ROOT
 
 
@@ -75,5 +75,5 @@ def stop_in_step(monkeypatch, number: int) -> list:
         if len(steps) == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return learning_rate(*args, **kwargs)
-    monkeypatch.setattr('models.training.learning_rate', counted)
+    monkeypatch.setattr('models.engine.training.learning_rate', counted)
     return steps

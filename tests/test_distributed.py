@@ -16,8 +16,8 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 import pretrain_dlip
 from bench.stress import same, workers_of
 from data.loader import Batches
-from models.checkpoint import read_checkpoint
-from models.logs import read_log
+from models.engine.logs import read_log
+from models.weights.checkpoint import read_checkpoint
 from utils import ROOT
 
 
@@ -112,7 +112,7 @@ def test_processes_exchange_gradients_once_an_update_and_agree_on_everything(pre
 sys.path.insert(0, {str(ROOT)!r})
 import torch, pretrain_dlip
 from torch.nn.parallel import DistributedDataParallel as Parallel
-from models.training import Run
+from models.engine.training import Run
 alone, quiet, end_epoch = [], Parallel.no_sync, Run.end_epoch
 Parallel.no_sync = lambda self: alone.append(1) or quiet(self)
 def watched(self, *args):
@@ -138,7 +138,7 @@ def test_a_process_whose_peer_has_left_ends_with_one_line(pretrained, tmp_path):
     code.write_text(f'''import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import pretrain_dlip
-from models.stopping import STOP
+from models.engine.stopping import STOP
 from utils import clean_exit
 validation = pretrain_dlip.validation
 def left(*args, **kwargs):

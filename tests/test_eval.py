@@ -26,8 +26,8 @@ from eval.cider import CiderReward
 from eval.metrics import caption_metrics, ranks, recall_at_k, retrieval_metrics
 from eval.retrieval import NOT_RANKED, evaluate_retrieval, nearest, retrieval_scores
 from models.blip import BLIP, BLIPConfig
-from models.checkpoint import save_checkpoint
 from models.tokenizer import Tokenizer
+from models.weights.checkpoint import save_checkpoint
 from utils import ROOT
 
 

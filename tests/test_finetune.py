@@ -25,14 +25,14 @@ from eval.cider import END, CiderReward
 from eval.metrics import simple_tokens
 from models import losses
 from models.blip import BLIP, BLIPConfig
-from models.checkpoint import load_model, read_checkpoint, save_checkpoint
+from models.distill.teacher_captions import teacher_captions
+from models.engine.logs import read_log
+from models.engine.self_critical import SelfCritical
+from models.engine.training import Run
 from models.generation import generate
-from models.logs import read_log
 from models.momentum import NO_ID
-from models.self_critical import SelfCritical
-from models.teacher_captions import teacher_captions
 from models.tokenizer import Tokenizer
-from models.training import Run
+from models.weights.checkpoint import load_model, read_checkpoint, save_checkpoint
 from utils import ROOT
 
 GENERATION = {'prompt': '', 'batch_size': 3, 'workers': 0, 'num_beams': 2, 'max_length': 8, 'min_length': 3}
@@ -40,7 +40,7 @@ GENERATION = {'prompt': '', 'batch_size': 3, 'workers': 0, 'num_beams': 2, 'max_
 
 @pytest.fixture(scope='session')
 def tokenizer(scenes) -> Tokenizer:
-    return Tokenizer.from_pretrained(scenes / 'vocab.txt')
+    return Tokenizer.from_file(scenes / 'vocab.txt')
 
 
 @pytest.fixture(scope='session')
@@ -189,7 +189,7 @@ def test_teacher_captions_go_on_where_they_stopped(pictures, teachers, tokenizer
     whole = file.read_text()
     file.write_text(whole[:len(whole) // 2])  # killed within a line
     seen = []
-    monkeypatch.setattr('models.teacher_captions.generate',
+    monkeypatch.setattr('models.distill.teacher_captions.generate',
                         lambda model, tokenizer, images, *args, **kw: seen.append(len(images)) or
                         generate(model, tokenizer, images, *args, **kw))
     assert teacher_captions(teacher, tokenizer, pictures, file, **GENERATION) == want

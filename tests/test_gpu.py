@@ -10,10 +10,10 @@ import train_dlip_retrieval_flickr
 from data.datasets import ImageTextEval
 from data.transforms import eval_transform
 from eval.retrieval import retrieval_scores
-from models.checkpoint import load_model, read_checkpoint
-from models.logs import read_log
-from models.terms import TERMS
-from models.training import Run
+from models.distill.terms import TERMS
+from models.engine.logs import read_log
+from models.engine.training import Run
+from models.weights.checkpoint import load_model, read_checkpoint
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 SCRIPTS = {'pretrain': pretrain_dlip, 'retrieval_flickr': train_dlip_retrieval_flickr,

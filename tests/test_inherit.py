@@ -11,13 +11,22 @@ from conftest import NANO, relative
 from safetensors.torch import save_file
 
 from models.blip import BLIP, BLIPConfig
-from models.build import build_student, init_maps
-from models.hidden import STREAMS
-from models.inherit import choose_layers, inherit_text, inherit_vision, keep_heads, load_bert, load_timm, text_channels
+from models.distill.hidden import STREAMS
+from models.distill.objective import Objective
+from models.distill.start import init_maps
 from models.losses import cosine_loss
 from models.momentum import MomentumQueue
-from models.objective import Objective
 from models.text import Attention
+from models.weights.build import build_student
+from models.weights.inherit import (
+    choose_layers,
+    inherit_text,
+    inherit_vision,
+    keep_heads,
+    load_bert,
+    load_timm,
+    text_channels,
+)
 
 BIG = {'vision_width': 64, 'text_width': 64, 'text_ffn': 128}
 

@@ -19,9 +19,9 @@ import pretrain_dlip
 from bench.stress import workers_of
 from data import folders, loader
 from data.index import build_index
-from models.checkpoint import read_checkpoint
-from models.launch import choose_device, hosts, place
-from models.logs import read_log
+from models.engine.launch import choose_device, hosts, place
+from models.engine.logs import read_log
+from models.weights.checkpoint import read_checkpoint
 from utils import atomic_write, clean_exit, make_output_dir
 
 TASK = {'SLURM_JOB_ID': '1234', 'SLURM_STEP_ID': '0', 'SLURM_PROCID': '5', 'SLURM_NTASKS': '11', 'SLURM_LOCALID': '1',

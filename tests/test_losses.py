@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_leaves
 
 from models import losses
 from models.blip import BLIP, BLIPConfig
-from models.hidden import STREAMS, layer_pairs
+from models.distill.hidden import STREAMS, layer_pairs
+from models.distill.objective import Objective
+from models.distill.teacher import StoredTeacher
+from models.distill.terms import TEACHER_TERMS, TERMS
+from models.distill.update import MicroBatch, row_noise
 from models.momentum import NO_ID, MomentumQueue
-from models.objective import Objective
-from models.targets import StoredTeacher
-from models.terms import TEACHER_TERMS, TERMS
-from models.update import MicroBatch, row_noise
 from utils import ROOT
 
 
@@ -260,7 +260,7 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from test_step import micro_batch, objective
-from models.terms import TERMS
+from models.distill.terms import TERMS
 dist.init_process_group('gloo')
 for names in [*((term,) for term in TERMS), *{PAIRS!r}]:
     torch.manual_seed(0)

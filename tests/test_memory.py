@@ -6,7 +6,7 @@ from runs import broken_set, run, run_on_two
 
 import pretrain_dlip
 from bench.stress import same
-from models.rehearsal import SavedTensors
+from models.engine.dry_run import SavedTensors
 from models.vit import VisionTower
 
 

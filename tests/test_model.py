@@ -7,11 +7,11 @@ from conftest import NANO, TINY, golden, relative
 
 from models import losses
 from models.blip import BLIP, BLIPConfig
-from models.checkpoint import load_weights
+from models.distill.objective import Objective
+from models.linear import packed
 from models.momentum import MomentumQueue
-from models.objective import Objective
-from models.packing import packed
 from models.text import KVCache
+from models.weights.checkpoint import load_weights
 
 
 def load(name: str, task: str, **config) -> BLIP:

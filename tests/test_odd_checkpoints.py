@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from models.blip import BLIP, BLIPConfig
-from models.build import build_teacher
-from models.checkpoint import load_model, read_checkpoint, save_checkpoint
-from models.inherit import load_timm
-from models.tokenizer import Tokenizer
-from models.transformers_format import write_folder
+from models.weights.build import build_teacher
+from models.weights.checkpoint import load_model, read_checkpoint, save_checkpoint
+from models.weights.inherit import load_timm
+from models.weights.sources import load_tokenizer
+from models.weights.transformers_format import write_folder
 from prod import DLIPProd
 
 RUN = {'data': {'prompt': 'a picture of ', 'max_tokens': 9},
@@ -232,7 +232,7 @@ def test_a_broken_tokenizer_is_named(exported, name, content):
     with pytest.raises(ValueError, match=f'{name} is no tokenizer'):
         load_model(folder)
     with pytest.raises(ValueError, match=f'{name} is no tokenizer'):
-        Tokenizer.from_pretrained(folder)
+        load_tokenizer(folder)
 
 
 def test_overwriting_a_file_does_not_reach_what_was_loaded(whole, exported, small_tokenizer, tmp_path):

@@ -14,14 +14,14 @@ from conftest import GOLDEN, TESTS, golden, relative
 from safetensors.torch import save_file
 
 from models.blip import BLIP
-from models.build import build_teacher
-from models.checkpoint import architecture, load_model, read_checkpoint
+from models.distill.objective import Objective
 from models.generation import generate_ids
-from models.inherit import inherit_text
 from models.momentum import MomentumQueue
-from models.objective import Objective
-from models.originals import infer_config
 from models.tokenizer import Tokenizer
+from models.weights.build import build_teacher
+from models.weights.checkpoint import architecture, load_model, read_checkpoint
+from models.weights.inherit import inherit_text
+from models.weights.originals import infer_config
 from prod import DLIPProd
 
 HEADS = {'vision_heads': 4, 'text_heads': 4}  # of the tiny golden nets: not the published 64-wide heads and 12

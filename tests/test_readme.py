@@ -29,8 +29,8 @@ from data import scene_layouts
 from data.scene_captions import captions
 from data.scenes import render, sample_split
 from models.blip import BLIP, BLIPConfig
-from models.checkpoint import save_checkpoint
-from models.logs import read_log
+from models.engine.logs import read_log
+from models.weights.checkpoint import save_checkpoint
 from utils import ROOT
 
 README = (ROOT / 'README.md').read_text(encoding='utf-8')

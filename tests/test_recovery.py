@@ -6,8 +6,8 @@ import pytest
 from processes import joined, python
 
 from bench.stress import INJURIES, prepare
-from models.checkpoint import read_checkpoint
-from models.logs import read_log
+from models.engine.logs import read_log
+from models.weights.checkpoint import read_checkpoint
 
 
 @pytest.fixture(scope='module')

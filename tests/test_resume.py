@@ -18,8 +18,8 @@ import train_dlip_caption_flickr
 import train_dlip_retrieval_flickr
 from bench.stress import same
 from data.datasets import Captioned
-from models.checkpoint import read_checkpoint
-from models.logs import read_log
+from models.engine.logs import read_log
+from models.weights.checkpoint import read_checkpoint
 from utils import ROOT
 
 PARTS = ('model', 'objective', 'optimizer', 'epoch', 'batch', 'best')
@@ -56,16 +56,16 @@ def finetuned(scenes, tmp_path_factory):
 
 
 @pytest.mark.parametrize('place, number, epoch', [
-    ('models.training.learning_rate', 1, None),  # the first step: nothing was done yet
+    ('models.engine.training.learning_rate', 1, None),  # the first step: nothing was done yet
     ('data.datasets.Captioned.__getitem__', 20, 0),  # loading the data
     ('train_dlip_caption_flickr.evaluate_captions', 1, 0),
     ('train_dlip_caption_flickr.evaluate_captions', 3, 1),  # two calls an epoch: beams and greedy
-    ('models.logs.plot_curves', 1, 0),  # between the log and the checkpoint
-    ('models.self_critical.generate_ids', 2, 2)])
+    ('models.engine.logs.plot_curves', 1, 0),  # between the log and the checkpoint
+    ('models.engine.self_critical.generate_ids', 2, 2)])
 def test_a_signal_anywhere_loses_nothing(finetuned, tmp_path, monkeypatch, place, number, epoch):
     config, reference = finetuned
-    if place == 'models.logs.plot_curves':
-        place = 'models.training.plot_curves'
+    if place == 'models.engine.logs.plot_curves':
+        place = 'models.engine.training.plot_curves'
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         at_call(patch, place, number, terminate)
         run(train_dlip_caption_flickr, config, tmp_path, '--no_test')
@@ -88,7 +88,7 @@ def test_torchrun_is_ended_within_the_step(pretrained, tmp_path):
     code.write_text(f"""import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import pretrain_dlip
-from models.training import Run
+from models.engine.training import Run
 step = Run.train_step
 def slow(self, *args):
     with open({str(steps)!r}, 'a') as file:
@@ -136,7 +136,7 @@ def test_a_failing_evaluation_is_done_again_alone(scenes, tmp_path, monkeypatch)
         at_call(patch, 'train_dlip_retrieval_flickr.evaluate_retrieval', 2, fail)
         run(train_dlip_retrieval_flickr, config, tmp_path / 'out', '--no_test')
     steps = read_log(tmp_path / 'out/steps.txt')
-    monkeypatch.setattr('models.training.Run.train_step', None)  # no step is made again
+    monkeypatch.setattr('models.engine.training.Run.train_step', None)  # no step is made again
     got = run(train_dlip_retrieval_flickr, config, tmp_path / 'out', '--no_test')
     assert [part for part in PARTS if not same(got[part], want[part])] == []
     assert read_log(tmp_path / 'out/steps.txt') == steps
@@ -165,8 +165,8 @@ def test_a_nan_is_never_saved(pretrained, tmp_path, monkeypatch):
             finally:
                 spoil(self)
         with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match='is not finite.* is not written'):
-            patch.setattr('models.training.Run.update', update)
-            patch.setattr('models.training.Run._check_finite', lambda self: None)
+            patch.setattr('models.engine.training.Run.update', update)
+            patch.setattr('models.engine.training.Run._check_finite', lambda self: None)
             run(pretrain_dlip, config, tmp_path)
         assert same(read_checkpoint(tmp_path / 'last.pth')['model'], before['model'])
 
@@ -242,7 +242,7 @@ def test_queues_without_the_teachers_features_are_not_used(pretrained, scenes, t
 def test_another_batch_size_goes_on_where_a_batch_of_it_ends(pretrained, tmp_path, monkeypatch):
     config, _ = pretrained
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        at_call(patch, 'models.training.learning_rate', 3, terminate)
+        at_call(patch, 'models.engine.training.learning_rate', 3, terminate)
         run(pretrain_dlip, config, tmp_path)
     assert read_checkpoint(tmp_path / 'last.pth')['batch'] == 3
     with pytest.raises(ValueError, match='train.batch_size 8 -> 16: the run stopped after 24 samples'):

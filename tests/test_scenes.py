@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from data import scene_layouts
+from data.captions import PROMPT
 from data.scene_captions import captions, oracle_recall, parse, slots_match, vocabulary
 from data.scenes import ARRANGEMENTS, BACKGROUNDS, COLOURS, FILLS, SHAPES, SIZES, Scene, render, sample_split
 from data.transforms import swap_left_right
-from models.generation import PROMPT
 from models.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

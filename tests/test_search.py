@@ -15,9 +15,8 @@ from processes import Python
 
 from data.json_lines import JsonLines
 from eval.page import write_page
-from models import precision
 from models.text import KVCache
-from prod import DLIPProd
+from prod import DLIPProd, precision
 from prod import caption as caption_tool
 from prod import export as export_tool
 from prod import search as search_tool

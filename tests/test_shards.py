@@ -20,8 +20,8 @@ from data.loader import make_loader
 from data.shards import ShardDataset, is_shards, list_shards
 from data.tars import count_images, read_shard
 from data.transforms import train_transform
-from models.logs import read_log
-from models.training import Run
+from models.engine.logs import read_log
+from models.engine.training import Run
 from utils import ROOT
 
 TRANSFORM = train_transform(16, 0.5, True)

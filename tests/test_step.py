@@ -5,10 +5,10 @@ import torch
 from conftest import NANO
 
 from models.blip import BLIP, BLIPConfig
+from models.distill.objective import Objective
+from models.distill.terms import TERMS
+from models.distill.update import MicroBatch
 from models.momentum import MomentumQueue
-from models.objective import Objective
-from models.terms import TERMS
-from models.update import MicroBatch
 
 LENGTHS = [5, 12, 3, 9]
 

@@ -16,12 +16,12 @@ from data.target_store import TargetStore, WithTargets, pad_targets
 from data.transforms import train_transform
 from models import losses
 from models.blip import BLIP, BLIPConfig
+from models.distill.objective import Objective
+from models.distill.teacher import StoredTeacher
+from models.distill.teacher_cache import READ_BY, answers, fields_of, top_k_classes
+from models.distill.terms import TEACHER_TERMS
+from models.distill.update import MicroBatch
 from models.momentum import MomentumQueue
-from models.objective import Objective
-from models.targets import StoredTeacher
-from models.teacher_cache import READ_BY, answers, fields_of, top_k_classes
-from models.terms import TEACHER_TERMS
-from models.update import MicroBatch
 from utils import ROOT
 
 SHARD, TEACHER = 16, ROOT / 'data/demo_teacher.pth'
@@ -38,7 +38,7 @@ def stored(scenes, tmp_path_factory):
                           model__dropout=0.0, teacher__weights=str(TEACHER), data__min_scale=0.2,
                           data__randaugment=True, **changes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('models.teacher_cache.SHARD', SHARD)
+        patch.setattr('models.distill.teacher_cache.SHARD', SHARD)
         store(config, folder / 'targets', 2)
     return config, folder / 'targets'
 

@@ -16,10 +16,10 @@ import pretrain_dlip
 import train_dlip_caption_flickr
 import train_dlip_retrieval_flickr
 from bench.stress import same
-from models.checkpoint import load_model, read_checkpoint
-from models.launch import setup_process
-from models.logs import read_log
-from models.optim import learning_rate, parameter_groups
+from models.engine.launch import setup_process
+from models.engine.logs import read_log
+from models.engine.optim import learning_rate, parameter_groups
+from models.weights.checkpoint import load_model, read_checkpoint
 
 
 def test_a_run_leaves_checkpoint_logs_and_curves(pretrained):
@@ -238,7 +238,8 @@ def test_a_dry_run_measures_and_writes_nothing(pretrained, scenes, tmp_path, cap
         path = write_config(tmp_path, name, scenes)
         script.main(['--config', str(path), '--output_dir', str(out), '--device', 'cpu', '--dry_run'])
         assert 'nothing was written' in capsys.readouterr().out and not list(out.iterdir())
-    monkeypatch.setattr('models.rehearsal.shutil.disk_usage', lambda path: SimpleNamespace(total=2 ** 40, free=2 ** 10))
+    monkeypatch.setattr('models.engine.dry_run.shutil.disk_usage',
+                        lambda path: SimpleNamespace(total=2 ** 40, free=2 ** 10))
     with pytest.raises(ValueError, match='has 0.0 GiB free, the run needs .* lower train.keep'):
         pretrain_dlip.main(['--config', str(config), '--output_dir', str(out), '--device', 'cpu', '--dry_run'])
 

@@ -21,11 +21,11 @@ from transformers import BlipForConditionalGeneration
 from bench.equality import compare_caption, compare_retrieval, ended, random_net, random_pictures
 from data.transforms import eval_transform
 from models.blip import BLIP, BLIPConfig
-from models.build import build_teacher
-from models.checkpoint import load_model
 from models.generation import generate_ids
 from models.tokenizer import DEC
-from models.transformers_format import write_folder
+from models.weights.build import build_teacher
+from models.weights.checkpoint import load_model
+from models.weights.transformers_format import write_folder
 from prod import DLIPProd, export
 from utils import ROOT
 
@@ -214,7 +214,7 @@ def hub(root):
 
 ASK = """
 import sys
-from models.checkpoint import load_model
+from models.weights.checkpoint import load_model
 for name in sys.argv[1:]:
     try:
         model, tokenizer, _ = load_model(name)

@@ -14,8 +14,8 @@ from data.datasets import PairDataset
 from data.shards import ShardDataset
 from data.transforms import train_transform
 from eval.validation import HeldOut, validation
-from models.checkpoint import read_checkpoint
-from models.logs import read_log
+from models.engine.logs import read_log
+from models.weights.checkpoint import read_checkpoint
 
 
 def test_images_are_held_out_with_all_their_pairs(scenes, tmp_path):

@@ -10,7 +10,7 @@ from processes import joined
 from data.scenes import COLOURS, SHAPES, Scene, Thing, render
 from eval import zeroshot
 from eval.zeroshot import class_feats, picture_folder, zeroshot_metrics
-from models.checkpoint import load_model
+from models.weights.checkpoint import load_model
 from utils import ROOT
 
 TEACHER = str(ROOT / 'data' / 'demo_teacher.pth')

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from models.targets import LiveTargets, StoredTargets
+from models.distill.teacher import LiveTargets, StoredTargets
 
 
 class MicroBatch(NamedTuple):

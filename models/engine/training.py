@@ -10,18 +10,18 @@ import torch
 
 from data.loader import BadImages
 from data.transforms import normalise
-from models.checkpoint import load_weights, save_checkpoint
-from models.keeper import Keeper
-from models.logs import Board, Clock, Meters, append_log, forget_after, memory_used, plot_curves
-from models.objective import Objective
-from models.optim import build_optimizer, learning_rate, load_optimizer, parallel
-from models.precision import arithmetic
-from models.resume import compare, place_in_epoch
-from models.self_critical import SelfCritical
-from models.stopping import STOP
-from models.terms import TERMS
+from models.distill.objective import Objective
+from models.distill.terms import TERMS
+from models.distill.update import MicroBatch
+from models.engine.checkpoint_manager import Keeper
+from models.engine.logs import Board, Clock, Meters, append_log, forget_after, memory_used, plot_curves
+from models.engine.optim import build_optimizer, learning_rate, load_optimizer, parallel
+from models.engine.resume import compare, place_in_epoch
+from models.engine.self_critical import SelfCritical
+from models.engine.stopping import STOP
+from models.linear import arithmetic
 from models.tokenizer import Tokenizer
-from models.update import MicroBatch
+from models.weights.checkpoint import load_weights, save_checkpoint
 from utils import any_process, barrier, is_main, logger, rank, seed_everything, shorten, to_device, world_size
 
 

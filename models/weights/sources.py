@@ -1,4 +1,5 @@
-"""Where weights come from: a path, a URL or the Hugging Face hub; torch or safetensors files, memory-mapped.
+"""Where weights and vocabularies come from: a path, a URL or the Hugging Face hub; torch or safetensors files,
+memory-mapped.
 
 Every torch file is read `weights_only`, so that nothing in it can run code.
 """
@@ -18,12 +19,14 @@ from urllib.request import Request, urlopen
 import torch
 from safetensors.torch import load, load_file
 
-from models.weight_checks import check_tensors
+from models.tokenizer import Tokenizer
+from models.weights.checks import check_tensors
 from utils import atomic_write, barrier, local_rank, progress, shorten
 
 INDEX = '.index.json'  # of weights that are split over several files
 # Of a folder or repository, the better one first.
 WEIGHT_FILES = tuple(f'{name}{end}' for name in ('model.safetensors', 'pytorch_model.bin') for end in ('', INDEX))
+VOCABULARY_FILES = ('vocab.txt', 'tokenizer.json')
 SUFFIXES = ('.pth', '.pt', '.bin', '.safetensors')
 TIMEOUT = 60  # seconds that a server may say nothing
 
@@ -239,3 +242,19 @@ def read_tensors(path: Path, mmap: bool = True) -> dict:
         raise ValueError(f'{path} is not a readable checkpoint, it may be truncated '
                          f'({(str(error).splitlines() or [type(error).__name__])[0][:120]}): download or train it '
                          f'again') from None
+
+
+def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
+    """Read a `vocab.txt`, a folder that holds one, or a tokenizer of the Hugging Face hub by name.
+
+    Raises:
+        FileNotFoundError: neither a local vocabulary nor reachable or cached on the hub.
+        ValueError: the file is damaged, or no vocabulary of a BERT.
+    """
+    if not Path(name_or_path).is_file():
+        try:
+            name_or_path = find_file(name_or_path, *VOCABULARY_FILES)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f'no vocabulary {shorten(str(name_or_path), 400)}: {error}, or a '
+                                    f'vocab.txt') from None
+    return Tokenizer.from_file(Path(name_or_path))

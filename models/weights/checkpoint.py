@@ -14,12 +14,12 @@ import torch
 
 from configs import read_size
 from models.blip import BLIP, TEMPERATURE, BLIPConfig
-from models.originals import VOCABULARY, described_config, infer_config
-from models.sources import find_file, names_a_file, read_file
 from models.tokenizer import Tokenizer
-from models.transformers_format import read_folder
 from models.vit import resample_positions
-from models.weight_checks import check_numbers, check_tensors
+from models.weights.checks import check_numbers, check_tensors
+from models.weights.originals import VOCABULARY, described_config, infer_config
+from models.weights.sources import find_file, load_tokenizer, names_a_file, read_file
+from models.weights.transformers_format import read_folder
 from utils import atomic_write, shorten, shown
 
 FORMAT = 'dlip-1'
@@ -240,7 +240,7 @@ def load_model(path: str | os.PathLike, device: str | torch.device = 'cpu', task
     Args:
         path: a file, a URL, a folder of the transformers layout, or the name of one on the Hugging Face hub.
         task: build only the parts of this task ('retrieval' or 'caption'); default: all that the file holds.
-        tokenizer: the vocabulary of a file that carries none, as the original ones (see `Tokenizer.from_pretrained`).
+        tokenizer: the vocabulary of a file that carries none, as the original ones (see `load_tokenizer`).
 
     Returns:
         (net in eval mode and float32 on `device`, its tokenizer, everything else in the file).
@@ -254,7 +254,7 @@ def load_model(path: str | os.PathLike, device: str | torch.device = 'cpu', task
         checkpoint.pop('config', None)  # of another code: nothing of it is ours
     vocab = checkpoint.pop('vocab', None)
     try:
-        words = Tokenizer.from_pretrained(tokenizer) if vocab is None else Tokenizer(vocab)
+        words = load_tokenizer(tokenizer) if vocab is None else Tokenizer(vocab)
     except FileNotFoundError as error:
         raise FileNotFoundError(f'{path} carries no vocabulary, and there is {error}') from None
     except ValueError as error:

@@ -12,13 +12,12 @@ from torch import nn
 
 from models import losses
 from models.blip import BLIP, concat_images, select_images
-from models.hidden import STREAMS, HiddenStates, layer_pairs
-from models.linear import Linear
+from models.distill.hidden import STREAMS, HiddenStates, layer_pairs
+from models.distill.teacher import LiveTeacher, StoredTeacher
+from models.distill.terms import CONTRASTIVE, DECODER, FUSED, TEACHER_FEATURES, TERMS, check_terms
+from models.distill.update import MicroBatch, Update, pad_to, row_noise, token_share, with_start
+from models.linear import Linear, Packed, packed
 from models.momentum import MomentumQueue
-from models.packing import Packed, packed
-from models.targets import LiveTeacher, StoredTeacher
-from models.terms import CONTRASTIVE, DECODER, FUSED, TEACHER_FEATURES, TERMS, check_terms
-from models.update import MicroBatch, Update, pad_to, row_noise, token_share, with_start
 from utils import all_gather, all_gather_grad, alone, rank, to_device, world_size
 
 

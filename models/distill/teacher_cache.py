@@ -33,13 +33,12 @@ from data.target_store import (
 )
 from data.transforms import normalise
 from models.blip import BLIP, BLIPConfig
-from models.checkpoint import fingerprint
-from models.packing import packed
-from models.precision import arithmetic
-from models.targets import LiveTargets, StoredTeacher
-from models.terms import DECODER, FUSED, TEACHER_TERMS
+from models.distill.teacher import LiveTargets, StoredTeacher
+from models.distill.terms import DECODER, FUSED, TEACHER_TERMS
+from models.distill.update import with_start
+from models.linear import arithmetic, packed
 from models.tokenizer import Tokenizer
-from models.update import with_start
+from models.weights.checkpoint import fingerprint
 from utils import (
     atomic_write,
     barrier,

@@ -12,9 +12,9 @@ from data.json_lines import JsonLines
 from data.loader import collate, load
 from data.transforms import normalise
 from models.blip import BLIP
-from models.checkpoint import fingerprint
 from models.generation import generate
 from models.tokenizer import Tokenizer
+from models.weights.checkpoint import fingerprint
 from utils import gather_objects, is_main, logger, progress, rank, world_size
 
 

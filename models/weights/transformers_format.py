@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 
 from data.transforms import MEAN, STD
 from models.blip import BLIP, BLIPConfig
-from models.model_card import model_card
-from models.originals import held_task
-from models.sources import WEIGHT_FILES, find_file, read_weights
 from models.text import LAYER_NORM_EPS
-from models.tokenizer import VOCABULARY_FILES, Tokenizer
-from models.weight_checks import check_tensors
+from models.tokenizer import Tokenizer
+from models.weights.checks import check_tensors
+from models.weights.model_card import model_card
+from models.weights.originals import held_task
+from models.weights.sources import VOCABULARY_FILES, WEIGHT_FILES, find_file, read_weights
 from utils import atomic_write, replacing, shorten
 
 # Ours (those of the original BLIP and timm) and theirs; # is a layer number. Names not listed are the same in both.

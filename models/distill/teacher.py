@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 from data.target_store import LOWEST
 from models import losses
 from models.blip import BLIP, BLIPConfig, concat_images, select_images
-from models.packing import Packed
+from models.linear import Packed
 from utils import all_gather
 
 
@@ -55,7 +55,7 @@ class LiveTeacher:
     Not a submodule, so it is neither in the optimizer, nor broadcast by DDP, nor written to checkpoints.
 
     Attributes:
-        layers: by hidden-state term (models/hidden.py) the layers whose states are compared.
+        layers: by hidden-state term (models/distill/hidden.py) the layers whose states are compared.
     """
 
     def __init__(self, model: BLIP, layers: dict[str, list[int]] | None = None):
@@ -150,7 +150,7 @@ class LiveTargets:
 
 
 class StoredTeacher:
-    """Stands for a net whose answers are stored (models/teacher_cache.py): its architecture and temperature."""
+    """Stands for a net whose answers are stored (models/distill/teacher_cache.py): its architecture and temperature."""
 
     def __init__(self, config: BLIPConfig, temp: float | None):
         self.config, self.temp = config, temp
@@ -161,7 +161,7 @@ class StoredTeacher:
 
 
 class StoredTargets:
-    """The same answers from tensors that came with the batch (the fields of `models/teacher_cache.py`, padded).
+    """The same answers from tensors that came with the batch (the fields of `models/distill/teacher_cache.py`, padded).
 
     The teacher cannot have judged the hard negatives, which the student chooses while it trains: of the matching pass
     there are the B pairs alone, and `itm_soft` teaches on those.

@@ -1,8 +1,8 @@
 """The terms of the loss by name, the passes that they are computed from, and what they need of the nets."""
 
 from models.blip import BLIPConfig
-from models.hidden import STREAMS
-from models.originals import HOLDERS
+from models.distill.hidden import STREAMS
+from models.weights.originals import HOLDERS
 
 TEACHER_TERMS = ('image_tokens', 'image_feat', 'text_feat', 'fused_feat', 'decoder_feat', 'ita_soft', 'itm_soft',
                  'lm_logits', 'self_attn', 'cross_attn', 'decoder_self_attn', 'decoder_cross_attn', *STREAMS)

@@ -21,10 +21,10 @@ import re
 import torch
 
 from models.blip import BLIP, BLIPConfig
-from models.sources import find_file, names_a_file, read_weights
 from models.tokenizer import Tokenizer
 from models.vit import resample_positions
-from models.weight_checks import check_numbers
+from models.weights.checks import check_numbers
+from models.weights.sources import find_file, load_tokenizer, names_a_file, read_weights
 from utils import logger, shorten
 
 LAYER_CHOICES = ('spaced', 'first', 'last')
@@ -258,7 +258,7 @@ def load_bert(model: BLIP, source: str, tokenizer: Tokenizer, choice: str = 'spa
     settings = json.loads(find_file(source, 'config.json').read_text(encoding='utf-8'))
     if settings.get('model_type', 'bert') != 'bert':
         raise ValueError(f'{source} is a {shorten(settings["model_type"])}, not a BERT')
-    vocab = Tokenizer.from_pretrained(source).vocab
+    vocab = load_tokenizer(source).vocab
     if vocab != tokenizer.vocab:
         raise ValueError(f'{source} has another vocabulary than `tokenizer`: its word embedding cannot be used')
     weights, ours = read_bert(source), model.config

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from models.blip import BLIPConfig
-from models.terms import asks_for_features
+from models.distill.terms import asks_for_features
 from utils import logger, shorten
 
 FREE = ('dropout', 'vision_eps')  # of the architecture: no weight depends on them

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from models.checkpoint import not_finite, read_checkpoint
+from models.weights.checkpoint import not_finite, read_checkpoint
 from utils import logger
 
 # What a run's checkpoint holds beside the net.

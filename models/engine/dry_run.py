@@ -7,9 +7,9 @@ from contextlib import nullcontext
 
 import torch
 
-from models.build import count_parameters
-from models.logs import memory_used
-from models.training import Run
+from models.engine.logs import memory_used
+from models.engine.training import Run
+from models.weights.build import count_parameters
 from utils import logger, world_size
 
 STEPS = 3

@@ -1,0 +1,1 @@
+"""What a training run needs besides its loss: processes, optimizer, run state, logs."""
