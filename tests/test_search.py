@@ -15,8 +15,9 @@ from processes import Python
 
 from data.json_lines import JsonLines
 from eval.page import write_page
+from models import linear
 from models.text import KVCache
-from prod import DLIPProd, precision
+from prod import DLIPProd
 from prod import caption as caption_tool
 from prod import export as export_tool
 from prod import search as search_tool
@@ -70,11 +71,11 @@ def test_caption_scores_are_the_captioners_own_log_probabilities(caption, pictur
 
 
 def test_bf16_is_near_fp32(retrieval, folder, picture, monkeypatch, caplog):
-    monkeypatch.setattr(precision, 'has_bf16', lambda device: False)
+    monkeypatch.setattr(linear, 'has_bf16', lambda device: False)
     plain = DLIPProd('retrieval', folder / 'save/dlip_retrieval_flickr.pth', precision='bf16')
     assert torch.equal(plain.get_image_feat(picture), retrieval.get_image_feat(picture))
     assert 'no bfloat16 arithmetic' in caplog.text
-    monkeypatch.setattr(precision, 'has_bf16', lambda device: True)
+    monkeypatch.setattr(linear, 'has_bf16', lambda device: True)
     half = DLIPProd('retrieval', folder / 'save/dlip_retrieval_flickr.pth', precision='bf16')
     feature = half.get_image_feat(picture)
     assert feature.dtype == torch.float32 and half.model.visual_encoder.cls_token.dtype == torch.bfloat16
