@@ -44,14 +44,14 @@ from configs import load_config
 from configs.rules import whole
 from models import losses, targets
 from models.blip import BLIP
-from models.checkpoint import architecture
-from models.hidden import HiddenStates
+from models.distill.hidden import HiddenStates
+from models.distill.objective import Objective
+from models.distill.update import MicroBatch
+from models.engine.optim import build_optimizer
 from models.momentum import MomentumQueue
-from models.objective import Objective
-from models.optim import build_optimizer
 from models.text import LMHead, TextTower
-from models.update import MicroBatch
 from models.vit import VisionTower
+from models.weights.checkpoint import architecture
 from utils import clean_exit
 
 aten, COMPOSITE = torch.ops.aten, torch._C.DispatchKey.CompositeImplicitAutograd
