@@ -42,8 +42,9 @@ import models.vit
 from bench.train_step import CLS, DEC, ENC, VOCABULARY
 from configs import load_config
 from configs.rules import whole
-from models import losses, targets
+from models import losses
 from models.blip import BLIP
+from models.distill import teacher as targets
 from models.distill.hidden import HiddenStates
 from models.distill.objective import Objective
 from models.distill.update import MicroBatch
