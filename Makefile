@@ -73,10 +73,10 @@ demo-teacher: setup
 	$(TORCHRUN) pretrain_dlip.py $(CPU) --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/captions \
 	  model.init=$(DEMO)/teacher/easy/last.pth loss.ita=0 loss.itm=0 train.epochs=4
 	$(TORCHRUN) pretrain_dlip.py $(CPU) --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/all \
-	  model.init=$(DEMO)/teacher/captions/last.pth optim.schedule=cosine train.epochs=3
+	  model.init=$(DEMO)/teacher/captions/last.pth optim.lr_scheduler=cosine train.epochs=3
 	$(TORCHRUN) pretrain_dlip.py $(CPU) --config $(CONFIGS)/teacher.yaml --output_dir $(DEMO)/teacher/prompted \
 	  data.train=$(PROMPTED)/dataloader/all.json model.init=$(DEMO)/teacher/all/last.pth optim.lr=2e-4 \
-	  optim.schedule=cosine train.epochs=1
+	  optim.lr_scheduler=cosine train.epochs=1
 	$(PY) -m prod.export $(DEMO)/teacher/prompted/last.pth $(TEACHER) --half
 
 # Two files at a time, those that take longest first (tests/conftest.py): most of a test's time is one process that

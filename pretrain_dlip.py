@@ -51,12 +51,12 @@ def pretrain(args: argparse.Namespace, config: dict, device: torch.device, outpu
     # data
     transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'], data['image_memory'])
     dataset = open_pairs(data['train'], transform, data['max_words'], args.seed)
-    held_out = HeldOut(dataset.hold_out(data['val']), eval_transform(model['image_size'], data['image_memory']),
-                       data['max_words'])
+    held_out = HeldOut(dataset.hold_out(data['val_fraction']),
+                       eval_transform(model['image_size'], data['image_memory']), data['max_words'])
 
     # teacher (frozen), student, momentum twin and queues, losses
     tokenizer = load_tokenizer(config['tokenizer'])
-    teacher = build_teacher(config['teacher'], tokenizer, 'pretrain')
+    teacher = build_teacher(config, tokenizer, 'pretrain')
     student = build_student(model, tokenizer, 'pretrain', teacher)
     teacher = teacher and at_resolution(teacher, model['image_size'])
     if args.store_teacher is not None:
@@ -78,17 +78,18 @@ def pretrain(args: argparse.Namespace, config: dict, device: torch.device, outpu
 
     def batches():
         return make_loader(dataset, train['batch_size'], seed=args.seed, epoch=run.epoch, start_step=run.batch,
-                           workers=data['workers'], rank=rank(), world_size=world_size())
+                           workers=data['num_workers'], rank=rank(), world_size=world_size())
 
     if args.dry_run:
         return rehearse(run, batches(), data['max_tokens'])
     if not len(held_out):
-        logger.info('data.val holds out no image of %d pairs: there is no validation, and the captions of samples.png '
-                    'are of training images', len(dataset))
+        logger.info('data.val_fraction holds out no image of %d pairs: there is no validation, and the captions of '
+                    'samples.png are of training images', len(dataset))
     shown = [file for file, _ in held_out.pairs[:8]] or dataset.examples(8)
     while run.epoch < train['epochs']:
         stats = run.train_one_epoch(batches(), data['max_tokens'])
-        val = validation(student.eval(), tokenizer, held_out, max_tokens=data['max_tokens'], workers=data['workers'])
+        val = validation(student.eval(), tokenizer, held_out, max_tokens=data['max_tokens'],
+                         workers=data['num_workers'])
         if val:
             logger.info('epoch %d val  %s', run.epoch, '  '.join(f'{name} {value:.3f}' for name, value in val.items()
                                                                 if name.startswith('loss') or name.endswith('_r1')))

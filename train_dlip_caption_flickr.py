@@ -75,7 +75,7 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     if prompt_length > data['max_tokens'] - 2:
         raise ValueError(f'data.prompt {shorten(data["prompt"])} leaves no token for a caption: raise data.max_tokens, '
                          f'{data["max_tokens"]}')
-    teacher = build_teacher(config['teacher'], tokenizer, 'caption')
+    teacher = build_teacher(config, tokenizer, 'caption')
     teacher = teacher and at_resolution(teacher, model['image_size'])
     student = build_student(model, tokenizer, 'caption', teacher)
     # What the evaluation cannot do with these settings is said now, not after the first epoch.
@@ -93,7 +93,7 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     run = Run(objective, tokenizer, config, output_dir, device, args.seed, len(dataset))
     logger.info('%d captions, %d processes x batch %d, %d batches x %d epochs', len(dataset), world_size(),
                 train['batch_size'], run.steps_per_epoch, train['epochs'])
-    generation = {'prompt': data['prompt'], 'workers': data['workers'], **config['eval']}
+    generation = {'prompt': data['prompt'], 'workers': data['num_workers'], **config['eval']}
     if args.dry_run:
         return rehearse(run, batches(run, dataset), data['max_tokens'], data['prompt'])
     if data['teacher_captions'] and not teacher:
@@ -143,7 +143,7 @@ def batches(run: Run, dataset: Captioned):
     """The rest of the epoch that the run is in."""
     config = run.config
     return make_loader(dataset, config['train']['batch_size'], seed=run.seed, epoch=run.epoch, start_step=run.batch,
-                       workers=config['data']['workers'], rank=rank(), world_size=world_size())
+                       workers=config['data']['num_workers'], rank=rank(), world_size=world_size())
 
 
 def fit(run: Run, dataset: Captioned, val: ImageTextEval, pairs: HeldOut, generation: dict) -> None:
@@ -153,7 +153,7 @@ def fit(run: Run, dataset: Captioned, val: ImageTextEval, pairs: HeldOut, genera
         stats = run.train_one_epoch(batches(run, dataset), data['max_tokens'], data['prompt'])
         found, records = evaluate_captions(student.eval(), run.tokenizer, val, device=run.device, **generation)
         found |= validation(student, run.tokenizer, pairs, max_tokens=data['max_tokens'], prompt=data['prompt'],
-                            workers=data['workers'])
+                            workers=data['num_workers'])
         if generation['num_beams'] > 1:
             greedy, _ = evaluate_captions(student, run.tokenizer, val, device=run.device,
                                           **generation | {'num_beams': 1})

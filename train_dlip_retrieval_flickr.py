@@ -59,7 +59,7 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
 
     # student, momentum twin and queues, optional teacher
     tokenizer = load_tokenizer(config['tokenizer'])
-    teacher = build_teacher(config['teacher'], tokenizer, 'retrieval')
+    teacher = build_teacher(config, tokenizer, 'retrieval')
     teacher = teacher and at_resolution(teacher, model['image_size'])
     student = build_student(model, tokenizer, 'retrieval', teacher)
     if args.store_teacher is not None:
@@ -77,17 +77,17 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     run = Run(objective, tokenizer, config, output_dir, device, args.seed, len(dataset))
     logger.info('%d captions, %d processes x batch %d, %d batches x %d epochs', len(dataset), world_size(),
                 train['batch_size'], run.steps_per_epoch, train['epochs'])
-    settings = {'max_tokens': data['max_tokens'], 'workers': data['workers'], **config['eval']}
+    settings = {'max_tokens': data['max_tokens'], 'workers': data['num_workers'], **config['eval']}
 
     def batches():
         return make_loader(dataset, train['batch_size'], seed=args.seed, epoch=run.epoch, start_step=run.batch,
-                           workers=data['workers'], rank=rank(), world_size=world_size())
+                           workers=data['num_workers'], rank=rank(), world_size=world_size())
 
     if args.dry_run:
         return rehearse(run, batches(), data['max_tokens'])
     while run.epoch < train['epochs']:
         stats = run.train_one_epoch(batches(), data['max_tokens'])
-        val = validation(student.eval(), tokenizer, pairs, max_tokens=data['max_tokens'], workers=data['workers'])
+        val = validation(student.eval(), tokenizer, pairs, max_tokens=data['max_tokens'], workers=data['num_workers'])
         val |= evaluate_retrieval(student, tokenizer, held_out['val'], device=device, **settings)
         stats |= {f'val_{name}': value for name, value in val.items()}
         logger.info('epoch %d val  txt R@1 %.2f  img R@1 %.2f  mean recall %.2f  loss %.3f', run.epoch, val['txt_r1'],

@@ -77,12 +77,13 @@ def explanation(error: BaseException) -> str | None:
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, 'errno', None) == errno.ENOMEM or \
             isinstance(error, RuntimeError) and "can't allocate memory" in text:
         what = 'the GPU' if isinstance(error, torch.OutOfMemoryError) else 'this machine'
-        return (f'error: {what} is out of memory: lower the batch size (train.batch_size, for which optim.accumulate '
-                f'makes up, eval.batch_size or --batch_size), data.workers or the size of the net ({text[:120]})')
+        return (f'error: {what} is out of memory: lower the batch size (train.batch_size, for which '
+                f'optim.grad_accum_steps makes up, eval.batch_size or --batch_size), data.num_workers or the size '
+                f'of the net ({text[:120]})')
     if isinstance(error, RuntimeError) and text.startswith('DataLoader '):
         return (f'error: {text.splitlines()[0][:120]}: a process that loads pictures was killed, for want of memory or '
                 f'of room in /dev/shm (in a container: --shm-size or --ipc=host), or waited for ever for a disk: lower '
-                f'data.workers; 0 loads in the main process')
+                f'data.num_workers; 0 loads in the main process')
     if isinstance(error, RuntimeError) and re.search('Connection (closed|reset) by (remote )?peer', text):  # gloo's
         return ('error: another process of this run has ended, and so does this one: what it printed says why; the '
                 'same command goes on with what is saved')

@@ -32,7 +32,7 @@ if __name__ == '__main__':  # run by its path, a script finds its own folder fir
 import torch
 
 from bench.ablation_plan import PLAN, SEEDS, STUDENTS, Variant
-from configs import read_yaml
+from configs import load_config, read_yaml
 from configs.rules import whole
 from data.datasets import ImageTextEval
 from data.transforms import eval_transform
@@ -43,7 +43,7 @@ from models.weights.checkpoint import load_model
 from utils import ROOT, atomic_write, clean_exit, make_output_dir, progress
 
 PAIRS, BATCH, POINTS = 1200, 8, 5
-PINNED = ('model.size=micro', 'model.dropout=0.0', 'data.randaugment=false', 'train.precision=fp32')
+PINNED = ('model.size=bench/sizes.yaml:micro', 'model.dropout=0.0', 'data.randaugment=false', 'train.precision=fp32')
 SCRIPTS = {'pretrain': ('pretrain_dlip.py', 'pretrain'),
            'retrieval': ('train_dlip_retrieval_flickr.py', 'retrieval_flickr'),
            'caption': ('train_dlip_caption_flickr.py', 'caption_flickr')}
@@ -89,10 +89,10 @@ def train(variant: Variant, seed: int, folder: Path, place: Path) -> float:
     script, config = SCRIPTS[variant.stage]
     settings = [*PINNED, f'train.batch_size={BATCH}', *variant.settings]
     if variant.stage == 'pretrain':
-        settings = [f'data.train={place / "pairs.json"}', 'data.val=0', 'train.epochs=1', 'optim.schedule=cosine',
-                    *settings]
+        settings = [f'data.train={place / "pairs.json"}', 'data.val_fraction=0', 'train.epochs=1',
+                    'optim.lr_scheduler=cosine', *settings]
         if variant.plotted:
-            settings += [f'train.keep={POINTS}', f'train.save_every={PAIRS // BATCH // POINTS}']
+            settings += [f'train.keep_checkpoints={POINTS}', f'train.save_every={PAIRS // BATCH // POINTS}']
     else:
         start = place / variant.start / str(seed) / 'last.pth'
         settings = ['--no_test', f'model.init={start}', f'data.root={place / "flickr30k"}', 'optim.lr=3.0e-4',
@@ -119,7 +119,7 @@ def launch(script: str, config: str, folder: Path, seed: int, settings: list[str
 def measure(checkpoint: Path, matching: bool) -> dict[str, float]:
     """Validation figures of a pre-trained student: greedy captions, and recalls, with `matching` re-ranked too."""
     model, tokenizer, _ = load_model(checkpoint)
-    config = read_yaml(ROOT / 'configs/demo/retrieval_flickr.yaml')
+    config = load_config('configs/demo/retrieval_flickr.yaml', 'configs/retrieval_flickr.yaml')
     data, k_test = config['data'], config['eval']['k_test']
     held_out = ImageTextEval(ROOT / data['root'], 'val', eval_transform(model.config.image_size), data['max_words'])
     said, _ = evaluate_captions(model, tokenizer, held_out, prompt='', num_beams=1, min_length=5)

@@ -94,8 +94,9 @@ PLAN = [
     Variant('a quarter, the six', STEPS, (*six(), 'model.size=mini_4')),
     Variant('a quarter, no distillation term, 3 times the steps', STEPS,
             (*terms(), 'model.size=mini_4', 'train.epochs=3'), epochs=3),
-    *(Variant(f'1/{part}', SIZES, (*six(), f'model.size=mini_{part}', 'train.epochs=3'), epochs=3)
-      for part in (2, 4, 6, 10)),
+    *(Variant(f'1/{part}', SIZES, (*six(), f'model.size={size}', 'train.epochs=3'), epochs=3)
+      for part, size in {2: 'bench/sizes.yaml:mini_2', 4: 'mini_4', 6: 'bench/sizes.yaml:mini_6',
+                         10: 'bench/sizes.yaml:mini_10'}.items()),
     *(Variant(f'caption: {name}', CAPTION, settings, 'caption', start='the_five') for name, settings in {
         'image_tokens, lm_logits': caption('image_tokens', 'lm_logits'),
         'no teacher': NO_TEACHER,

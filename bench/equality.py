@@ -120,7 +120,8 @@ def check_keys(loading: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--size', default='base', help='a block of configs/sizes.yaml (default: %(default)s)')
+    parser.add_argument('--size', default='base',
+                        help='a block of configs/sizes.yaml, or FILE:BLOCK (default: %(default)s)')
     parser.add_argument('--image_size', type=whole(1), nargs='+', default=[224, 384], help='default: 224 384')
     args = parser.parse_args(argv)
     tokenizer = Tokenizer.from_file(ROOT / 'tests' / 'vocab.txt')

@@ -203,7 +203,8 @@ def differences(out: Path, reference: Path) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--trials', type=whole(1), default=50, help='default: %(default)s')
-    parser.add_argument('--size', default='micro', help='a block of configs/sizes.yaml (default: %(default)s)')
+    parser.add_argument('--size', default='bench/sizes.yaml:micro',
+                        help='a block of configs/sizes.yaml, or FILE:BLOCK (default: %(default)s)')
     parser.add_argument('--image_size', type=whole(1), default=64, help='default: %(default)s')
     parser.add_argument('--injuries', nargs='+', choices=INJURIES, default=INJURIES, metavar='NAME',
                         help=f'default: {", ".join(INJURIES)}')

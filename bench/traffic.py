@@ -256,7 +256,7 @@ def build(config: dict) -> Objective:
     """The objective of a config of pre-training, on the meta device."""
     size, ita = config['model']['image_size'], config['ita']
     with torch.device('meta'):
-        teacher, student = (BLIP(architecture(config[name]['size'], size, VOCABULARY)) for name in ('teacher', 'model'))
+        teacher, student = (BLIP(architecture(name, size, VOCABULARY)) for name in ('base', config['model']['size']))
         momentum = MomentumQueue(student, ita['queue_size'], ita['momentum'], teacher.config.embed_dim)
         return Objective(student, config['loss'], (CLS, ENC, DEC), momentum, teacher,
                          negative_all_rank=config['negative_all_rank'], hidden_layers=config['hidden_layers'])
@@ -308,7 +308,7 @@ def count(config: dict, processes: int = 1) -> Traffic:
         traffic.label = 'sums of gradients'
         loss.backward()
         traffic.label = 'clipping and AdamW'
-        torch.nn.utils.clip_grad_norm_(objective.parameters(), config['optim']['clip_norm'])
+        torch.nn.utils.clip_grad_norm_(objective.parameters(), config['optim']['clip_grad'])
         optimizer.step()
         optimizer.zero_grad()
         traffic.label = 'momentum encoder'

@@ -6,15 +6,25 @@ import codecs
 import difflib
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent, ScalarEvent
 
-from configs.rules import SIZE_DEFAULTS, SIZE_RULES, Text, relations, rule, size_relations, whole
-from utils import ROOT, shorten
+from configs.rules import (
+    RENAMED,
+    SIZE_DEFAULTS,
+    SIZE_RULES,
+    Text,
+    net_relations,
+    relations,
+    rule,
+    size_relations,
+    whole,
+)
+from utils import ROOT, logger, shorten
 
 MOST_BYTES, MOST_VALUES, DEEPEST = 2 ** 20, 10_000, 20  # of a YAML file; the shipped ones hold about 100 values
 SIZES = ROOT / 'configs' / 'sizes.yaml'
@@ -113,7 +123,7 @@ def read_override(override: str, known: Collection[str]) -> tuple[str, object]:
     key, equals, text = override.partition('=')
     if not equals or not key:
         raise ValueError(f'override {shorten(override)} is not of the form key=value')
-    if key not in known or not isinstance(rule(key), Text):
+    if RENAMED.get(key, key) not in known or not isinstance(rule(RENAMED.get(key, key)), Text):
         return key, parse_yaml(text, f'command line: {shorten(key)}')
     if text in ('null', '~'):
         return key, None
@@ -131,11 +141,13 @@ def load_config(path: str | os.PathLike, schema: str | os.PathLike, overrides: l
     """
     config = dict(flatten(read_yaml(ROOT / schema)))
     sections = {key.rpartition('.')[0] for key in config} - {''}
-    given = [(shorten(Path(path)), *setting) for setting in flatten(read_yaml(path))]
+    name = shorten(Path(path))
+    given = [(name, *setting) for setting in with_new_names(flatten(read_yaml(path)), name)]
     repeated = [key for key, count in Counter(key for _, key, _ in given).items() if count > 1]
     if repeated:
-        raise ValueError(f'{shorten(Path(path))}: {shorten(repeated[0])} is given twice')
-    given += [('command line', *read_override(override, config)) for override in overrides]  # the last of a key wins
+        raise ValueError(f'{name}: {shorten(repeated[0])} is given twice')
+    typed = with_new_names([read_override(override, config) for override in overrides], 'command line')
+    given += [('command line', *setting) for setting in typed]  # the last of a key wins
     sources = dict.fromkeys(config, str(schema))
     for source, key, value in [(str(schema), *setting) for setting in config.items()] + given:
         if key in sections:
@@ -148,11 +160,25 @@ def load_config(path: str | os.PathLike, schema: str | os.PathLike, overrides: l
             config[key], sources[key] = rule(key).read(value), source
         except ValueError as error:
             raise ValueError(f'{source}: {key} {error}; got {shorten(value)}') from None
-    sizes = {key: read_size(config[key], f'{sources[key]}: {key}') for key in ('model.size', 'teacher.size')
-             if key == 'model.size' or config['teacher.weights']}
-    for key, problem in relations(config, sizes):
+    size, source = config['model.size'], sources['model.size']
+    net = read_size(size, f'{source}: model.size')
+    for key, problem in relations(config) + net_relations(config, net, f'model.size {size}'):
         raise ValueError(f'{sources[key]}: {key} {problem}; got {shorten(config[key])}')
     return nest(config)
+
+
+def with_new_names(settings: Iterable[tuple[str, object]], source: str) -> list[tuple[str, object]]:
+    """(dotted key, value) pairs with old keys replaced by those of today, which one line says.
+
+    Args:
+        source: where the settings stand, for that line.
+    """
+    settings = list(settings)
+    old = [key for key in dict(settings) if key in RENAMED]
+    if old and (os.environ.get('RANK') or os.environ.get('SLURM_PROCID') or '0') == '0':  # one process of a run
+        logger.warning('%s: old names of settings: %s', source, '; '.join(
+            f'{key} is now {RENAMED[key]}' if RENAMED[key] else f'{key} is gone (nothing reads it)' for key in old))
+    return [(RENAMED.get(key, key), value) for key, value in settings if RENAMED.get(key, key)]
 
 
 def nest(flat: dict) -> dict:
@@ -171,13 +197,18 @@ def nearest(name: str, names: list[str]) -> str:
     return difflib.get_close_matches(name[:100], names, n=1, cutoff=0.0)[0]
 
 
-def read_size(name: str, source: str = 'model size', path: str | os.PathLike | None = None) -> dict[str, int]:
-    """A checked block of configs/sizes.yaml (or of `path`), its defaults filled in.
+def read_size(size: str, source: str = 'model size') -> dict[str, int]:
+    """A checked block of configs/sizes.yaml, its defaults filled in.
+
+    Args:
+        size: NAME, or FILE.yaml:NAME for a block of another file.
+        source: where the name stands, for messages.
 
     Raises:
         FileNotFoundError, ValueError: no such file or block, or one of which no net can be built.
     """
-    path = Path(path or SIZES)
+    file, _, name = size.rpartition(':')
+    path = Path(file or SIZES)
     table = read_yaml(path)
     if name not in table:
         raise ValueError(f'{source}: unknown size {shorten(name)}; {shorten(path)} has {", ".join(map(str, table))}')

@@ -116,7 +116,6 @@ RULES = {
     'model.dropout': Number(0, 0.9),
     'model.vit_ckpt_layer': whole(0, 1000),
     'tokenizer': TEXT,
-    'teacher.size': TEXT,
     'teacher.weights': OPTIONAL,
     'teacher.cache': OPTIONAL,
     'teacher.top_k': whole(1, 100_000),
@@ -128,7 +127,7 @@ RULES = {
     'ita.alpha_ramp_epochs': whole(0, 100_000),
     'negative_all_rank': FLAG,
     'data.train': TEXT,
-    'data.val': Number(0, 0.5),
+    'data.val_fraction': Number(0, 0.5),
     'data.root': TEXT,
     'data.split': Either(Text(('standard', 'hash')), Number(0, 0.4, above=True)),
     'data.prompt': Text(empty=True),
@@ -137,18 +136,18 @@ RULES = {
     'data.max_tokens': whole(3, 100_000),  # [CLS], [SEP] and one more
     'data.min_scale': Number(0, 1, above=True),
     'data.randaugment': FLAG,
-    'data.workers': whole(0, 1024),
+    'data.num_workers': whole(0, 1024),
     'data.image_memory': Number(0, 1024, above=True),
-    'data.max_bad_share': SHARE,
+    'data.max_bad_fraction': SHARE,
     'optim.lr': Number(0, 100),
     'optim.min_lr': Number(0, 100),
     'optim.warmup_lr': Number(0, 100),
     'optim.warmup_steps': whole(0),
-    'optim.schedule': Text(('step', 'cosine')),
-    'optim.decay': Number(0, 1, above=True),
+    'optim.lr_scheduler': Text(('step', 'cosine')),
+    'optim.lr_decay_rate': Number(0, 1, above=True),
     'optim.weight_decay': Number(0, 100),
-    'optim.clip_norm': Number(0, 1e6),
-    'optim.accumulate': whole(1, 100_000),
+    'optim.clip_grad': Number(0, 1e6),
+    'optim.grad_accum_steps': whole(1, 100_000),
     'optim.shard': FLAG,
     'train.epochs': whole(0, 100_000),
     'train.batch_size': whole(1, 10 ** 6),
@@ -156,8 +155,8 @@ RULES = {
     'train.compile': FLAG,
     'train.log_every': whole(1),
     'train.save_every': whole(0),
-    'train.keep': whole(0, 10_000),
-    'train.wandb': OPTIONAL,
+    'train.keep_checkpoints': whole(0, 10_000),
+    'train.wandb_project': OPTIONAL,
     'scst.epochs': whole(0, 100_000),
     'scst.lr': Number(0, 100),
     'scst.samples': whole(2, 1000),  # each caption is compared with the mean of the others of its image
@@ -167,6 +166,20 @@ RULES = {
     'eval.batch_size': whole(1, 10 ** 6),
     'eval.k_test': whole(0),
     'eval.memory_mb': whole(0, 10 ** 8),
+}
+# Old name -> new one, or None for a setting that is gone. Files, command lines and checkpoints may use the old names
+# until the next release.
+RENAMED = {
+    'teacher.size': None,
+    'data.val': 'data.val_fraction',
+    'data.workers': 'data.num_workers',
+    'data.max_bad_share': 'data.max_bad_fraction',
+    'optim.schedule': 'optim.lr_scheduler',
+    'optim.decay': 'optim.lr_decay_rate',
+    'optim.clip_norm': 'optim.clip_grad',
+    'optim.accumulate': 'optim.grad_accum_steps',
+    'train.keep': 'train.keep_checkpoints',
+    'train.wandb': 'train.wandb_project',
 }
 # Of a block of sizes.yaml; those that it may leave out have a default.
 SIZE_RULES = {
@@ -190,24 +203,27 @@ def rule(key: str) -> Number | Text | Either | Flag | Layers:
     return RULES.get(key) or RULES[f'{key.partition(".")[0]}.*']
 
 
-def relations(config: dict, sizes: dict[str, dict]) -> list[tuple[str, str]]:
-    """What does not go together: (key, what it must be).
-
-    Args:
-        config: values by dotted key.
-        sizes: blocks of sizes.yaml by the key that names them (`model.size`, `teacher.size`).
-    """
+def relations(config: dict) -> list[tuple[str, str]]:
+    """What does not go together in a config (values by dotted key): (key, what it must be)."""
     wrong = [(low, f'must be at most {high}, {config[high]}') for low, high in NOT_ABOVE
              if low in config and config[low] > config[high]]
     if config.get('scst.epochs') and config['optim.min_lr'] > config['scst.lr']:
         wrong.append(('optim.min_lr', f'must be at most scst.lr, {config["scst.lr"]}'))
-    for key, block in sizes.items():
-        named = f'of {key} {config[key]}'
-        if config['model.image_size'] % block['patch_size']:
-            wrong.append(('model.image_size', f'must be a multiple of the patch size {named}, {block["patch_size"]}'))
-        wrong += [(length, f'must be at most the text positions {named}, {block["max_positions"]}')
-                  for length in ('data.max_tokens', 'eval.max_length')
-                  if config.get(length, 0) > block['max_positions']]
+    return wrong
+
+
+def net_relations(config: dict, net: dict, name: str) -> list[tuple[str, str]]:
+    """Which settings a net cannot serve: (key, what it must be).
+
+    Args:
+        config: values by dotted key.
+        net: its `patch_size` and `max_positions`.
+        name: how a message calls the net.
+    """
+    wrong = [(key, f'must be at most the text positions of {name}, {net["max_positions"]}')
+             for key in ('data.max_tokens', 'eval.max_length') if config.get(key, 0) > net['max_positions']]
+    if config.get('model.image_size', 0) % net['patch_size']:
+        wrong.append(('model.image_size', f'must be a multiple of the patch size of {name}, {net["patch_size"]}'))
     return wrong
 
 

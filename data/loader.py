@@ -19,7 +19,8 @@ from utils import as_worker, gather_objects, local_world_size
 SHARED_MEMORY = Path('/dev/shm')  # where Linux keeps the tensors that processes share
 PREFETCH = 2  # batches that each worker makes ahead
 PATIENCE = 1800  # seconds after which a batch is given up
-REMEDY = ('give it more (in a container: docker run --shm-size={size}, or --ipc=host), or set data.workers={workers}; '
+REMEDY = ('give it more (in a container: docker run --shm-size={size}, or --ipc=host), or set '
+          'data.num_workers={workers}; '
           '0 loads in the main process')
 
 
@@ -194,6 +195,6 @@ class BadImages:
             f' ({", ".join(f"{number} {kind}" for kind, number in kinds.most_common())})' if count else '')
         if met >= 200 and count > self.max_share * met:
             first = [message for part in parts for message in part[2]][:3]
-            raise ValueError(f'{shown} cannot be read: {count / met:.1%}, more than data.max_bad_share '
+            raise ValueError(f'{shown} cannot be read: {count / met:.1%}, more than data.max_bad_fraction '
                              f'{self.max_share}; the first: {"; ".join(first)}')
         return shown

@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
                                 data['max_words'], data['split'])
         figures[name], said[name] = evaluate_captions(
             model, tokenizer, dataset, device=device, meteor=True, spice=args.spice, prompt=data['prompt'],
-            workers=data['workers'], **config['eval'])
+            workers=data['num_workers'], **config['eval'])
         nets[name] = {'caption': (model, tokenizer)}
     if not is_main():
         return

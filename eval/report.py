@@ -69,11 +69,11 @@ def evaluate(name: str, for_each: tuple[tuple[BLIP, Tokenizer], tuple[BLIP, Toke
     dataset = dataset_for(retrieval, for_retrieval['data'])
     i2t, t2i = retrieval_scores(retrieval, tokenizer, dataset, device=device,
                                 max_tokens=for_retrieval['data']['max_tokens'],
-                                workers=for_retrieval['data']['workers'], **for_retrieval['eval'])
+                                workers=for_retrieval['data']['num_workers'], **for_retrieval['eval'])
     recalls = retrieval_metrics(i2t, t2i, dataset.image_to_texts, dataset.text_to_image)
     said, records = evaluate_captions(caption, caption_tokenizer, dataset_for(caption, for_caption['data']),
                                       device=device, prompt=for_caption['data']['prompt'],
-                                      workers=for_caption['data']['workers'], **scores, **for_caption['eval'])
+                                      workers=for_caption['data']['num_workers'], **scores, **for_caption['eval'])
     return Net((retrieval, tokenizer), (caption, caption_tokenizer), t2i, records, {**recalls, **said})
 
 

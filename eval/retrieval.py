@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
                                 data['max_words'], data['split'])
         started = time.perf_counter()
         i2t, t2i = retrieval_scores(model, tokenizer, dataset, device=device, max_tokens=data['max_tokens'],
-                                    workers=data['workers'], **config['eval'])
+                                    workers=data['num_workers'], **config['eval'])
         figures[name] = {'seconds': round(time.perf_counter() - started, 2),
                          **retrieval_metrics(i2t, t2i, dataset.image_to_texts, dataset.text_to_image)}
         nets[name] = {'image': (model, tokenizer)}

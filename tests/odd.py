@@ -365,7 +365,7 @@ def odd_size_block(dice: random.Random, place: Path, world: World) -> None:
     lines = ['mine:'] + [f'  {name}: {size}' for name, size in read_size('small').items() if name != key]
     path.write_text('\n'.join([*lines, f'  {key}: {value}', '', blocks]))
     with refusing('sizes.yaml', (key, 'YAML', 'alias')):
-        block = read_size('mine', path=path)
+        block = read_size(f'{path}:mine')
     assert block.keys() == set(SIZE_RULES) and all(isinstance(number, int) for number in block.values())
 
 

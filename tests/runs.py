@@ -8,7 +8,7 @@ from pathlib import Path
 from processes import joined
 from ruamel.yaml import YAML
 
-from configs import read_yaml
+from configs import load_config
 from models.engine.logs import read_log
 from models.engine.optim import learning_rate
 from models.weights.checkpoint import read_checkpoint
@@ -17,10 +17,11 @@ from utils import ROOT
 
 def write_config(folder: Path, name: str, scenes: Path, **changes) -> Path:
     """A demo config at nano size without a teacher, on the small scene set; `changes` are dotted keys."""
-    config = read_yaml(ROOT / f'configs/demo/{name}.yaml')
-    settings = {'model.size': 'nano', 'model.image_size': 32, 'model.init': None, 'teacher.weights': None,
-                'tokenizer': str(scenes / 'vocab.txt'), 'optim.warmup_steps': 2, 'train.batch_size': 8,
-                'train.epochs': 2, 'train.precision': 'fp32', 'train.log_every': 1, 'train.save_every': 2}
+    config = load_config(ROOT / f'configs/demo/{name}.yaml', f'configs/{name}.yaml')
+    settings = {'model.size': 'tests/sizes.yaml:nano', 'model.image_size': 32, 'model.init': None,
+                'teacher.weights': None, 'tokenizer': str(scenes / 'vocab.txt'), 'optim.warmup_steps': 2,
+                'train.batch_size': 8, 'train.epochs': 2, 'train.precision': 'fp32',
+                'train.log_every': 1, 'train.save_every': 2}
     if name == 'pretrain':
         settings |= {'model.init_vision': None, 'model.init_text': None, 'ita.queue_size': 20,
                      'data.train': str(scenes / 'dataloader/all.json')}

@@ -351,7 +351,7 @@ def test_too_many_broken_pictures_stop_the_run(caplog):
     assert caplog.text.count('broken picture skipped (damaged): a.jpg is broken') == 1
     count.update(batch(189, ['a.jpg', 'b.jpg'] * 4, 'missing'))  # met again: as broken as the first time
     with pytest.raises(ValueError, match=r'11 of 204 pictures \(8 missing, 3 damaged\) cannot be read: 5.4%, more than '
-                                         r'data.max_bad_share 0.05; the first: a.jpg is'):
+                                         r'data.max_bad_fraction 0.05; the first: a.jpg is'):
         count.check()
 
 

@@ -43,11 +43,11 @@ def test_accumulated_batches_train_the_same_model_as_one_large_batch(pretrained,
     pairs = broken_set(scenes, tmp_path, lambda records: records.__delitem__(slice(48, None)))  # 6 updates of 8
     terms = ('ita_soft', 'image_feat', 'lm_logits', 'self_attn', 'decoder_self_attn')
     settings = [f'data.train={pairs}', 'train.epochs=1', 'loss.itm=0.0', 'loss.itm_soft=0.0', 'ita.queue_size=30',
-                'model.dropout=0.0', f'teacher.weights={teacher / "last.pth"}', 'teacher.size=nano',
+                'model.dropout=0.0', f'teacher.weights={teacher / "last.pth"}',
                 *(f'loss.{term}=1.0' for term in terms)]
     want = run(pretrain_dlip, config, tmp_path / 'one', *settings)
-    parts = [run(pretrain_dlip, config, tmp_path / 'four', *settings, 'train.batch_size=2', 'optim.accumulate=4'),
-             run_on_two(config, tmp_path / 'both', *settings, 'train.batch_size=2', 'optim.accumulate=2')]
+    parts = [run(pretrain_dlip, config, tmp_path / 'four', *settings, 'train.batch_size=2', 'optim.grad_accum_steps=4'),
+             run_on_two(config, tmp_path / 'both', *settings, 'train.batch_size=2', 'optim.grad_accum_steps=2')]
     for got in parts:
         assert {int(entry['step']) for entry in got['optimizer']['state'].values()} == {6}
         for part in ('model', 'objective'):  # weights; momentum twin and queues
@@ -124,7 +124,7 @@ Run.end_epoch = watched
 pretrain_dlip.main()
 """)
     for done in joined(2, code, *options(config, tmp_path / 'out'), 'train.epochs=1', 'train.batch_size=4',
-                      'optim.accumulate=2'):
+                      'optim.grad_accum_steps=2'):
         assert done.returncode == 0, done.stderr[-2000:]
     first, second = (torch.load(tmp_path / f'rank{rank}') for rank in (0, 1))
     assert same(first[0], second[0]) and 'momentum.image_queue' in first[0]

@@ -56,8 +56,7 @@ def teachers(tokenizer, tmp_path_factory) -> dict:
 
 
 def with_teacher(folder, name, scenes, teachers, **changes):
-    return write_config(folder, name, scenes, teacher__weights=str(teachers[name.split('_')[0]]), teacher__size='nano',
-                        **changes)
+    return write_config(folder, name, scenes, teacher__weights=str(teachers[name.split('_')[0]]), **changes)
 
 
 def test_a_finetune_goes_on_with_the_maps_of_the_stage_before(scenes, tmp_path):

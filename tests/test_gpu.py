@@ -36,7 +36,7 @@ def teacher(scenes, tmp_path_factory):
 def distilled(scenes, teacher, tmp_path):
     """A pre-training with every term."""
     terms = {f'loss__{term}': 1.0 for term in TERMS}
-    return write_config(tmp_path, 'pretrain', scenes, teacher__weights=str(teacher), teacher__size='nano',
+    return write_config(tmp_path, 'pretrain', scenes, teacher__weights=str(teacher),
                         model__dropout=0.0, data__randaugment=False, train__epochs=1, **terms)
 
 

@@ -185,7 +185,7 @@ def test_the_vision_tower_starts_from_a_file_of_timm(tmp_path, nano, suffix):
     ({'init_text': 'bert-base-uncased'}, "cannot get 'bert-base-uncased'"),
     ({'init_text': 'teacher'}, 'model.init_text is teacher, but teacher.weights is null')])
 def test_a_start_that_is_not_there_is_named(small_tokenizer, changes, message):
-    settings = {'size': 'nano', 'image_size': 32, 'init': None, 'init_vision': None, 'init_text': None,
+    settings = {'size': 'tests/sizes.yaml:nano', 'image_size': 32, 'init': None, 'init_vision': None, 'init_text': None,
                 'init_layers': 'spaced', 'dropout': 0.0, 'vit_ckpt_layer': 0}
     with pytest.raises((FileNotFoundError, ValueError), match=message):
         build_student(settings | changes, small_tokenizer, 'pretrain')

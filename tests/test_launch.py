@@ -74,7 +74,7 @@ def test_srun_trains_as_torchrun_does(pretrained, tmp_path):
 def test_ranks_end_with_torchrun(pretrained, tmp_path):
     config, _ = pretrained
     agent = Python('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', 'pretrain_dlip.py',
-                   *options(config, tmp_path), 'train.epochs=10000', 'train.batch_size=4', 'data.workers=1')
+                   *options(config, tmp_path), 'train.epochs=10000', 'train.batch_size=4', 'data.num_workers=1')
     deadline = time.monotonic() + 100
     while len(read_log(tmp_path / 'steps.txt')) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -99,7 +99,7 @@ def running(process: int) -> bool:
 def test_a_signal_to_every_process_of_a_job_loses_nothing(pretrained, tmp_path):
     """As `scancel` and `timeout` send it."""
     training = Python('pretrain_dlip.py', *options(pretrained[0], tmp_path), 'train.epochs=10000', 'train.batch_size=4',
-                      'train.save_every=0', 'data.workers=2')
+                      'train.save_every=0', 'data.num_workers=2')
     deadline = time.monotonic() + 100
     while len(read_log(tmp_path / 'steps.txt')) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -131,7 +131,7 @@ def test_a_forked_child_captions(caption, picture):
     (KeyboardInterrupt(), 130, 'stopped by Ctrl-C\n'), (MemoryError(), 1, 'lower the batch size'),
     (torch.OutOfMemoryError('CUDA out of memory.'), 1, 'the GPU is out of memory: lower the batch size'),
     (RuntimeError('DataLoader worker (pid 7) is killed by signal: Bus error. It is'), 1, '/dev/shm'),
-    (RuntimeError('DataLoader timed out after 1800 seconds'), 1, 'data.workers'),
+    (RuntimeError('DataLoader timed out after 1800 seconds'), 1, 'data.num_workers'),
     (OSError(errno.ENOSPC, 'No space left on device', 'x'), 1, "'x': the disk is full, make room"),
     (ValueError('Caught ValueError in DataLoader worker process 0.\nOriginal Traceback\n  File\nValueError: a: b\n'), 1,
      'error: a: b\n')])
@@ -220,7 +220,7 @@ def test_too_little_shared_memory_is_named_before_training(monkeypatch):
     room = SimpleNamespace(total=3_000_000, free=3_000_000)
     monkeypatch.setattr(loader.shutil, 'disk_usage', lambda path: room)
     with pytest.raises(ValueError, match='1 processes x 2 workers x 2 batches of 1 MiB need 4 MiB; it has 3 MiB, .*'
-                                         '--shm-size=1g, or --ipc=host.*data.workers=1;'):
+                                         '--shm-size=1g, or --ipc=host.*data.num_workers=1;'):
         batches()
 
 

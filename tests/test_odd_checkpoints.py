@@ -238,7 +238,7 @@ def test_a_broken_tokenizer_is_named(exported, name, content):
 def test_overwriting_a_file_does_not_reach_what_was_loaded(whole, exported, small_tokenizer, tmp_path):
     path, (folder, _) = tmp_path / 'served.pth', exported
     torch.save(changed(whole, ('architecture', 'embed_dim'), 256), path)  # as the size nano
-    teacher = build_teacher({'size': 'nano', 'weights': str(path)}, small_tokenizer, 'caption')
+    teacher = build_teacher({'teacher': {'weights': str(path)}}, small_tokenizer, 'caption')
     nets = [load_model(path)[0], load_model(folder)[0], teacher]
     before = [{key: weight.clone() for key, weight in net.state_dict().items()} for net in nets]
     for file in (path, folder / 'model.safetensors'):

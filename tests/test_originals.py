@@ -69,10 +69,10 @@ def test_caption_ids_equal_the_original(tmp_path, name):
                                                       ('caption', 'text_encoder', 'itm_soft', 'image_tokens')])
 def test_a_teacher_that_lacks_a_part_teaches_the_rest(tmp_path, small_tokenizer, task, lacks, term, works):
     """BLIP's retrieval files hold no decoder, its caption files no text encoder."""
-    config = architecture('nano', 32, len(small_tokenizer), task)
+    config = architecture('tests/sizes.yaml:nano', 32, len(small_tokenizer), task)
     torch.save({'model': BLIP(config).state_dict(), 'config': {'vision_heads': 2, 'text_heads': 2}}, tmp_path / 'b.pth')
-    teacher = build_teacher({'size': 'nano', 'weights': tmp_path / 'b.pth'}, small_tokenizer, 'pretrain')
-    student = BLIP(architecture('nano', 32, len(small_tokenizer)))
+    teacher = build_teacher({'teacher': {'weights': tmp_path / 'b.pth'}}, small_tokenizer, 'pretrain')
+    student = BLIP(architecture('tests/sizes.yaml:nano', 32, len(small_tokenizer)))
     momentum = MomentumQueue(student, 8, 0.9, 256)
     with pytest.raises(ValueError, match=f'loss.{term} needs a {lacks}, which the teacher .* model_base.pth'):
         Objective(student, {term: 1.0}, (2, 5, 6), momentum, teacher)

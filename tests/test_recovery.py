@@ -13,7 +13,7 @@ from models.weights.checkpoint import read_checkpoint
 @pytest.fixture(scope='module')
 def arguments(tmp_path_factory):
     """Of a short run of `pretrain_dlip.py`."""
-    return prepare(tmp_path_factory.mktemp('stress'), 'nano', 32)
+    return prepare(tmp_path_factory.mktemp('stress'), 'tests/sizes.yaml:nano', 32)
 
 
 def pretrain(arguments, out, *overrides) -> subprocess.CompletedProcess:
@@ -22,14 +22,15 @@ def pretrain(arguments, out, *overrides) -> subprocess.CompletedProcess:
 
 def test_a_hurt_run_ends_bit_for_bit_as_the_unhurt_one():
     """One of each injury."""
-    done = python('-m', 'bench.stress', '--trials', str(len(INJURIES)), '--size', 'nano', '--image_size', '32')
+    done = python('-m', 'bench.stress', '--trials', str(len(INJURIES)), '--size', 'tests/sizes.yaml:nano',
+                  '--image_size', '32')
     assert done.returncode == 0, done.stderr[-2000:]
     assert f'{len(INJURIES)} of {len(INJURIES)} ended bit for bit' in done.stdout
     assert all(f'| {injury} | 1 |' in done.stdout for injury in INJURIES)
 
 
 def test_older_checkpoints_are_pruned(arguments, tmp_path):
-    assert pretrain(arguments, tmp_path / 'out', 'train.save_every=1', 'train.keep=3').returncode == 0
+    assert pretrain(arguments, tmp_path / 'out', 'train.save_every=1', 'train.keep_checkpoints=3').returncode == 0
     older = sorted(tmp_path.glob('out/epoch*.pth'))
     assert [path.name for path in older] == ['epoch1_batch4.pth', 'epoch1_batch5.pth', 'epoch1_batch6.pth']
     states = [read_checkpoint(path) for path in (*older, tmp_path / 'out/last.pth')]

@@ -17,6 +17,7 @@ import pretrain_dlip
 import train_dlip_caption_flickr
 import train_dlip_retrieval_flickr
 from bench.stress import same
+from configs.rules import RENAMED
 from data.datasets import Captioned
 from models.engine.logs import read_log
 from models.weights.checkpoint import read_checkpoint
@@ -203,10 +204,24 @@ def test_changed_settings_count_and_are_printed(pretrained, half, tmp_path, caps
     assert printed.count('changed since') == 3
 
 
+def test_a_run_of_a_version_with_other_names_of_settings_goes_on(pretrained, half, tmp_path, capsys):
+    out = shutil.copytree(half, tmp_path / 'out')
+    state = read_checkpoint(out / 'last.pth', mmap=False)
+    for old, new in RENAMED.items():
+        section, key = old.split('.')
+        settings = state['config'][section]
+        settings[key] = settings.pop(new.split('.')[1]) if new else 'nano'
+    torch.save(state, out / 'last.pth')
+    assert run(pretrain_dlip, pretrained[0], out, 'train.epochs=2')['epoch'] == 2
+    printed = capsys.readouterr().out
+    assert printed.count('changed since') == 1 and 'train.epochs 1 -> 2' in printed
+    assert printed.count('optim.decay is now optim.lr_decay_rate') == 1
+
+
 @pytest.mark.parametrize('overrides, named', [
     (['data.train=FEWER'], 'the number of training samples (58, now '),
     (['model.image_size=48'], 'image_size of the net (32, now 48)'),
-    (['model.size=micro'], 'vision_width of the net (32, now 192)'),
+    (['model.size=mini_4'], 'vision_width of the net (32, now 96)'),
     (['tokenizer=OTHER'], 'the vocabulary of the tokenizer'),
     (['ita.queue_size=30'], 'what it trains or keeps (momentum.id_queue'),
     (['loss.itm=0.0'], 'loss.itm 1.0 -> 0.0')])
@@ -226,7 +241,7 @@ def test_what_cannot_change_within_a_run_is_named(pretrained, half, scenes, tmp_
 def test_queues_without_the_teachers_features_are_not_used(pretrained, scenes, tmp_path, capsys):
     """They are noise beside the student's pairs, unless a term asked for those features."""
     config, teacher = pretrained
-    settings = f'teacher.weights={teacher / "last.pth"}', 'teacher.size=nano'
+    settings = (f'teacher.weights={teacher / "last.pth"}',)
     next_stage = (*options(config, tmp_path / 'next'), *settings, 'loss.ita_soft=1.0', '--dry_run',
                   f'model.init={tmp_path / "out/last.pth"}')
     run(pretrain_dlip, config, tmp_path / 'out', *settings, 'train.epochs=1')

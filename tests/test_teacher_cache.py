@@ -34,7 +34,7 @@ def stored(scenes, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp('cache')
     changes = {f'loss__{term}': float(term in READ_BY and term != 'itm_soft') for term in TEACHER_TERMS}
-    config = write_config(folder, 'pretrain', scenes, model__size='micro', model__image_size=64,
+    config = write_config(folder, 'pretrain', scenes, model__size='mini_4', model__image_size=64,
                           model__dropout=0.0, teacher__weights=str(TEACHER), data__min_scale=0.2,
                           data__randaugment=True, **changes)
     with pytest.MonkeyPatch.context() as patch:

@@ -20,6 +20,7 @@ from models.engine.launch import setup_process
 from models.engine.logs import read_log
 from models.engine.optim import learning_rate, parameter_groups
 from models.weights.checkpoint import load_model, read_checkpoint
+from utils import ROOT
 
 
 def test_a_run_leaves_checkpoint_logs_and_curves(pretrained):
@@ -67,7 +68,7 @@ def test_a_failed_write_leaves_the_good_checkpoint(pretrained, tmp_path, monkeyp
 
 def test_an_epochs_last_update_may_be_smaller(pretrained, tmp_path):
     config, _ = pretrained
-    state = run(pretrain_dlip, config, tmp_path, 'train.epochs=1', 'optim.accumulate=3')
+    state = run(pretrain_dlip, config, tmp_path, 'train.epochs=1', 'optim.grad_accum_steps=3')
     steps = {int(entry['step']) for entry in state['optimizer']['state'].values()}
     assert steps == {3}  # 7 batches of 8 pairs: after the 3rd, the 6th and the last
 
@@ -77,7 +78,7 @@ def test_the_path_from_pretraining_to_finetuned_students(pretrained, scenes, tmp
     _, teacher = pretrained
     weights = {f'loss__{t}': 1.0 for t in ('image_feat', 'text_feat', 'fused_feat', 'decoder_feat', 'ita_soft',
                                           'itm_soft', 'lm_logits', 'self_attn', 'cross_attn', 'decoder_self_attn')}
-    shared = {'teacher__weights': str(teacher / 'last.pth'), 'teacher__size': 'nano', 'train__epochs': 1}
+    shared = {'teacher__weights': str(teacher / 'last.pth'), 'train__epochs': 1}
     config = write_config(tmp_path, 'pretrain', scenes, model__init_vision='teacher', model__init_text='teacher',
                           **shared, **weights)
     run(pretrain_dlip, config, tmp_path / 'student')
@@ -87,7 +88,7 @@ def test_the_path_from_pretraining_to_finetuned_students(pretrained, scenes, tmp
             (train_dlip_retrieval_flickr, 'retrieval_flickr', 'test_txt_r1', teacher / 'last.pth', True),
             (train_dlip_caption_flickr, 'caption_flickr', 'test_CIDEr', tmp_path / 'retrieval_flickr/best.pth', False)):
         out = tmp_path / name
-        config = write_config(tmp_path, name, scenes, **init, teacher__size='nano', teacher__weights=str(weights))
+        config = write_config(tmp_path, name, scenes, **init, teacher__weights=str(weights))
         run(script, config, out, '--no_test')
         assert not (out / 'table.md').exists() and not any(key in row for row in read_log(out / 'log.txt'))
         run(script, config, out)
@@ -136,9 +137,14 @@ def test_bad_settings(pretrained, tmp_path, override, message):
 def test_a_checkpoint_of_another_size_is_refused(pretrained, tmp_path):
     config, out = pretrained
     with pytest.raises(ValueError, match='does not fit .* misshaped .*Check model.size'):
-        run(pretrain_dlip, config, tmp_path, f'model.init={out / "last.pth"}', 'model.size=micro')
-    with pytest.raises(ValueError, match='not of teacher.size'):
-        run(pretrain_dlip, config, tmp_path, f'teacher.weights={out / "last.pth"}', 'teacher.size=micro')
+        run(pretrain_dlip, config, tmp_path, f'model.init={out / "last.pth"}', 'model.size=mini_4')
+
+
+def test_a_teacher_of_fewer_text_positions_is_refused(pretrained, tmp_path):
+    teacher = ROOT / 'data/demo_teacher.pth'
+    with pytest.raises(ValueError, match='data.max_tokens must be at most the text positions of the teacher .*, 32; '
+                                         'got 33'):
+        run(pretrain_dlip, pretrained[0], tmp_path, f'teacher.weights={teacher}', 'data.max_tokens=33')
 
 
 def test_another_seed_does_not_continue_a_run(pretrained, tmp_path):
@@ -240,7 +246,7 @@ def test_a_dry_run_measures_and_writes_nothing(pretrained, scenes, tmp_path, cap
         assert 'nothing was written' in capsys.readouterr().out and not list(out.iterdir())
     monkeypatch.setattr('models.engine.dry_run.shutil.disk_usage',
                         lambda path: SimpleNamespace(total=2 ** 40, free=2 ** 10))
-    with pytest.raises(ValueError, match='has 0.0 GiB free, the run needs .* lower train.keep'):
+    with pytest.raises(ValueError, match='has 0.0 GiB free, the run needs .* lower train.keep_checkpoints'):
         pretrain_dlip.main(['--config', str(config), '--output_dir', str(out), '--device', 'cpu', '--dry_run'])
 
 
@@ -255,7 +261,7 @@ def test_a_run_can_be_watched(pretrained, tmp_path, monkeypatch):
     pytest.importorskip('wandb')
     monkeypatch.setenv('WANDB_MODE', 'offline')
     monkeypatch.setenv('WANDB_SILENT', 'true')
-    run(pretrain_dlip, config, tmp_path / 'out', 'train.epochs=1', 'train.wandb=dlip')
+    run(pretrain_dlip, config, tmp_path / 'out', 'train.epochs=1', 'train.wandb_project=dlip')
     written = list(tmp_path.glob('out/wandb/offline-run-*/*.wandb'))
     assert len(written) == 1 and written[0].stat().st_size > 10_000
 

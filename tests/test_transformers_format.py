@@ -128,7 +128,7 @@ def test_transformers_own_folder_is_a_teacher_and_is_served(tmp_path, bert_token
     torch.save(weights | {'text_decoder.bert.embeddings.position_ids': torch.arange(512)[None]},
                tmp_path / 'pytorch_model.bin')
     (tmp_path / 'model.safetensors').unlink()
-    teacher = build_teacher({'size': 'nano', 'weights': str(tmp_path)}, bert_tokenizer, 'caption')
+    teacher = build_teacher({'teacher': {'weights': str(tmp_path)}}, bert_tokenizer, 'caption')
     assert same(teacher, served.model)
 
 

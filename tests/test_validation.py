@@ -89,7 +89,7 @@ def test_a_batch_may_have_one_image_or_none(small_tokenizer, nano, readable):
 
 def test_pre_training_is_validated_the_same_by_any_number_of_processes(pretrained, tmp_path):
     config, _ = pretrained
-    settings = 'data.val=0.2', 'train.epochs=1', 'negative_all_rank=true', 'model.dropout=0.0'
+    settings = 'data.val_fraction=0.2', 'train.epochs=1', 'negative_all_rank=true', 'model.dropout=0.0'
     run(pretrain_dlip, config, tmp_path / 'one', *settings)
     run_on_two(config, tmp_path / 'two', *settings, 'train.batch_size=4')
     one, two = ({name: value for name, value in read_log(tmp_path / name / 'log.txt')[0].items()

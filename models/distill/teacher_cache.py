@@ -214,7 +214,7 @@ def write_targets(folder: Path, config: dict, teacher: BLIP, dataset: Captioned,
     if entries:
         logger.info('%s: %d of %d shards of this process are there already', folder, len(entries), len(own))
     teacher.to(device)
-    dtype, bad = arithmetic(config['train']['precision'], device), BadImages(config['data']['max_bad_share'], logger)
+    dtype, bad = arithmetic(config['train']['precision'], device), BadImages(config['data']['max_bad_fraction'], logger)
     starts = tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id
 
     def ask(batch: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -265,7 +265,7 @@ def batches(config: dict, dataset: Captioned, missing: list[Place]) -> Iterator[
     for epoch in sorted({place.epoch for place in missing}):
         dataset.epoch = epoch  # worker processes take it with the dataset when they start
         sampler = [span for place in missing if place.epoch == epoch for span in spans[place]]
-        for batch in load(dataset, config['data']['workers'], collate, batch_sampler=sampler,
+        for batch in load(dataset, config['data']['num_workers'], collate, batch_sampler=sampler,
                           pin_memory=torch.cuda.is_available()):
             bar.update()
             yield batch

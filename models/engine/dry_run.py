@@ -58,7 +58,7 @@ def rehearse(run: Run, loader, max_tokens: int, prompt: str = '') -> None:
     samples, batches = train['batch_size'] * world_size(), run.steps_per_epoch * train['epochs']
     moments = [value for state in run.optimizer.state.values() for value in state.values() if hasattr(value, 'nbytes')]
     size = sum(value.nbytes for value in [*nets.state_dict().values(), *moments]) / 2 ** 30
-    copies = train['keep'] + 3  # the last, the best and one that is being written
+    copies = train['keep_checkpoints'] + 3  # the last, the best and one that is being written
     free = shutil.disk_usage(run.output_dir).free / 2 ** 30
     parts = {'student': nets.student, 'momentum twin': nets.momentum, 'teacher': nets.teacher}
     rows = {'parameters': ', '.join(f'{name} {count_parameters(net) / 1e6:.1f}M' for name, net in parts.items() if net),
@@ -76,4 +76,4 @@ def rehearse(run: Run, loader, max_tokens: int, prompt: str = '') -> None:
     logger.info('dry run: nothing was written\n%s', '\n'.join(f'  {name:<22}{value}' for name, value in rows.items()))
     if free < copies * size:
         raise ValueError(f'{run.output_dir} has {free:.1f} GiB free, the run needs {copies * size:.1f}: make room, '
-                         f'lower train.keep or choose another --output_dir')
+                         f'lower train.keep_checkpoints or choose another --output_dir')

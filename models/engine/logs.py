@@ -94,24 +94,24 @@ def memory_used(device: torch.device) -> float:
 
 
 class Board:
-    """Where a run can be watched from elsewhere: TensorBoard, and Weights & Biases where `train.wandb` names a project.
+    """Where a run can be watched: TensorBoard, and Weights & Biases if `train.wandb_project` is set.
 
     Args:
         first_step: what was written after it, by a process that was killed, is hidden.
 
     Raises:
-        ImportError: `train.wandb` without the package.
+        ImportError: `train.wandb_project` without the package.
     """
 
     def __init__(self, output_dir: Path, config: dict, first_step: int):
         self.output_dir, self.wandb = output_dir, None
         self.writer = SummaryWriter(output_dir / 'tensorboard', purge_step=first_step)
-        project = config['train']['wandb']
+        project = config['train']['wandb_project']
         if project:
             try:
                 import wandb
             except ImportError:
-                raise ImportError('train.wandb needs the package: pip install wandb') from None
+                raise ImportError('train.wandb_project needs the package: pip install wandb') from None
             name = output_dir.resolve().name
             self.wandb = wandb.init(project=project, name=name, id=f'{name}-{config_hash(config)}', resume='allow',
                                     dir=output_dir, config=config)

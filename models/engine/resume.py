@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from configs import flatten, with_new_names
 from models.blip import BLIPConfig
 from models.distill.terms import asks_for_features
 from utils import logger, shorten
@@ -11,17 +12,8 @@ from utils import logger, shorten
 FREE = ('dropout', 'vision_eps')  # of the architecture: no weight depends on them
 
 
-def flat(config: dict, prefix: str = '') -> dict:
-    """Nested settings by dotted key."""
-    items = {}
-    for key, value in config.items():
-        items |= flat(value, f'{prefix}{key}.') if isinstance(value, dict) else {f'{prefix}{key}': value}
-    return items
-
-
 def changed_settings(old: dict, new: dict) -> list[str]:
-    """'KEY OLD -> NEW' of every setting that differs between two configs."""
-    old, new = flat(old), flat(new)
+    """'KEY OLD -> NEW' of every setting that differs between two configs, given by dotted keys."""
     def shown(config: dict, key: str) -> str:
         return shorten(config[key]) if key in config else '(none)'
     return [f'{key} {shown(old, key)} -> {shown(new, key)}'
@@ -37,7 +29,8 @@ def compare(path: Path, state: dict, config: dict, **now) -> None:
     Raises:
         ValueError: something differs that cannot change within a run; names it, and the settings.
     """
-    changed, differ = changed_settings(state['config'], config), differences(state, **now)
+    before = dict(with_new_names(flatten(state['config']), shorten(path)))
+    changed, differ = changed_settings(before, dict(flatten(config))), differences(state, **now)
     if 'momentum.teacher_image_queue' in now['kept'] and config['loss']['ita_soft'] and \
             not asks_for_features(state['config']):
         differ.append("the queues of the teacher's features, which it never filled (loss.ita_soft was 0)")

@@ -28,12 +28,12 @@ from utils import any_process, barrier, is_main, logger, rank, seed_everything, 
 class Run:
     """Everything a training run must keep, in `output_dir/last.pth`; a run found there is resumed.
 
-    An update takes `optim.accumulate` batches and gives what one batch of them all would, but for the negatives of ITM
+    An update takes `optim.grad_accum_steps` batches and gives what one batch of them all would, but for ITM's negatives
     (`Objective.draw_negatives`). Learning rate, alpha and the contrastive columns are the update's.
 
     Every update's randomness is a function of (seed, update, rank) and every batch one of (seed, epoch), so the
-    position is all that a resumed run needs beside weights, optimizer, queues and meters. The `train.keep` checkpoints
-    before the last stay beside it, and take its place should it be damaged.
+    position is all that a resumed run needs beside weights, optimizer, queues and meters. The checkpoints before the
+    last (`train.keep_checkpoints` of them) stay beside it, and take its place should it be damaged.
 
     Args:
         objective: student, losses, momentum twin and teacher; or, of the last stage of captioning, the student alone.
@@ -50,14 +50,14 @@ class Run:
         self.device, self.seed, self.samples = device, seed, samples
         self.steps_per_epoch = samples // (config['train']['batch_size'] * world_size())  # on each process
         self.dtype = arithmetic(config['train']['precision'], device)  # of the autocast regions
-        self.accumulate = config['optim']['accumulate']
+        self.accumulate = config['optim']['grad_accum_steps']
         self.updates_per_epoch = -(-self.steps_per_epoch // self.accumulate)
         self.epoch = self.batch = 0  # the next batch to train on
         self.best = -math.inf, -math.inf  # score and negative validation loss
-        self.keeper = Keeper(output_dir, config['train']['keep'])
+        self.keeper = Keeper(output_dir, config['train']['keep_checkpoints'])
         self.interval = Meters()  # since the last line of steps.txt
         self.unchecked: list[tuple[int, torch.Tensor, dict]] = []  # (step, ids, losses) not yet looked at
-        self.meters, self.bad_images = Meters(), BadImages(config['data']['max_bad_share'], logger)
+        self.meters, self.bad_images = Meters(), BadImages(config['data']['max_bad_fraction'], logger)
         self.optimizer = build_optimizer(self.objective, config['optim'], device)
         names = {id(parameter): name for name, parameter in objective.named_parameters()}
         self.trained = [names[id(parameter)] for group in self.optimizer.param_groups for parameter in group['params']]
@@ -218,7 +218,7 @@ class Run:
         epoch, batch = divmod(first, self.steps_per_epoch)
         update = epoch * self.updates_per_epoch + batch // self.accumulate
         lr = learning_rate(update, self.updates_per_epoch, train['epochs'], optim['lr'], optim['min_lr'],
-                           optim['warmup_steps'], optim['warmup_lr'], optim['schedule'], optim['decay'])
+                           optim['warmup_steps'], optim['warmup_lr'], optim['lr_scheduler'], optim['lr_decay_rate'])
         for group in self.optimizer.param_groups:
             group['lr'] = lr
         seed_everything(self.seed, first, rank())
@@ -255,7 +255,7 @@ class Run:
     def update(self) -> dict[str, torch.Tensor]:
         """One step of the optimizer and of the momentum encoder -> the gradient's norm before clipping, and the
         temperature of a student that has one."""
-        most = self.config['optim']['clip_norm'] or math.inf
+        most = self.config['optim']['clip_grad'] or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), most)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -271,7 +271,7 @@ class Run:
             if bad:
                 raise FloatingPointError(
                     f'loss.{bad[0]} is {float(losses[bad[0]])} at step {step} (captions {shorten(captions, 300)}); '
-                    f'the last good state is in {self.output_dir}. Lower optim.lr, set optim.clip_norm, or '
+                    f'the last good state is in {self.output_dir}. Lower optim.lr, set optim.clip_grad, or '
                     f'use precision fp32.')
         self.unchecked.clear()
 

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import torch
 
+from configs import flatten
+from configs.rules import net_relations
 from models.blip import BLIP
 from models.tokenizer import Tokenizer
 from models.weights.checkpoint import architecture, build, load_weights, read_checkpoint, stored_config
@@ -12,28 +14,29 @@ from models.weights.inherit import inherit_text, inherit_vision, load_bert, load
 from utils import logger
 
 
-def build_teacher(settings: dict, tokenizer: Tokenizer, task: str) -> BLIP | None:
-    """The frozen net of `teacher.weights`: a checkpoint of this repository or an original BLIP `.pth`.
+def build_teacher(config: dict, tokenizer: Tokenizer, task: str) -> BLIP | None:
+    """The frozen net of `teacher.weights`, of the size that the file says: a checkpoint of this repository or an
+    original BLIP `.pth`.
 
     It has the parts of `task`, or, of a retrieval or caption checkpoint, those that the file holds: the terms that
     need no other still work (`Objective` names the ones that do not).
 
     Raises:
-        ValueError: it does not fit `teacher.size`, or was trained with another vocabulary.
+        ValueError: it was trained with another vocabulary, or cannot take the config's images or texts.
     """
-    path = settings['weights']
+    path = config['teacher']['weights']
     if path is None:
         return None
     checkpoint = read_checkpoint(path)
-    config = stored_config(checkpoint, path)
-    config = replace(config, task=task if config.task == 'pretrain' else config.task)
+    net = stored_config(checkpoint, path)
+    net = replace(net, task=task if net.task == 'pretrain' else net.task)
     if checkpoint.get('vocab', tokenizer.vocab) != tokenizer.vocab:
         raise ValueError(f'the teacher {path} was trained with another vocabulary ({len(checkpoint["vocab"])} '
                          f'tokens, `tokenizer` has {len(tokenizer)}): its logits cannot teach; use its vocabulary')
-    named = architecture(settings['size'], config.image_size, config.vocab_size, config.task)
-    if replace(config, dropout=named.dropout, vision_eps=named.vision_eps) != named:
-        raise ValueError(f'the teacher {path} is not of teacher.size {settings["size"]!r}: it is {config}')
-    teacher = build(config, checkpoint['model'], path)
+    settings = dict(flatten(config))
+    for key, problem in net_relations(settings, net.to_dict(), f'the teacher {path}'):
+        raise ValueError(f'{key} {problem}; got {settings[key]}')
+    teacher = build(net, checkpoint['model'], path)
     logger.info('teacher %s: %.1fM parameters', path, count_parameters(teacher) / 1e6)
     return teacher
 

@@ -34,10 +34,9 @@ TASK_PARTS = {'retrieval': ('text_decoder.',),
               'caption': ('text_encoder.', 'vision_proj.', 'text_proj.', 'itm_head.', 'temp')}
 
 
-def architecture(size: str, image_size: int, vocab_size: int, task: str = 'pretrain',
-                 sizes: str | os.PathLike | None = None) -> BLIPConfig:
-    """The architecture of a named size of `configs/sizes.yaml` at a resolution."""
-    return BLIPConfig(image_size=image_size, vocab_size=vocab_size, task=task, **read_size(size, path=sizes))
+def architecture(size: str, image_size: int, vocab_size: int, task: str = 'pretrain') -> BLIPConfig:
+    """The architecture of a named size (`configs.read_size`) at a resolution."""
+    return BLIPConfig(image_size=image_size, vocab_size=vocab_size, task=task, **read_size(size))
 
 
 def read_checkpoint(source: str | os.PathLike, mmap: bool = True) -> dict:
@@ -205,7 +204,7 @@ def save_checkpoint(path: str | os.PathLike, model: BLIP, tokenizer: Tokenizer, 
     bad = not_finite(content)
     if bad:
         raise FloatingPointError(f'{bad[0]} is not finite ({len(bad)} tensors in all): {path} is not written. '
-                                 f'Lower optim.lr, set optim.clip_norm, or use precision fp32.')
+                                 f'Lower optim.lr, set optim.clip_grad, or use precision fp32.')
     with atomic_write(path, 'wb') as file:
         torch.save({'format': FORMAT, **content, 'architecture': model.config.to_dict(), 'vocab': tokenizer.vocab,
                     'config': config}, file)
