@@ -34,6 +34,7 @@ from configs.rules import whole
 from data.captions import PROMPT
 from models import generation
 from models.blip import BLIP
+from models.constraints import Constraints
 from models.generation import generate_ids
 from models.linear import FLOPS, Linear
 from models.tokenizer import DEC, ENC, Tokenizer
@@ -108,7 +109,7 @@ def our_work(model: BLIP, tokenizer: Tokenizer, images: torch.Tensor) -> dict[st
 def original_work(model: BLIP, tokenizer: Tokenizer, images: torch.Tensor) -> dict[str, Callable]:
     prompt = tokenizer([PROMPT], NEW_TOKENS, DEC)[0][0, :-1]
     length = len(prompt) + NEW_TOKENS
-    shared = (prompt, tokenizer.sep_id, tokenizer.pad_id)
+    constraints = Constraints(tokenizer.sep_id, min_length=length)
 
     def caption(beams: int) -> torch.Tensor:
         ours, generation.Decoder = generation.Decoder, OriginalDecoder
@@ -116,8 +117,10 @@ def original_work(model: BLIP, tokenizer: Tokenizer, images: torch.Tensor) -> di
             with torch.inference_mode(False), torch.enable_grad():
                 tokens = model.encode_image(images)
                 if beams == 1:
-                    return generation.extend(model, tokens, *shared, length, length, lambda x: x.argmax(-1), 1.0)
-                return generation.beam_search(model, tokens, *shared, beams, length, length, 1.0, 1.0)[0]
+                    return generation.extend(model, tokens, prompt, tokenizer.pad_id, length, lambda x: x.argmax(-1),
+                                             constraints)[0]
+                return generation.beam_search(model, tokens, prompt, tokenizer.pad_id, beams, length, 1.0,
+                                              constraints)[0]
         finally:
             generation.Decoder = ours
 

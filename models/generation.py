@@ -5,10 +5,14 @@ batch. Token ids equal those of the original BLIP for greedy and beam search, or
 transformers.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 
 from data.captions import PROMPT
 from models.blip import BLIP, select_images
+from models.constraints import Constraints, Forbidden
 from models.text import KVCache
 from models.tokenizer import DEC, Tokenizer
 from utils import shorten
@@ -38,14 +42,6 @@ class Decoder:
         self.image_kv = select_images(self.image_kv, keep.nonzero()[:, 0])
 
 
-def penalise_repeats(scores: torch.Tensor, ids: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Divide positive and multiply negative scores [R, V] of the tokens in ids [R, T] (CTRL, Keskar et al.)."""
-    if penalty == 1.0:
-        return scores
-    seen = scores.gather(1, ids)
-    return scores.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
-
-
 def filter_top(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     """Set logits [R, V] outside the k largest (0: all) and outside the nucleus of mass top_p to -inf."""
     if top_k:
@@ -59,23 +55,27 @@ def filter_top(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
     return logits
 
 
-def extend(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tensor, eos_id: int, pad_id: int,
-           max_length: int, min_length: int, pick, repetition_penalty: float, copies: int = 1) -> torch.Tensor:
-    """Decode one token at a time with `pick(logits [R, V]) -> ids [R]`; returns ids [B x copies, <= max_length]."""
+def extend(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tensor, pad_id: int, max_length: int, pick,
+           constraints: Constraints, copies: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode one token at a time with `pick(logits [R, V]) -> ids [R]`; returns ids [B x copies, <= max_length] and the
+    mean log-probability [B x copies] of the tokens after the prompt."""
     batch, length = len(image_tokens) * copies, len(prompt_ids)
     out = torch.full((batch, max_length), pad_id, device=image_tokens.device)
     out[:, :length] = prompt_ids
+    total = torch.zeros(batch, dtype=torch.float32, device=out.device)
     rows = torch.arange(batch, device=out.device)  # the unfinished ones
     decoder = Decoder(model, image_tokens, max_length, copies)
     fresh = out[:, :length]
     while length < max_length:
-        scores = penalise_repeats(decoder.logits(fresh), out[rows, :length], repetition_penalty)
-        if length < min_length:
-            scores[:, eos_id] = -torch.inf
+        logits = decoder.logits(fresh)
+        normaliser = logits.logsumexp(-1)
+        scores = constraints(logits, out[rows, :length])
         tokens = pick(scores)
         out[rows, length] = tokens
+        total[rows] += logits.gather(1, tokens[:, None])[:, 0] - normaliser
         length += 1
-        unfinished = tokens != eos_id
+        unfinished = tokens != constraints.eos_id
+        total[rows[~unfinished]] /= length - len(prompt_ids)
         if not unfinished.all():
             decoder.keep_images(unfinished)
             decoder.cache.reorder(unfinished.nonzero()[:, 0])
@@ -83,15 +83,17 @@ def extend(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tensor, eo
             if not len(rows):
                 break
         fresh = tokens[:, None]
-    return out[:, :length]
+    total[rows] /= length - len(prompt_ids)
+    return out[:, :length], total
 
 
-def beam_search(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tensor, eos_id: int, pad_id: int,
-                num_beams: int, max_length: int, min_length: int, length_penalty: float, repetition_penalty: float,
-                length_rule: str = 'blip', early_stopping: bool = False,
-                num_captions: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Beam search -> the best `num_captions` of each image, best first: ids [B x num_captions, <= max_length] and
-    scores [B x num_captions], log-probability / length^length_penalty.
+def beam_search(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tensor, pad_id: int, num_beams: int,
+                max_length: int, length_penalty: float, constraints: Constraints, length_rule: str = 'blip',
+                early_stopping: bool = False,
+                num_captions: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Beam search -> the best `num_captions` of each image, best first: ids [B x num_captions, <= max_length], the mean
+    log-probabilities [B x num_captions] of their tokens after the prompt, and scores [B x num_captions]: penalised
+    log-probability / length^length_penalty. An image with fewer possible captions repeats its best.
 
     The length of an ended hypothesis counts, by the rule 'blip', the prompt but not the [SEP] (transformers when BLIP
     was published), and by 'transformers' the [SEP] but not the prompt (transformers today). An image is finished when
@@ -99,82 +101,102 @@ def beam_search(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tenso
     them at the present length.
     """
     batch, beams, length, device = len(image_tokens), num_beams, len(prompt_ids), image_tokens.device
-    best_ids = torch.full((batch, num_captions, max_length), pad_id, device=device)
-    best_scores = torch.zeros(batch, num_captions, dtype=torch.float32, device=device)
-    uncounted = 1 if length_rule == 'blip' else length
+    best = Hypotheses.empty(batch, num_captions, max_length, pad_id, device)
+    prompt, uncounted = length, 1 if length_rule == 'blip' else length
     rows = torch.arange(batch, device=device)  # the unfinished images
-    running = best_ids[:, :1].repeat(1, beams, 1)  # [images, beams, max_length]
-    running[..., :length] = prompt_ids
-    running_scores = torch.tensor([0.0] + [-1e9] * (beams - 1), dtype=torch.float32, device=device).repeat(batch, 1)
-    ended, ended_scores = running.clone(), running_scores.new_full((batch, beams), -torch.inf)
+    ended = Hypotheses.empty(batch, beams, max_length, pad_id, device)
+    running = Hypotheses.empty(batch, beams, max_length, pad_id, device)  # their means are sums
+    running.ids[..., :length] = prompt_ids
+    running.scores[:] = torch.tensor([0.0] + [-1e9] * (beams - 1))
     decoder = Decoder(model, image_tokens, max_length)
-    logits = decoder.logits(running[:, 0, :length]).repeat_interleave(beams, 0)  # the prompt runs once per image
+    logits = decoder.logits(running.ids[:, 0, :length]).repeat_interleave(beams, 0)  # the prompt runs once per image
     decoder.cache.reorder(rows.repeat_interleave(beams))
 
-    def merge(ids, scores, more_ids, more_scores):
-        """The best `beams` of two sets of hypotheses."""
-        scores, order = torch.cat([scores, more_scores], 1).topk(beams)
-        return torch.cat([ids, more_ids], 1).gather(1, order[..., None].expand(-1, -1, max_length)), scores
-
     while True:
-        scores = penalise_repeats(logits.log_softmax(-1), running.flatten(0, 1)[:, :length], repetition_penalty)
-        if length < min_length:
-            scores[:, eos_id] = -torch.inf
+        logp = logits.log_softmax(-1)
+        scores = constraints(logp, running.ids.flatten(0, 1)[:, :length])
         vocab = scores.shape[1]
-        scores = (scores.unflatten(0, (-1, beams)) + running_scores[..., None]).flatten(1)
+        scores = (scores.unflatten(0, (-1, beams)) + running.scores[..., None]).flatten(1)
         top_scores, top = scores.topk(2 * beams)
         source, tokens = top // vocab, top % vocab
-        ids = running.gather(1, source[..., None].expand(-1, -1, max_length))
-        ids[..., length] = tokens
+        sums = running.means.gather(1, source) + logp.unflatten(0, (-1, beams)).flatten(1).gather(1, top)
+        top = Hypotheses(top_scores, sums, running.take(source).ids)
+        top.ids[..., length] = tokens
         length += 1
-        ends = tokens == eos_id
+        ends = tokens == constraints.eos_id
         ended_length = (length - uncounted) ** length_penalty
         cut = length == max_length
         eligible = ends | (cut and length_rule == 'transformers')  # there what is cut off competes with what ends now
         eligible[:, beams:] = False  # an end below the top `beams` candidates does not count
-        ended, ended_scores = merge(ended, ended_scores, ids,
-                                    (top_scores / ended_length).masked_fill(~eligible, -torch.inf))
+        ended = ended.best_with((top.scores / ended_length).masked_fill(~eligible, -torch.inf),
+                                top.means / (length - prompt), top.ids)
         order = ends.int().argsort(dim=1, stable=True)[:, :beams]  # the best candidates that go on
-        running = ids.gather(1, order[..., None].expand(-1, -1, max_length))
-        running_scores, source = top_scores.gather(1, order), source.gather(1, order)
+        running, source = top.take(order), source.gather(1, order)
 
-        best = top_scores[:, 0] if length_rule == 'blip' else running_scores[:, 0]
-        done = ended_scores[:, -1] >= (-torch.inf if early_stopping else best / ended_length)
-        done &= ended_scores[:, -1] > -torch.inf
+        highest = top.scores[:, 0] if length_rule == 'blip' else running.scores[:, 0]
+        done = ended.scores[:, -1] >= (-torch.inf if early_stopping else highest / ended_length)
+        done &= ended.scores[:, -1] > -torch.inf
         if cut and length_rule == 'blip':  # what runs on competes where the image is not finished, all of it counting
-            scores = (running_scores / length ** length_penalty).masked_fill(done[:, None], -torch.inf)
-            ended, ended_scores = merge(ended, ended_scores, running, scores)
+            ended = ended.best_with((running.scores / length ** length_penalty).masked_fill(done[:, None], -torch.inf),
+                                    running.means / (length - prompt), running.ids)
         done |= cut
         if done.any():
-            best_ids[rows[done]] = ended[done, :num_captions]
-            best_scores[rows[done]] = ended_scores[done, :num_captions]
+            for part, found in zip(best, ended, strict=True):
+                part[rows[done]] = found[done, :num_captions]
             if done.all():
                 break
             keep = ~done
             decoder.keep_images(keep)
-            rows, running, running_scores = rows[keep], running[keep], running_scores[keep]
-            ended, ended_scores, source = ended[keep], ended_scores[keep], source[keep]
+            rows, source = rows[keep], source[keep]
+            running, ended = (Hypotheses(*(part[keep] for part in each)) for each in (running, ended))
             offsets = keep.nonzero() * beams
         else:
             offsets = torch.arange(len(rows), device=device)[:, None] * beams
         decoder.cache.reorder((source + offsets).flatten())
-        logits = decoder.logits(running.flatten(0, 1)[:, length - 1:length])
-    best_ids = best_ids.flatten(0, 1)
-    return best_ids[:, :int((best_ids != pad_id).sum(1).max())], best_scores.flatten()
+        logits = decoder.logits(running.ids.flatten(0, 1)[:, length - 1:length])
+    order = torch.arange(num_captions, device=device).expand(batch, -1)
+    best = best.take(order.masked_fill(best.scores == -torch.inf, 0))
+    scores, means, ids = (part.flatten(0, 1) for part in best)
+    return ids[:, :int((ids != pad_id).sum(1).max())], means, scores
+
+
+class Hypotheses(NamedTuple):
+    """Some captions of each image: scores and mean log-probabilities [images, n], ids [images, n, max_length]."""
+
+    scores: torch.Tensor
+    means: torch.Tensor
+    ids: torch.Tensor
+
+    @classmethod
+    def empty(cls, images: int, count: int, max_length: int, pad_id: int, device: torch.device) -> 'Hypotheses':
+        scores = torch.full((images, count), -torch.inf, dtype=torch.float32, device=device)
+        return cls(scores, torch.zeros_like(scores), torch.full((images, count, max_length), pad_id, device=device))
+
+    def take(self, order: torch.Tensor) -> 'Hypotheses':
+        """Those of the places [images, m]."""
+        return Hypotheses(self.scores.gather(1, order), self.means.gather(1, order),
+                          self.ids.gather(1, order[..., None].expand(-1, -1, self.ids.shape[2])))
+
+    def best_with(self, *others: torch.Tensor) -> 'Hypotheses':
+        """The best of these and of others, as many as these are."""
+        both = Hypotheses(*(torch.cat(pair, 1) for pair in zip(self, others, strict=True)))
+        return both.take(both.scores.topk(self.scores.shape[1]).indices)
 
 
 @torch.inference_mode()
-def generate_ids(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tensor, eos_id: int, pad_id: int, *,
-                 num_beams: int = 3, max_length: int = 30, min_length: int = 10, sample: bool = False,
-                 top_k: int = 0, top_p: float = 0.9, temperature: float = 1.0, repetition_penalty: float = 1.0,
-                 length_penalty: float = 1.0, early_stopping: bool = False, num_captions: int = 1,
-                 length_rule: str = 'blip', generator: torch.Generator | None = None) -> torch.Tensor:
+def generate_scored(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tensor, eos_id: int, pad_id: int, *,
+                    num_beams: int = 3, max_length: int = 30, min_length: int = 10, sample: bool = False,
+                    top_k: int = 0, top_p: float = 0.9, temperature: float = 1.0, repetition_penalty: float = 1.0,
+                    no_repeat_ngram_size: int = 0, forbidden: Forbidden | None = None, length_penalty: float = 1.0,
+                    early_stopping: bool = False, num_captions: int = 1, length_rule: str = 'blip',
+                    generator: torch.Generator | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Image tokens [B, N, vision_width] -> token ids [B x num_captions, <= max_length], prompt included, [SEP]-ended,
-    padded, the captions of an image side by side.
+    padded, the captions of an image side by side; and of each the mean log-probability [B x num_captions], by the net
+    alone, of its tokens after the prompt, its [SEP] included.
 
     Lengths count the prompt's tokens. `sample` draws from the `top_k` (0: all) most likely tokens and the nucleus;
     otherwise beam search, or greedy with one beam. `length_penalty`, `early_stopping` and `length_rule` ('blip' or
-    'transformers') belong to `beam_search`.
+    'transformers') belong to `beam_search`, the other settings to `Constraints`.
 
     Raises:
         ValueError: a setting is out of range.
@@ -182,11 +204,12 @@ def generate_ids(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tens
     if model.text_decoder is None:
         raise ValueError(f'this {model.config.task} model has no text decoder: captions need a caption checkpoint')
     for name, value in (('num_beams', num_beams), ('max_length', max_length), ('min_length', min_length),
-                        ('top_k', top_k), ('num_captions', num_captions)):
+                        ('top_k', top_k), ('num_captions', num_captions),
+                        ('no_repeat_ngram_size', no_repeat_ngram_size)):
         if not isinstance(value, int):
             raise ValueError(f'generation needs a whole number as {name}, got {shorten(value)}')
     checks = {f'1 <= num_beams <= 1000, got {num_beams}': 1 <= num_beams <= 1000,
-              f'{len(prompt_ids)} (prompt) < max_length <= {model.config.max_positions}, got {max_length}':
+              f'{len(prompt_ids)} (prompt and prefix) < max_length <= {model.config.max_positions}, got {max_length}':
                   len(prompt_ids) < max_length <= model.config.max_positions,
               f'min_length <= max_length, got {min_length} > {max_length}': min_length <= max_length,
               f'1e-6 <= temperature <= 1e6, got {temperature}': 1e-6 <= temperature <= 1e6,
@@ -195,30 +218,52 @@ def generate_ids(model: BLIP, image_tokens: torch.Tensor, prompt_ids: torch.Tens
               f'a length_rule blip or transformers, got {shorten(length_rule)}':
                   length_rule in ('blip', 'transformers'),
               f'1e-6 <= repetition_penalty <= 1e6, got {repetition_penalty}': 1e-6 <= repetition_penalty <= 1e6,
+              f'no_repeat_ngram_size >= 0, got {no_repeat_ngram_size}': no_repeat_ngram_size >= 0,
               f'-100 <= length_penalty <= 100, got {length_penalty}': -100 <= length_penalty <= 100,
               f'1 <= num_captions <= 1000, and at most num_beams where it does not sample, got {num_captions}':
                   1 <= num_captions <= (1000 if sample else num_beams)}
     for rule, holds in checks.items():
         if not holds:
             raise ValueError(f'generation needs {rule}')
-    prompt_ids = prompt_ids.to(image_tokens.device)
-    shared = (model, image_tokens, prompt_ids, eos_id, pad_id)
+    constraints = Constraints(eos_id, min_length, repetition_penalty, no_repeat_ngram_size, forbidden)
+    shared = (model, image_tokens, prompt_ids.to(image_tokens.device), pad_id)
     if sample:
         def pick(logits):
             probabilities = filter_top(logits / temperature, top_k, top_p).softmax(-1)
             return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-        return extend(*shared, max_length, min_length, pick, repetition_penalty, num_captions)
+        return extend(*shared, max_length, pick, constraints, num_captions)
     if num_beams == 1:
-        return extend(*shared, max_length, min_length, lambda logits: logits.argmax(-1), repetition_penalty)
-    return beam_search(*shared, num_beams, max_length, min_length, length_penalty, repetition_penalty, length_rule,
-                       early_stopping, num_captions)[0]
+        return extend(*shared, max_length, lambda logits: logits.argmax(-1), constraints)
+    return beam_search(*shared, num_beams, max_length, length_penalty, constraints, length_rule, early_stopping,
+                       num_captions)[:2]
+
+
+def generate_ids(*arguments, **settings) -> torch.Tensor:
+    """The token ids of `generate_scored`, which takes the same arguments."""
+    return generate_scored(*arguments, **settings)[0]
 
 
 @torch.inference_mode()
-def generate(model: BLIP, tokenizer: Tokenizer, images: torch.Tensor, prompt: str = PROMPT, **settings) -> list[str]:
-    """Normalised images [B, 3, S, S] -> `num_captions` each, side by side and without the prompt (settings:
-    `generate_ids`)."""
-    prompt_ids = tokenizer([prompt], max_length=model.config.max_positions, start=DEC)[0][0, :-1]
-    ids = generate_ids(model, model.encode_image(images.to(model.device)), prompt_ids, tokenizer.sep_id,
-                       tokenizer.pad_id, **settings)
-    return tokenizer.batch_decode(ids[:, len(prompt_ids):])
+def generate(model: BLIP, tokenizer: Tokenizer, images: torch.Tensor, prompt: str = PROMPT, *, prefix: str = '',
+             forbid: Sequence[str] = (), scores: bool = False, **settings) -> list[str] | list[tuple[str, float]]:
+    """Normalised images [B, 3, S, S] -> `num_captions` each, side by side and without the prompt.
+
+    Args:
+        prefix: how the captions begin.
+        forbid: phrases that they do not contain (see `Forbidden`).
+        scores: give (caption, mean log-probability of its tokens after the prefix) instead.
+        settings: of `generate_scored`.
+
+    Raises:
+        ValueError: a setting is out of range, or the prefix holds what is forbidden.
+    """
+    limit = model.config.max_positions + 1
+    prompt_ids = tokenizer([prompt], limit, DEC)[0][0, :-1]
+    start = torch.cat([prompt_ids, tokenizer([prefix], limit)[0][0, 1:-1]])
+    forbidden = Forbidden(forbid, tokenizer, model.device) if forbid else None
+    if forbidden is not None and forbidden.within(start.to(model.device), len(prompt_ids)):
+        raise ValueError(f'the prefix {shorten(prefix)} contains a phrase that forbid names')
+    ids, means = generate_scored(model, model.encode_image(images.to(model.device)), start, tokenizer.sep_id,
+                                 tokenizer.pad_id, forbidden=forbidden, **settings)
+    captions = tokenizer.batch_decode(ids[:, len(prompt_ids):])
+    return list(zip(captions, means.tolist(), strict=True)) if scores else captions

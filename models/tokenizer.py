@@ -33,7 +33,7 @@ class Tokenizer:
         self.pad_id, self.cls_id, self.sep_id = ids['[PAD]'], ids['[CLS]'], ids['[SEP]']
         self.bos_id, self.enc_id = ids[DEC], ids[ENC]
         self._starts = {'[CLS]': self.cls_id, DEC: self.bos_id, ENC: self.enc_id}
-        self._special = {self.pad_id, self.cls_id, self.sep_id, self.bos_id, self.enc_id}
+        self.special = {self.pad_id, self.cls_id, self.sep_id, self.bos_id, self.enc_id}  # texts do not show them
         try:
             self._wordpiece = tokenizers.BertWordPieceTokenizer(ids, lowercase=True)
         except (UnicodeEncodeError, TypeError):
@@ -79,10 +79,15 @@ class Tokenizer:
             ids[i, :len(row)] = torch.tensor(row)
         return ids, (ids != self.pad_id).long()
 
+    def words(self, text: str) -> list[str]:
+        """The words and punctuation marks of a text, normalised, which are split into tokens one by one."""
+        text = self._wordpiece.normalizer.normalize_str(text.encode('utf-8', 'replace').decode())
+        return [word for word, _ in self._wordpiece.pre_tokenizer.pre_tokenize_str(text)]
+
     def decode(self, ids: torch.Tensor | list[int]) -> str:
         """Token ids -> text, special tokens dropped."""
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else ids
-        return self._wordpiece.decode([i for i in ids if i not in self._special], skip_special_tokens=False)
+        return self._wordpiece.decode([i for i in ids if i not in self.special], skip_special_tokens=False)
 
     def batch_decode(self, rows: torch.Tensor | list[list[int]]) -> list[str]:
         return [self.decode(row) for row in rows]

@@ -1,7 +1,6 @@
 """DLIPProd: a trained checkpoint as a captioner or a retriever. Every method, with examples: prod/README.md."""
 
 import os
-from collections.abc import Iterator
 
 import torch
 from PIL import Image
@@ -14,22 +13,20 @@ from models.weights.checkpoint import load_model
 from models.weights.originals import VOCABULARY
 from models.weights.transformers_format import write_folder
 from prod.arguments import checked
+from prod.batches import NEEDS, Batches
 from prod.defaults import on_its_own_devices
-from prod.images import named_images, read_image
 from prod.index import PictureIndex
-from prod.memory import check_batch_size, fitting, pair_bytes, picture_bytes
 from prod.precision import for_inference
 from prod.run_settings import MAX_NEW, MIN_NEW, run_settings
 from prod.texts import checked_texts
 from utils import shorten
 
-NEEDS = {'caption': 'text_decoder', 'retrieval': 'text_encoder'}
 TEXTS = 256  # texts a batch
 
 
 @on_its_own_devices
 @checked
-class DLIPProd:
+class DLIPProd(Batches):
     """A checkpoint of this repository, of dlip-v2 or of BLIP, ready for inference.
 
     One object may be used from several threads, and on one thread in a forked process; it serves captions and retrieval
@@ -94,9 +91,10 @@ class DLIPProd:
 
     def generate(self, images, *, sample: bool = False, num_beams: int | None = None, max_length: int | None = None,
                  min_length: int | None = None, top_k: int = 0, top_p: float = 0.75, temperature: float = 1.0,
-                 repetition_penalty: float = 1.0, length_penalty: float = 1.0, early_stopping: bool = False,
-                 num_captions: int = 1, seed: int | None = None, batch_size: int | None = None, bgr: bool = False,
-                 on_error: str = 'raise') -> list:
+                 repetition_penalty: float = 1.0, no_repeat_ngram_size: int = 0, length_penalty: float = 1.0,
+                 early_stopping: bool = False, num_captions: int = 1, prefix: str = '',
+                 forbid: str | list | tuple = (), seed: int | None = None, scores: bool = False,
+                 batch_size: int | None = None, bgr: bool = False, on_error: str = 'raise') -> list:
         """Caption images: a list with one string per image, without the prompt.
 
         Args:
@@ -105,10 +103,16 @@ class DLIPProd:
             num_beams, max_length, min_length: default to what the checkpoint was evaluated with, else to 3, 30 and 10;
                 lengths in tokens, counting the prompt's four (a checkpoint without prompt: 27 and 7).
             repetition_penalty: above 1 the tokens of a caption so far become less likely (CTRL, arXiv 1909.05858).
+            no_repeat_ngram_size: no sequence of so many tokens, the prompt's included, appears twice; 0: any may.
             length_penalty: beams compare by log-probability / length^length_penalty.
             early_stopping: an image is done when it has `num_beams` captions, though a longer one might be better.
             num_captions: above 1 the list holds a list of so many captions for each image, of beams the best ones.
+            prefix: the captions begin so; its tokens count in the lengths.
+            forbid: a phrase, or a list of them, that captions never contain as whole words. Nor do words appear that
+                begin with a forbidden one and are spelled by further tokens.
             seed: makes sampling repeatable.
+            scores: give (caption, mean log-probability) in the place of each caption: of its tokens after the prefix,
+                by the net alone. The lower, the more doubtful.
             batch_size: images per forward pass; None: as many as `memory` holds.
             on_error: 'raise', or 'skip': None in the place of what is no readable picture.
 
@@ -116,10 +120,15 @@ class DLIPProd:
         ['within a green square there is a blue star on white']
         >>> dlip.generate('prod/examples/05.jpg', num_captions=2)[0][1]
         'white background with a green square that holds a blue star'
+        >>> dlip.generate('prod/examples/05.jpg', prefix='a blue', forbid=['green square'])
+        ['a blue star inside a green picture on white']
+        >>> [(said, round(score, 1)) for said, score in dlip.generate('prod/examples/05.jpg', scores=True)]
+        [('within a green square there is a blue star on white', -0.2)]
         >>> dlip.generate([b'no picture'], on_error='skip')
         [None]
         """
         self._require('caption')
+        forbid = checked_texts(forbid, 'forbid') if forbid else []
         given = {'num_beams': num_beams, 'max_length': max_length, 'min_length': min_length}
         settings = self.generation | {key: value for key, value in given.items() if value is not None}
         if seed is not None and not -2 ** 63 <= seed < 2 ** 64:
@@ -130,8 +139,10 @@ class DLIPProd:
         for read, pixels in self._batches(images, batch_size, bgr, on_error):
             said = [] if pixels is None else generate(
                 self.model, self.tokenizer, pixels, self.prompt, sample=sample, top_k=top_k, top_p=top_p,
-                temperature=temperature, repetition_penalty=repetition_penalty, length_penalty=length_penalty,
-                early_stopping=early_stopping, num_captions=num_captions, generator=generator, **settings)
+                temperature=temperature, repetition_penalty=repetition_penalty,
+                no_repeat_ngram_size=no_repeat_ngram_size, length_penalty=length_penalty,
+                early_stopping=early_stopping, num_captions=num_captions, prefix=prefix, forbid=forbid, scores=scores,
+                generator=generator, **settings)
             own = iter(said if num_captions == 1 else
                        [said[i:i + num_captions] for i in range(0, len(said), num_captions)])
             captions += [next(own) if good else None for good in read]
@@ -276,61 +287,3 @@ class DLIPProd:
             hits = sorted(((path, score) for (path, _), score in zip(hits, scores, strict=True) if score == score),
                           key=lambda hit: -hit[1])
         return hits[:k]
-
-    # ------------------------------------------------------------ inputs
-
-    def _require(self, task: str) -> None:
-        if getattr(self.model, NEEDS[task]) is None:
-            raise ValueError(f'{self.weight} is a {self.model.config.task} checkpoint without the '
-                             f'{NEEDS[task]} that {task} needs: load a {task} or a pre-training checkpoint')
-
-    def _batch_size(self, given: int | None, rows: int = 0, length: int = 0) -> int:
-        if given is not None:
-            check_batch_size(given)
-            return given
-        return fitting(self.memory, picture_bytes(self.model.config, rows, length))
-
-    def _batches(self, images, batch_size: int, bgr: bool,
-                 on_error: str = 'raise') -> Iterator[tuple[list[bool], torch.Tensor | None]]:
-        """Images -> which of the next ones could be read, and those [<= batch_size, 3, S, S] on the device."""
-        check_batch_size(batch_size)
-        if on_error not in ('raise', 'skip'):
-            raise ValueError(f'on_error is {shorten(on_error)}: raise or skip')
-        read, pixels = [], []
-
-        def batch():
-            return read, torch.stack(pixels).to(self.device) if pixels else None
-
-        for name, image in named_images(images):
-            try:
-                pixels.append(self.transform(read_image(image, name, bgr, self.memory)))
-                read.append(True)
-            except (TypeError, ValueError):
-                if on_error == 'raise':
-                    raise
-                read.append(False)
-            if len(read) == batch_size:
-                yield batch()
-                read, pixels = [], []
-        if read:
-            yield batch()
-
-    def _pairs(self, images, texts, batch_size: int | None, bgr: bool, start: str, prompt: str = '',
-               on_error: str = 'raise'):
-        """Images and texts -> (which of the next images could be read, their keys and values, all texts as batches of
-        ids and mask)."""
-        if batch_size is None:
-            batch_size = fitting(self.memory, pair_bytes(self.model.config, self.max_tokens, vocabulary=start == DEC))
-        tokens = list(self._tokens(texts, batch_size, start, prompt))
-        count = sum(len(ids) for ids, _ in tokens)
-        for read, pixels in self._batches(images, max(1, batch_size // count), bgr, on_error):
-            yield read, None if pixels is None else self.model.project_image(self.model.encode_image(pixels)), tokens
-
-    def _tokens(self, texts, batch_size: int, start: str,
-                prompt: str = '') -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Texts, each after the prompt -> batches of ids and mask [<= batch_size, T] on the device."""
-        check_batch_size(batch_size)
-        texts = [prompt + text for text in checked_texts(texts)]
-        for i in range(0, len(texts), batch_size):
-            ids, mask = self.tokenizer(texts[i:i + batch_size], self.max_tokens, start)
-            yield ids.to(self.device), mask.to(self.device)

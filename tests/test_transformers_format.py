@@ -21,6 +21,7 @@ from transformers import BlipForConditionalGeneration
 from bench.equality import compare_caption, compare_retrieval, ended, random_net, random_pictures
 from data.transforms import eval_transform
 from models.blip import BLIP, BLIPConfig
+from models.constraints import Forbidden
 from models.generation import generate_ids
 from models.tokenizer import DEC
 from models.weights.build import build_teacher
@@ -58,18 +59,26 @@ def test_every_deterministic_setting_gives_the_ids_of_transformers(tmp_path, ber
     images = random_pictures(8, 64)
     tokens, prompt = ours.encode_image(images), bert_tokenizer(['a picture of '], 9, DEC)[0][0]
     base, said = {'max_length': 24, 'min_length': 6}, set()
+    plain = bert_tokenizer.batch_decode(generate_ids(ours, tokens, prompt[:-1], 102, 0, **base)[:, 4:])
+    phrases = [' '.join(caption.split()[:2]) for caption in plain] + plain[0].split()[2:3]
+    forbid = {'forbidden': Forbidden(phrases, bert_tokenizer)}
     for settings in (dict(num_beams=1, repetition_penalty=1.3), dict(num_beams=3),
                      dict(num_beams=3, length_penalty=3.0), dict(num_beams=3, length_penalty=-1.0),
                      dict(num_beams=3, early_stopping=True), dict(num_beams=4, num_captions=3),
                      dict(num_beams=3, num_captions=2, early_stopping=True, length_penalty=0.3,
-                          repetition_penalty=1.2)):
+                          repetition_penalty=1.2),
+                     dict(num_beams=1, no_repeat_ngram_size=2), dict(num_beams=3, no_repeat_ngram_size=2),
+                     dict(num_beams=1, **forbid), dict(num_beams=3, **forbid),
+                     dict(num_beams=3, no_repeat_ngram_size=1, repetition_penalty=1.2, **forbid)):
         mine = generate_ids(ours, tokens, prompt[:-1], 102, 0, length_rule='transformers', **base | settings)
         count = settings.pop('num_captions', 1)
+        if settings.pop('forbidden', None):
+            settings['bad_words_ids'] = [bert_tokenizer([phrase], 24)[0][0, 1:-1].tolist() for phrase in phrases]
         other = theirs.generate(images, prompt.repeat(8, 1), do_sample=False, num_return_sequences=count,
                                 **base | settings)
         assert ended(mine, bert_tokenizer) == ended(other, bert_tokenizer), settings
         said.add(tuple(ended(mine, bert_tokenizer)))
-    assert len(said) == 7  # each setting matters
+    assert len(said) == 12  # each setting matters
 
 
 def test_the_length_rule_matters(bert_tokenizer):
