@@ -1,105 +1,152 @@
-"""Caption every image of a folder, and of the folders in it, into a file of JSON lines.
+"""Caption every image of a folder, and of the folders in it: into one file, or into a text file beside each image.
 
     python -m prod.caption output/demo/data/flickr30k/flickr30k-images --weight output/demo/caption/best.pth \\
       --out output/captions.jsonl
+    python -m prod.caption photos --weight W --sidecar --existing append
+    find photos -name '*.jpg' | python -m prod.caption - --weight W --out - | jq .caption
 
-Each line is {"path": ..., "caption": ...}, or {"path": ..., "error": ...} for a file that cannot be read; the exit code
-is 1 if there is one. Launched again, it captions what has no caption yet, the failed files among them. The settings
-are kept in OUT.settings.json; with others it starts over if `--overwrite` says so. A file name that is not UTF-8 is
-written with JSON escapes: Python's `json.loads` gives back the path as `os.listdir` spells it.
+The ending of --out chooses the format:
+
+- .jsonl: a line {"path", "caption", "log_probability"} for each image, or {"path", "error"} for one that failed;
+- .csv: the columns file_name, text (of an imagefolder's metadata.csv) and log_probability, a row for each caption;
+- .parquet: the same columns.
+
+log_probability is the mean of the caption's tokens: the lower, the more doubtful. A table is written from FILE.jsonl,
+which grows beside it, once all images are through. The exit code is 1 if an image failed. Launched again, the same
+command captions what has no caption yet, the failed images among them. The settings are kept in *.settings.json; with
+others it starts over if `--overwrite` says so. A file name that is not UTF-8 is written with JSON escapes (Python's
+`json.loads` gives back the path as `os.listdir` spells it), in CSV as the bytes it is, in parquet as a JSON string.
 """
 
 import argparse
-import json
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from PIL import Image
+
 from configs.rules import whole
-from data.json_lines import JsonLines
+from data.json_lines import JsonLines, encoded
 from models.weights.checkpoint import fingerprint
 from prod import DLIPProd
-from prod.images import find_pictures, read_image
-from prod.options import net_options, net_settings, output_file
-from utils import atomic_write, clean_exit, logger, progress
+from prod.caption_files import Captions, listed, shared_sidecars, sidecar, write_sidecar
+from prod.images import find_pictures, is_excluded, read_image
+from prod.options import generate_options, generate_settings, log_to_stderr, net_options, net_settings, output_file
+from utils import clean_exit, logger, progress, shorten
 
 
-def captioned(lines: JsonLines, settings: dict) -> set[str]:
-    """The real paths of the files that have a caption, however the folder was spelled; errors are dropped from the
-    file, to be tried again.
+def given_images(source: str, exclude: list[str]) -> list[str]:
+    """The images of a folder, or those that standard input names (`-`): one a line, or ended by NUL characters.
 
     Raises:
-        ValueError: the file holds something else, or captions made with other settings.
+        FileNotFoundError: no such folder, or no image.
     """
-    beside = settings_file(lines.path)
-    try:
-        records = list(lines.read())
-        done = [{'path': record['path'], 'caption': record['caption']} for record in records if 'error' not in record]
-    except (ValueError, KeyError):
-        raise ValueError(f'{lines.path} is there and holds something else than captions: name another --out') from None
-    if records:
-        try:
-            written = json.loads(beside.read_text(encoding='utf-8'))
-            other = [f'{name} {written.get(name)}, now {value}' for name, value in settings.items()
-                     if written.get(name) != value]
-        except (OSError, ValueError, AttributeError):
-            other = [f'unknown settings, as {beside} is not there']
-        if other:
-            raise ValueError(f'{lines.path} was made with other settings ({"; ".join(other)}): start over with '
-                             f'--overwrite, or name another --out')
-    if len(done) < len(records):
-        lines.replace(done)
-    with atomic_write(beside) as file:
-        json.dump(settings, file, indent=1)
-    return {os.path.realpath(record['path']) for record in done}
+    if source != '-':
+        return find_pictures(source, exclude)
+    names = sys.stdin.buffer.read()
+    names = [os.fsdecode(name) for name in names.split(b'\0' if b'\0' in names else b'\n') if name]
+    images = [name for name in dict.fromkeys(names) if not is_excluded(name, exclude)]
+    if not images:
+        raise FileNotFoundError(f'no path {"of an image that --exclude leaves " if names else ""}on standard input')
+    return images
 
 
-def settings_file(out: Path) -> Path:
-    return out.with_name(f'{out.name}.settings.json')
+def captions_file(text: str) -> Path | str:
+    """argparse's type of --out."""
+    if text == '-':
+        return text
+    path = output_file(text)
+    if path.suffix.lower() not in ('.jsonl', '.csv', '.parquet'):
+        raise argparse.ArgumentTypeError(f'must end in .jsonl, .csv or .parquet, or be -, got {shorten(path)}')
+    return path
+
+
+def record(path: str, found: tuple | list | None, error: str | None) -> dict:
+    """What --out says of an image: `found` by `generate`, or the error."""
+    if error is not None:
+        return {'path': path, 'error': error}
+    captions, scores = zip(*listed(found), strict=True)
+    if len(captions) == 1:
+        return {'path': path, 'caption': captions[0], 'log_probability': scores[0]}
+    return {'path': path, 'caption': captions, 'log_probability': scores}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 1 if a file could not be read."""
+    """Returns the exit code: 1 if an image failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('folder')
+    parser.add_argument('folder', help='- reads paths from standard input instead: lines, or ended by NUL characters')
     parser.add_argument('--weight', required=True, help='a captioner: anything that DLIPProd takes')
-    parser.add_argument('--out', type=output_file, required=True, help='file of JSON lines; goes on where it ends')
-    parser.add_argument('--overwrite', action='store_true', help='start the file over')
-    net_options(parser)
+    parser.add_argument('--out', type=captions_file, metavar='FILE', help='.jsonl, .csv or .parquet; goes on where it '
+                        'ends; - writes JSON lines to standard output')
+    parser.add_argument('--overwrite', action='store_true', help='start --out over')
+    parser.add_argument('--sidecar', action='store_true', help='write captions to IMAGE.txt beside each image')
+    parser.add_argument('--existing', choices=('skip', 'overwrite', 'append'), default='skip', help='what becomes of '
+                        'text files that are there; append adds captions that they lack (default: %(default)s)')
+    parser.add_argument('--exclude', action='append', default=[], metavar='GLOB', help='leave out files and folders of '
+                        'this name or path within the folder; may be repeated')
     parser.add_argument('--batch_size', type=whole(1), default=32, help='default: %(default)s')
-    parser.add_argument('--num_beams', type=whole(1), help="default: the checkpoint's own, or 3")
+    net_options(parser)
+    generate_options(parser)
     args = parser.parse_args(argv)
+    if args.out is None and not args.sidecar:
+        parser.error('where to? Give --out FILE, --sidecar or both')
     served = net_settings(args)
-    paths, lines = find_pictures(args.folder), JsonLines(args.out)
-    with lines.writing():
-        captioner = DLIPProd('caption', args.weight, **served)
-        settings = captioner.generation | {'prompt': captioner.prompt, 'precision': args.precision,
-                                           'weights': fingerprint(captioner.net)}
-        if args.num_beams is not None:
-            settings['num_beams'] = args.num_beams
-        if args.overwrite:
-            lines.replace([])
-        done, errors = captioned(lines, settings), {}
-        left = [path for path in paths if os.path.realpath(path) not in done]
+    if args.out == '-':
+        log_to_stderr()
+    paths, errors = given_images(args.folder, args.exclude), {}
+    captioner = DLIPProd('caption', args.weight, **served)
+    options = generate_settings(args)
+    captioner.generate(Image.new('L', (9, 9)), **options)  # a bad setting ends it before anything is written
+    done = set()
+    with ExitStack() as held:
+        if args.sidecar:
+            errors |= shared_sidecars(paths)
+            if args.folder != '-':
+                held.enter_context(JsonLines(Path(args.folder) / '.captions').writing())
+            if args.existing == 'skip' and not args.out:
+                done = {os.path.realpath(path) for path in paths if os.path.lexists(sidecar(path))}
+        if isinstance(args.out, Path):
+            captions = Captions(args.out)
+            held.enter_context(captions.lines.writing())
+            done = captions.resume(captioner.generation | options | {
+                'prompt': captioner.prompt, 'precision': args.precision, 'weights': fingerprint(captioner.net)},
+                args.overwrite)
+        left = [path for path in paths if path in errors or os.path.realpath(path) not in done]
         logger.info('%d images, %d of them captioned already', len(paths), len(paths) - len(left))
 
         def opened(path: str):
             try:
-                return read_image(path, path, False, args.memory)
+                if path not in errors:
+                    return read_image(path, path, False, args.memory)
             except ValueError as error:
                 errors[path] = str(error)
 
         for start in progress(range(0, len(left), args.batch_size), desc='captions'):
             batch = left[start:start + args.batch_size]
-            said = captioner.generate(map(opened, batch), batch_size=args.batch_size, num_beams=args.num_beams,
-                                      on_error='skip')  # opens them one at a time
-            lines.append({'path': path, 'error': errors[path]} if path in errors else {'path': path, 'caption': text}
-                         for path, text in zip(batch, said, strict=True))
-    logger.info('%s: %d captions new, %d files that cannot be read', args.out, len(left) - len(errors), len(errors))
-    return int(bool(errors))
+            said = captioner.generate(map(opened, batch), batch_size=args.batch_size, scores=True, on_error='skip',
+                                      **options)  # opens them one at a time
+            if args.sidecar:
+                for path, found in zip(batch, said, strict=True):
+                    if found is not None:
+                        errors |= write_sidecar(path, [text for text, _ in listed(found)], args.existing)
+            records = [record(path, found, errors.get(path)) for path, found in zip(batch, said, strict=True)]
+            if args.out == '-':
+                sys.stdout.write(''.join(encoded(each).decode() for each in records))
+                sys.stdout.flush()
+            elif args.out:
+                captions.lines.append(records)
+        if isinstance(args.out, Path):
+            captions.finish()
+    for path in left:
+        if path in errors:
+            logger.warning('no caption: %s', shorten(ValueError(errors[path]), 1000))
+    failed = sum(path in errors for path in left)
+    logger.info('%d captions new, %d images failed', len(left) - failed, failed)
+    return int(failed > 0)
 
 
 if __name__ == '__main__':

@@ -98,10 +98,12 @@ class DLIPProd(Batches):
         """Caption images: a list with one string per image, without the prompt.
 
         Args:
-            sample: draw each token, at `temperature`, from the nucleus of mass `top_p` and the `top_k` most likely
-                tokens (0: all); otherwise beam search, which is greedy with one beam.
-            num_beams, max_length, min_length: default to what the checkpoint was evaluated with, else to 3, 30 and 10;
-                lengths in tokens, counting the prompt's four (a checkpoint without prompt: 27 and 7).
+            sample: draw each token; otherwise beam search, which is greedy with one beam.
+            top_k, top_p: draw from the so many most likely tokens (0: all), and from the nucleus of this mass.
+            temperature: of drawing; below 1 likely tokens become likelier.
+            num_beams: None: as many as the checkpoint was evaluated with, else 3.
+            max_length, min_length: in tokens, counting the prompt's four. None: what the checkpoint was evaluated with,
+                else 30 and 10 (of a checkpoint without prompt: 27 and 7).
             repetition_penalty: above 1 the tokens of a caption so far become less likely (CTRL, arXiv 1909.05858).
             no_repeat_ngram_size: no sequence of so many tokens, the prompt's included, appears twice; 0: any may.
             length_penalty: beams compare by log-probability / length^length_penalty.

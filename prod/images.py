@@ -2,7 +2,9 @@
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,19 +20,32 @@ ACCEPTED = ('a PIL image, a numpy array (H, W) or (H, W, 1|3|4), a torch tensor 
 FLOAT_SLACK = 1e-3  # resampling in float overshoots [0, 1] a little
 
 
-def find_pictures(folder: str | os.PathLike) -> list[str]:
+def find_pictures(folder: str | os.PathLike, exclude: Sequence[str] = ()) -> list[str]:
     """The image files of a folder and the folders in it, by their names' endings, in order.
 
     Hidden and system files are left out; links are followed, each image is listed once. What is passed over is counted
     in the log.
 
+    Args:
+        exclude: patterns such as `*.gif` or `old/*`: files and folders are left out whose name, or path within the
+            folder, is of this form.
+
     Raises:
         FileNotFoundError: no such folder, or no image in it.
     """
-    found = list_images(folder)
+    listed = list_images(folder)
+    found = [path for path in listed if not is_excluded(os.path.relpath(path, folder), exclude)]
     if not found:
-        raise FileNotFoundError(f'no images in the folder {str(folder)!r}')
+        raise FileNotFoundError(f'no images in the folder {shorten(Path(folder))}'
+                                f'{f" but the {len(listed)} that are excluded" if listed else ""}')
     return found
+
+
+def is_excluded(path: str, patterns: Sequence[str]) -> bool:
+    """Whether a path, or a folder that it leads through, has a name or a path of one of these forms."""
+    parts = os.path.normpath(path).split(os.sep)
+    names = {*parts, *(os.sep.join(parts[:i]) for i in range(1, len(parts) + 1))}
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def named_images(images) -> Iterator[tuple[str, object]]:

@@ -1,5 +1,7 @@
 """Captioning and searching a folder from the command line; what DLIPProd shares with them."""
 
+import errno
+import io
 import json
 import os
 import re
@@ -8,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
@@ -153,6 +156,9 @@ def test_captioning_a_folder_goes_on_where_it_stopped(command, caption, pictures
     assert caption_tool.main(command) == 1
     first = rows(out)
     assert list(first) == sorted(first) and len(first) == 8
+    scores = caption.generate([pictures / '0.png', pictures / 'more/5.png'], scores=True)
+    for path, (_, score) in zip((pictures / '0.png', pictures / 'more/5.png'), scores, strict=True):
+        assert first[str(path)]['log_probability'] == pytest.approx(score, abs=1e-5)
     assert 'is not a readable image' in first[str(pictures / 'broken.jpg')]['error']
     assert first[str(pictures / '0.png')]['caption'] == caption.generate(pictures / '0.png')[0]
     assert caption_tool.main([str(pictures / '..' / pictures.name), *command[1:]]) == 1  # the same folder
@@ -196,6 +202,114 @@ def test_the_machines_faults_are_no_images(command, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match='another process is writing .*captions.jsonl'):
             caption_tool.main(command)
     assert caption_tool.main(command) == 1 and len(rows(tmp_path / 'out/captions.jsonl')) == 8
+
+
+@pytest.mark.parametrize('ending', ['csv', 'parquet'])
+def test_tables_of_captions(command, caption, pictures, tmp_path, ending):
+    out = pictures / f'metadata.{ending}'
+    odd = pictures / os.fsdecode(b'caf\xe9, "x".png')
+    Image.new('RGB', (9, 9)).save(odd)
+    read = pandas.read_parquet if ending == 'parquet' else lambda path: pandas.read_csv(
+        path, encoding_errors='surrogateescape')
+
+    def table(*more: str) -> dict[str, list[str]]:
+        assert caption_tool.main([*command, '--out', str(out), *more]) == 1
+        found = read(out)
+        assert list(found.columns) == ['file_name', 'text', 'log_probability'] and (found.log_probability < 0).all()
+        return found.groupby('file_name').text.apply(list).to_dict()
+
+    first = table()
+    name = odd.name if ending == 'csv' else json.dumps(odd.name)
+    assert set(first) == {*(f'{i}.png' for i in range(4)), *(f'more/{i}.png' for i in range(4, 7)), name}
+    assert first['0.png'] == caption.generate(pictures / '0.png')
+    assert table() == first
+    assert table('--overwrite', '--num_captions', '2')['0.png'] == caption.generate(pictures / '0.png',
+                                                                                    num_captions=2)[0]
+    (pictures / f'metadata.{ending}.jsonl').unlink()  # as if the table were another program's
+    with pytest.raises(ValueError, match='was not made by this command'):
+        caption_tool.main([*command, '--out', str(out)])
+
+
+def test_a_text_file_beside_each_image(command, caption, pictures, capsys):
+    beside = [*command[:3], '--device', 'cpu', '--sidecar', '--num_beams', '1']
+    said = {name: caption.generate(pictures / name, num_beams=1)[0] for name in ('0.png', '1.png', 'more/5.png')}
+    (pictures / '0.txt').write_bytes(b'mine \xe9')
+    (pictures / '2.bmp').write_bytes((pictures / '2.png').read_bytes())
+    (pictures / 'more/6.txt').mkdir()
+    odd = pictures / os.fsdecode(b'caf\xe9.png')
+    Image.new('RGB', (9, 9)).save(odd)
+    for _ in range(2):
+        assert caption_tool.main([*beside, '--existing', 'skip']) == 1
+        assert (pictures / '0.txt').read_bytes() == b'mine \xe9'
+        assert (pictures / 'more/5.txt').read_text() == said['more/5.png'] + '\n'
+        printed = capsys.readouterr().out
+        assert '2.png shares its text file with ' in printed and not list(pictures.rglob('*.tmp*'))
+    for _ in range(2):
+        assert caption_tool.main([*beside, '--existing', 'append']) == 1
+        assert (pictures / '0.txt').read_bytes() == b'mine \xe9\n' + said['0.png'].encode() + b'\n'
+        assert (pictures / '1.txt').read_text() == said['1.png'] + '\n'
+        assert '6.txt cannot be written: Is a directory' in capsys.readouterr().out
+    (pictures / 'more/6.txt').rmdir()
+    for gone in ('broken.jpg', '2.bmp'):
+        (pictures / gone).unlink()
+    assert caption_tool.main([*beside, '--existing', 'overwrite', '--num_captions', '1']) == 0
+    assert (pictures / '0.txt').read_text() == said['0.png'] + '\n' and odd.with_suffix('.txt').exists()
+    with JsonLines(pictures / '.captions').writing(), pytest.raises(ValueError, match='another process is writing'):
+        caption_tool.main(beside)
+    with pytest.raises(SystemExit):
+        caption_tool.main(command[:3])
+    assert 'where to? Give --out FILE, --sidecar or both' in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_part_of_a_text_file(command, pictures, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    with monkeypatch.context() as patch:
+        patch.setattr('utils.os.fsync', full)
+        with pytest.raises(OSError, match='No space left on device: .*txt'):
+            caption_tool.main([*command[:3], '--device', 'cpu', '--sidecar'])
+    assert not [path for path in pictures.rglob('*') if path.name not in ('notes.txt', '.captions.lock')
+                and path.suffix not in ('.png', '.jpg', '')]
+
+
+@pytest.mark.parametrize('separator', [b'\n', b'\0'])
+def test_captions_in_a_pipe(command, caption, pictures, monkeypatch, capsys, separator):
+    odd = pictures / os.fsdecode(b'caf\xe9.png')
+    Image.new('RGB', (9, 9)).save(odd)
+    paths = [str(pictures / 'more/5.png'), str(odd), str(pictures / 'absent.png'), str(pictures / 'old/1.png')]
+
+    def piped(given: bytes, *options: str) -> tuple[int, list[dict]]:
+        monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(given)))
+        code = caption_tool.main(['-', *command[1:3], '--out', '-', '--device', 'cpu', *options])
+        return code, [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    given = b''.join(os.fsencode(path) + separator for path in paths)
+    code, lines = piped(given, '--exclude', 'old', '--prefix', 'a red', '--forbid', 'dog', '--forbid', 'a cat',
+                        '--no_repeat_ngram_size', '3', '--sample', '--seed', '1', '--top_k', '5')
+    assert code == 1 and [line['path'] for line in lines] == paths[:3] and 'no such file' in lines[2]['error']
+    assert [line['caption'] for line in lines[:2]] == caption.generate(
+        paths[:2], prefix='a red', forbid=['dog', 'a cat'], no_repeat_ngram_size=3, sample=True, seed=1, top_k=5)
+    with pytest.raises(FileNotFoundError, match='no path on standard input'):
+        piped(b'')
+    with pytest.raises(FileNotFoundError, match='no path of an image that --exclude leaves on standard input'):
+        piped(given, '--exclude', '*')
+
+
+def test_what_is_excluded_and_settings_that_cannot_be(command, pictures, tmp_path):
+    out = tmp_path / 'out/captions.jsonl'
+    for patterns, left in ((['more', 'b*'], 4), (['more/[45].png', '*.jpg', '0.*'], 4), (['*/5.png'], 7)):
+        options = [part for pattern in patterns for part in ('--exclude', pattern)]
+        caption_tool.main([*command, '--overwrite', *options])
+        assert len(rows(out)) == left
+    before = out.read_bytes()
+    with pytest.raises(FileNotFoundError, match='no images in the folder .* but the 8 that are excluded'):
+        caption_tool.main([*command, '--overwrite', '--exclude', '*'])
+    with pytest.raises(ValueError, match='num_captions'):
+        caption_tool.main([*command, '--overwrite', '--num_captions', '9'])
+    assert out.read_bytes() == before
+    with pytest.raises(SystemExit):
+        caption_tool.main([*command, '--out', 'captions.xlsx'])
 
 
 NAMES = [b'caf\xe9.png', 'café.png'.encode(), 'cafe\u0301.png'.encode(), b'two\nlines.png', b'a "quoted"\ttab.png',
