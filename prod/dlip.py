@@ -1,6 +1,7 @@
 """DLIPProd: a trained checkpoint as a captioner or a retriever. Every method, with examples: prod/README.md."""
 
 import os
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -239,7 +240,7 @@ class DLIPProd(Batches):
 
     # ------------------------------------------------------------ search
 
-    def index(self, pictures: str | os.PathLike | list, folder: str | os.PathLike, *,
+    def index(self, pictures: str | os.PathLike | list | None, folder: str | os.PathLike, *,
               batch_size: int | None = None) -> PictureIndex:
         """Bring an index on disk up to date with the images of a folder (and the folders in it), or of a list of paths.
 
@@ -248,6 +249,7 @@ class DLIPProd(Batches):
         are named in a warning and left out.
 
         Args:
+            pictures: None opens an index that is there as it is.
             folder: where the index is or shall be.
 
         >>> index = dlip.index('prod/examples', 'output/index')
@@ -255,13 +257,16 @@ class DLIPProd(Batches):
         12
         """
         self._require('retrieval')
+        if pictures is None and not PictureIndex.exists(folder):
+            raise FileNotFoundError(f'no index in the folder {shorten(Path(folder))}: make it from images first')
         found = PictureIndex(folder, self.get_image_feat(Image.linear_gradient('L'))[0], self.weight)
-        batch_size = self._batch_size(batch_size)
-        found.update(pictures, lambda paths: self.get_image_feat(paths, batch_size=batch_size, on_error='skip'),
-                     batch_size)
+        if pictures is not None:
+            batch_size = self._batch_size(batch_size)
+            found.update(pictures, lambda paths: self.get_image_feat(paths, batch_size=batch_size, on_error='skip'),
+                         batch_size)
         return found
 
-    def search(self, query, index: PictureIndex, k: int = 5, *, rerank: int = 0,
+    def search(self, query, index: PictureIndex, k: int = 5, *, rerank: int = 0, min_score: float | None = None,
                approximate: bool = False) -> list[tuple[str, float]]:
         """The images of an index that fit a query best: [(path, score)], best first. Those whose files are gone since
         the index was made are left out.
@@ -270,10 +275,13 @@ class DLIPProd(Batches):
             query: a text (str), or an image of any other kind that `get_image_feat` takes (a path as pathlib.Path).
             rerank: this many of the nearest are compared again by `match` (texts only), which is slower and better; the
                 score then is its probability, otherwise the cosine. Those that cannot be read are left out.
+            min_score: leave out what scores less; the list may then be empty.
             approximate: ask faiss (`PictureIndex.search`) instead of comparing with every image.
 
         >>> dlip.search('a blue star inside a green square', index, k=1, rerank=5)[0][0][-20:]
         'prod/examples/05.jpg'
+        >>> dlip.search('a photo of my grandmother', index, rerank=5, min_score=0.5)
+        []
         """
         if k < 1 or rerank < 0:
             raise ValueError(f'k must be at least 1 and rerank at least 0, got {k} and {rerank}')
@@ -288,4 +296,4 @@ class DLIPProd(Batches):
             scores = self.match([path for path, _ in hits], query, on_error='skip')[:, 0].tolist()
             hits = sorted(((path, score) for (path, _), score in zip(hits, scores, strict=True) if score == score),
                           key=lambda hit: -hit[1])
-        return hits[:k]
+        return [hit for hit in hits[:k] if min_score is None or hit[1] >= min_score]

@@ -33,7 +33,8 @@ COMMANDS = '''## Commands
 
 | command | does |
 |---|---|
-| `python -m prod.caption FOLDER --weight W --out captions.jsonl` | captions a folder; goes on where it stopped |
+| `python -m prod.caption FOLDER --weight W --out captions.jsonl` | captions a folder: .jsonl, .csv, .parquet; goes on |
+| `python -m prod.caption FOLDER --weight W --sidecar` | writes the caption of IMAGE.jpg to IMAGE.txt |
 | `python -m prod.search FOLDER QUERY ... --weight W --index I` | finds the pictures that fit a text or a picture |
 | `python -m prod.app --caption W --retrieval W --folder F --index I` | a web page that does both, on this machine |
 | `python -m prod.try_it --caption W --retrieval W PICTURE ...` | captions pictures and scores the captions |

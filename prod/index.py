@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from data.json_lines import JsonLines
+from prod import cells
 from prod.arguments import checked
 from prod.defaults import on_its_own_devices
 from prod.images import find_pictures
@@ -26,7 +27,6 @@ from utils import atomic_write, logger, progress, shown
 
 CHUNK = 1 << 16  # rows a matrix product
 CANDIDATES = 20  # of faiss for every hit asked for; their exact cosines decide
-PROBED = 1 / 16  # share of faiss's cells that a query looks into
 GROWTH = 1.1  # faiss's file is made again when the index has outgrown it by this factor
 UNUSED = 1000  # rows of no further use that are always tolerated
 
@@ -62,6 +62,11 @@ class PictureIndex:
                     self._paths, self._entries = [], {}
                     self._rewrite()
         self._load()
+
+    @staticmethod
+    def exists(folder: str | os.PathLike) -> bool:
+        """Whether a folder holds an index."""
+        return (Path(folder) / 'index.jsonl').exists()
 
     @property
     def pictures(self) -> list[str]:
@@ -164,29 +169,13 @@ class PictureIndex:
 
     def _near(self, features: np.ndarray, query: torch.Tensor, count: int) -> np.ndarray:
         """Rows near a query by faiss, and those that are newer than its file: [<= count + new]"""
-        try:
-            import faiss
-        except ImportError:
-            raise ImportError('an approximate search needs the package: pip install faiss-cpu') from None
         path = self.folder / Path(self._header['features']).with_suffix('.faiss')
         if self._faiss is None and path.exists():
-            try:
-                self._faiss = faiss.read_index(str(path))
-                if self._faiss.d != self.width:
-                    raise RuntimeError('another width')
-            except (RuntimeError, MemoryError) as error:
-                logger.warning('%s is damaged and made again: %s', path, str(error)[:120])
-                self._faiss = None
+            self._faiss = cells.read(path, self.width)
         if self._faiss is None or not len(features) / GROWTH <= self._faiss.ntotal <= len(features):
-            cells = min(len(features), int(4 * len(features) ** 0.5))
-            self._faiss = faiss.index_factory(self.width, f'IVF{cells},SQ8', faiss.METRIC_INNER_PRODUCT)
-            sample = np.random.default_rng(0).permutation(len(features))[:64 * cells]
-            self._faiss.train(np.array(features[np.sort(sample)]))
-            for start in progress(range(0, len(features), CHUNK), desc='faiss'):
-                self._faiss.add(np.array(features[start:start + CHUNK]))
-            with suppress(PermissionError), atomic_write(path, 'wb') as file:  # a reader may not be allowed to
-                file.write(faiss.serialize_index(self._faiss).tobytes())
-        self._faiss.nprobe = max(1, int(self._faiss.nlist * PROBED))
+            self._faiss = cells.build(features)
+            with suppress(PermissionError):  # a reader may not be allowed to
+                cells.write(path, self._faiss)
         rows = self._faiss.search(query.numpy()[None], min(count, len(features)))[1][0]
         return np.concatenate([rows[rows >= 0], np.arange(self._faiss.ntotal, len(features))])
 

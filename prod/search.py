@@ -5,10 +5,13 @@
 
 The first run embeds every image into the index; later ones bring it up to date: images that are new, changed or gone. A
 query that is the path of a file is searched by its content. `--rerank 20` compares the 20 nearest again by matching:
-slower and better, for texts. A path that is not plain text is printed as a JSON string.
+slower and better, for texts; scores then are probabilities, so that `--min_score 0.5` leaves out what does not fit. A
+path that is not plain text is printed as a JSON string. `--json` prints a line {"query", "hits": [{"path", "score"}]}
+for each query instead.
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -16,11 +19,11 @@ from pathlib import Path
 if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from configs.rules import whole
+from configs.rules import Number, whole
 from eval.sheet import Sheet
 from prod import DLIPProd
-from prod.options import net_options, net_settings, output_file
-from utils import clean_exit, make_output_dir, shown
+from prod.options import log_to_stderr, net_options, net_settings, output_file
+from utils import clean_exit, logger, make_output_dir, shown
 
 
 def query_of(text: str) -> str | Path:
@@ -44,20 +47,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--index', required=True, help='folder of the index; made when absent')
     parser.add_argument('--k', type=whole(1), default=5, help='hits a query (default: %(default)s)')
     parser.add_argument('--rerank', type=whole(0), default=0, help='nearest ones to compare again (default: none)')
+    parser.add_argument('--min_score', type=Number(-1, 1), metavar='S', help='leave out what scores less (default: '
+                        'nothing)')
+    parser.add_argument('--no_update', action='store_true', help='search the index as it is, without a look at the '
+                        'folder')
+    parser.add_argument('--json', action='store_true', help='print JSON lines')
     parser.add_argument('--sheet', type=output_file, metavar='PNG', help='draw the hits')
     net_options(parser)
     args = parser.parse_args(argv)
     served, queries = net_settings(args), [query_of(query) for query in args.queries]
     if args.sheet:
         make_output_dir(args.sheet.parent)
+    if args.json:
+        log_to_stderr()
     retriever = DLIPProd('retrieval', args.weight, **served)
-    index = retriever.index(args.folder, args.index)
+    index = retriever.index(None if args.no_update else args.folder, args.index)
     rows = []
-    for query in queries:
-        hits = retriever.search(query, index, args.k, rerank=args.rerank)
-        print(f'\n{shown(query)}')
-        for path, score in hits:
-            print(f'  {score:6.3f}  {shown(path)}')
+    for given, query in zip(args.queries, queries, strict=True):
+        hits = retriever.search(query, index, args.k, rerank=args.rerank, min_score=args.min_score)
+        if args.json:
+            print(json.dumps({'query': given, 'hits': [{'path': path, 'score': score} for path, score in hits]}))
+        else:
+            print(f'\n{shown(query)}', *(f'  {score:6.3f}  {shown(path)}' for path, score in hits), sep='\n')
+            if not hits:
+                print('  nothing fits')
         title = query.name if isinstance(query, Path) else query
         rows.append((shown(title), [(Path(path), score, False) for path, score in hits]))
     if args.sheet:
@@ -65,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         sheet.heading('Images found', f'{len(index)} images in {shown(args.index)}')
         sheet.queries(rows)
         sheet.save(args.sheet)
-        print(f'\n{shown(args.sheet)}')
+        logger.info('drawn: %s', shown(args.sheet))
 
 
 if __name__ == '__main__':

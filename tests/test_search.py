@@ -380,6 +380,35 @@ def test_searching_a_folder_draws_the_hits(folder, pictures, tmp_path, capsys):
     assert Image.open(sheet).width == 1600
 
 
+def test_hits_as_json_lines_and_what_does_not_fit(folder, retrieval, pictures, tmp_path, capsys):
+    odd = pictures / os.fsdecode(b'caf\xe9.png')
+    Image.new('RGB', (9, 9)).save(odd)
+    command = [str(pictures), 'a dog', str(odd), '--weight', str(folder / 'save/dlip_retrieval_flickr.pth'), '--index',
+               str(tmp_path / 'index'), '--device', 'cpu', '--k', '3']
+    with pytest.raises(FileNotFoundError, match='no index in the folder .*index: make it from images first'):
+        search_tool.main([*command, '--no_update'])
+    assert not (tmp_path / 'index').exists()
+    capsys.readouterr()
+
+    def asked(*options: str) -> list[dict]:
+        search_tool.main([*command, '--json', *options])
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    dog, same = asked()
+    assert (dog['query'], same['query']) == ('a dog', str(odd)) and same['hits'][0]['path'] == str(odd)
+    index = retrieval.index(None, tmp_path / 'index')
+    assert [(hit['path'], hit['score']) for hit in dog['hits']] == retrieval.search('a dog', index, 3)
+    Image.new('RGB', (9, 9)).save(pictures / 'new.png')
+    (pictures / '0.png').unlink()
+    assert asked('--no_update') == [dog, same] and len(retrieval.index(None, tmp_path / 'index')) == len(index)
+    least = (dog['hits'][0]['score'] + dog['hits'][1]['score']) / 2
+    assert [len(each['hits']) for each in asked('--min_score', str(least))] in ([1, 1], [1, 2], [1, 3])
+    assert asked('--min_score', '1')[0]['hits'] == []
+    search_tool.main([*command, '--min_score', '1', '--sheet', str(tmp_path / 'hits.png')])
+    assert 'a dog\n  nothing fits\n' in capsys.readouterr().out
+    assert retrieval.search('a dog', index, 3, rerank=5, min_score=1.0) == []
+
+
 def test_threads_share_one_object(caption, retrieval, picture):
     pictures = [picture, picture.rotate(90), picture.rotate(180)] * 4
     alone = [(caption.generate(one), retrieval.get_image_feat(one)) for one in pictures]
