@@ -53,29 +53,32 @@ def tars_of(folder: str) -> list[str]:
                   if is_shards(path.name) and not path.name.startswith('.') and path.is_file())
 
 
-def list_shards(source: str) -> list[str]:
+def list_shards(source: str, setting: str = 'data.train') -> list[str]:
     """The tars of a pattern like `cc3m/{00000..00331}.tar`, of a folder, or of several of either joined by `::`.
+
+    Args:
+        setting: how an error calls the source.
 
     Raises:
         FileNotFoundError: a file or folder is not there, or a folder holds no tar.
         ValueError: the pattern's braces or variables are none.
     """
     if math.prod(abs(int(last) - int(first)) + 1 for first, last in RANGE.findall(source)) > MOST_SHARDS:
-        raise ValueError(f'data.train: {shorten(source)} stands for more than {MOST_SHARDS:,} shards: mend its braces')
+        raise ValueError(f'{setting}: {shorten(source)} stands for more than {MOST_SHARDS:,} shards: mend its braces')
     try:
         parts = [url.strip() for url in expand_urls(source)]
     except AssertionError as error:  # ${NAME} without a variable WDS_NAME
-        raise ValueError(f'data.train: {error}') from None
+        raise ValueError(f'{setting}: {error}') from None
     urls = []
     for url in parts:
         inside = tars_of(url) if os.path.isdir(url) else [url]
         if not inside:
-            raise FileNotFoundError(f'{url} holds no .tar: data.train takes what img2dataset --output_format '
+            raise FileNotFoundError(f'{url} holds no .tar: {setting} takes what img2dataset --output_format '
                                     f'webdataset writes')
         urls += inside
     missing = [url for url in urls if not SCHEME.match(url) and not os.path.isfile(url)]  # the others: when read
     if missing:
-        raise FileNotFoundError(f'{len(missing)} of the {len(urls)} shards of data.train are not there, for example '
+        raise FileNotFoundError(f'{len(missing)} of the {len(urls)} shards of {setting} are not there, for example '
                                 f'{missing[0]}')
     return urls
 

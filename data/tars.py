@@ -121,27 +121,40 @@ def count_images(url: str) -> int:
     return count
 
 
-def read_shard(url: str) -> Iterator[tuple[io.BytesIO, str]]:
-    """(encoded image, raw caption) of a shard's samples that have an image, in their order.
+def read_samples(url: str) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, {suffix: content} of its image, text and record) of a shard's samples, in their order.
 
     Raises:
         Exception: whatever is met in a damaged shard, after the samples before the damage.
     """
     with closing(members(url)) as files:
         for key, sample in groupby(files, itemgetter(0)):
-            parts = {suffix: file.read() for _, suffix, file in sample
-                     if suffix.rpartition('.')[2] in (*IMAGES, 'txt', 'json')}
+            yield key, {suffix: file.read() for _, suffix, file in sample
+                        if suffix.rpartition('.')[2] in (*IMAGES, 'txt', 'json')}
+
+
+def read_shard(url: str) -> Iterator[tuple[io.BytesIO, str]]:
+    """(encoded image, raw caption) of a shard's samples that have an image, in their order.
+
+    Raises: see `read_samples`.
+    """
+    with closing(read_samples(url)) as samples:
+        for key, parts in samples:
             suffix = image_suffix(parts)
             if suffix:
                 image = io.BytesIO(parts[suffix])
                 image.name = f'{url}/{key}.{suffix}'
-                yield image, caption_of(parts, suffix.rpartition('.')[0])
+                yield image, caption_of(parts, suffix)
 
 
-def caption_of(parts: dict[str, bytes], stem: str) -> str:
-    """The text of a sample, else the caption of its record: those of the image's own name first (`0001.txt`)."""
+def caption_of(parts: dict[str, bytes], image: str) -> str:
+    """The text of a sample, else the caption of its record: those of the image's own name first (`0001.txt`).
+
+    Args:
+        image: the suffix of its image.
+    """
     def find(kind: str) -> bytes | None:
-        names = [f'{stem}.{kind}', kind, *(name for name in parts if name.endswith(f'.{kind}'))]
+        names = [f'{image.rpartition(".")[0]}.{kind}', kind, *(name for name in parts if name.endswith(f'.{kind}'))]
         return next((parts[name] for name in names if name in parts), None)
     if (text := find('txt')) is not None:
         return text.decode('utf-8-sig', errors='replace')
