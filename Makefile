@@ -19,7 +19,7 @@ PLAIN := teacher.weights=null
 setup: .venv/installed
 
 # uv installs the same files faster where it is present; it is never required.
-.venv/installed: requirements.txt requirements-dev.txt
+.venv/installed: requirements.txt requirements-dev.txt requirements-scale.txt
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	if command -v uv >/dev/null; then uv pip install --python $(PY) $(REQUIREMENTS); \
 	else $(PY) -m pip install $(REQUIREMENTS); fi

@@ -38,6 +38,8 @@ COMMANDS = '''## Commands
 | `python -m prod.search FOLDER QUERY ... --weight W --index I` | finds the pictures that fit a text or a picture |
 | `python -m prod.app --caption W --retrieval W --folder F --index I` | a web page that does both, on this machine |
 | `python -m prod.try_it --caption W --retrieval W PICTURE ...` | captions pictures and scores the captions |
+| `python prod/shards.py SHARDS --out DIR --caption W --retrieval W --min_itm 0.5` | captions, scores, embeds and \
+filters img2dataset's tars: BLIP's CapFilt on Ray |
 | `python -m prod.export W TARGET` | a checkpoint as one file, or a folder for the Hugging Face hub |
 
 Each says more with `--help`.

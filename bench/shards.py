@@ -1,0 +1,210 @@
+"""prod/shards.py: its rate beside transformers' BLIP-Base in a map_batches of its own, what it costs, what it finds.
+
+    python -m bench.shards rates            # captions/s and embeddings/s, one worker and two; the cost of large sets
+    python -m bench.shards filter           # swapped captions found, by output/demo/pretrain/last.pth
+    python -m bench.shards training         # training on what the filter keeps beside training on all (an hour)
+
+`rates`: random weights of the real sizes at 224 px, images of 256 px, beam-3 captions of 20 new tokens; a core for
+each worker. Embedding includes the matching probability of the text, on both sides. The rate is that of the shards
+after each worker's first, within which nets are loaded and compiled. `filter` and `training`: rendered scenes, a fifth
+of whose captions are another scene's.
+"""
+
+import argparse
+import io
+import json
+import random
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from bench.inference import NEW_TOKENS, transformers_base
+from data.scene_captions import captions
+from data.scenes import render, sample_split
+from data.tars import caption_of, image_suffix, read_samples
+from models.blip import BLIP
+from models.checkpoint import architecture, save_checkpoint
+from models.generation import PROMPT
+from models.tokenizer import DEC, Tokenizer
+from prod import shards
+from utils import ROOT, progress
+
+SIZES = {'1 M': 10 ** 6, '100 M': 10 ** 8, '5 B': 5 * 10 ** 9}  # images
+STUDENT = 'output/demo/pretrain/last.pth'
+
+
+# ---------------------------------------------------------------- shards of rendered scenes
+
+def write_scenes(folder: Path, count: int, each: int, swapped: float = 0.0, seed: int = 0, side: int | None = None,
+                 split: str = 'train') -> set[str]:
+    """Tars of `each` scenes as img2dataset's -> the keys of those whose caption is another scene's.
+
+    Args:
+        swapped: share of the captions that are moved on among themselves.
+        side: of the images; None: as rendered.
+    """
+    rng = random.Random(seed)
+    scenes = sample_split(split, count * each, seed, distinct=True)
+    texts = [rng.choice(captions(scene)) for scene in scenes]
+    moved = sorted(rng.sample(range(len(scenes)), round(swapped * len(scenes))))
+    for i, text in zip(moved, [texts[i] for i in moved[1:] + moved[:1]], strict=True):
+        texts[i] = text
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in progress(range(count), desc='shards'):
+        with tarfile.open(folder / f'{number:05d}.tar', 'w') as tar:
+            for i in range(number * each, (number + 1) * each):
+                image, file = render(scenes[i], rng), io.BytesIO()
+                (image.resize((side, side)) if side else image).save(file, 'JPEG', quality=92)
+                record = {'caption': texts[i], 'url': f'scene://{i}', 'status': 'success'}
+                for kind, content in (('jpg', file.getvalue()), ('json', json.dumps(record).encode()),
+                                      ('txt', texts[i].encode())):
+                    member = tarfile.TarInfo(f'{i:09d}.{kind}')
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return {f'{i:09d}' for i in moved}
+
+
+# ---------------------------------------------------------------- rates
+
+class Transformers:
+    """BLIP-Base as Ray's actor: a shard at a time, in batches; 'caption' or 'retrieval'."""
+
+    def __init__(self, task: str, batch_size: int, image_size: int):
+        from transformers import BlipImageProcessor
+        torch.set_num_threads(1)
+        self.task, self.batch_size = task, batch_size
+        self.nets = transformers_base(image_size)
+        self.tokenizer = Tokenizer.from_pretrained(ROOT / 'tests' / 'vocab.txt')
+        self.processor = BlipImageProcessor(size={'height': image_size, 'width': image_size})
+
+    @torch.inference_mode()
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[int]]:
+        from PIL import Image
+        samples = [(Image.open(io.BytesIO(parts[image_suffix(parts)])).convert('RGB'), caption_of(parts, ''))
+                   for _, parts in read_samples(str(batch['url'][0]))]
+        for start in range(0, len(samples), self.batch_size):
+            images, texts = zip(*samples[start:start + self.batch_size], strict=True)
+            pixels = self.processor(list(images), return_tensors='pt')['pixel_values']
+            captioner, retriever = self.nets
+            if self.task == 'caption':
+                prompt = self.tokenizer([PROMPT], NEW_TOKENS, DEC)[0]
+                captioner.generate(pixels, prompt.repeat(len(pixels), 1), num_beams=3, do_sample=False,
+                                   min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS)
+            else:
+                ids, mask = self.tokenizer(list(texts), 35)
+                tokens = retriever.vision_model(pixels)[0]
+                retriever.vision_proj(tokens[:, 0])
+                retriever.text_proj(retriever.text_encoder(ids, attention_mask=mask)[0][:, 0])
+                matched = retriever.text_encoder(ids, attention_mask=mask, encoder_hidden_states=tokens)[0]
+                retriever.itm_head(matched[:, 0]).softmax(-1)
+        return {'images': [len(samples)]}
+
+
+def random_student(path: Path, image_size: int) -> None:
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.from_pretrained(ROOT / 'tests' / 'vocab.txt')
+    length = len(tokenizer([PROMPT], NEW_TOKENS, DEC)[0][0, :-1]) + NEW_TOKENS
+    config = {'data': {'prompt': PROMPT}, 'eval': {'num_beams': 3, 'min_length': length, 'max_length': length}}
+    save_checkpoint(path, BLIP(architecture('small', image_size, len(tokenizer))), tokenizer, config)
+
+
+def rate(finished: Iterable, count: int, each: int, workers: int) -> float:
+    """Images a second of shards that finish one after the other, from when each worker has finished one."""
+    times = [time.perf_counter() for _ in progress(finished, count, 'shards')]
+    if len(times) != count:
+        raise ValueError(f'{count - len(times)} of {count} shards were not finished')
+    return (count - workers) * each / (times[-1] - times[workers - 1])
+
+
+def our_rate(tars: dict[str, str], each: int, out: Path, workers: int, arguments: list) -> float:
+    options = shards.parsed(['-', '--out', str(out), '--workers', str(workers), *map(str, arguments)])
+    shards.prepared(options)
+    return rate(shards.reports(tars, options, 'cpu'), len(tars), each, workers)
+
+
+def their_rate(tars: dict[str, str], each: int, **arguments) -> float:
+    ray = shards.started_ray(1)
+    try:
+        rows = ray.data.from_items([{'url': url} for url in tars.values()], override_num_blocks=len(tars))
+        return rate(rows.map_batches(
+            Transformers, fn_constructor_kwargs=arguments, batch_size=1, num_cpus=1,
+            compute=ray.data.ActorPoolStrategy(size=1)).iter_rows(), len(tars), each, 1)
+    finally:
+        ray.shutdown()
+
+
+def rates(args: argparse.Namespace) -> None:
+    measured = {}
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        write_scenes(place / 'tars', args.shards, args.each, side=256)
+        tars = shards.named([str(path) for path in sorted((place / 'tars').iterdir())])
+        random_student(place / 'student.pth', args.image_size)
+        print(f'{args.shards} shards of {args.each} images, {args.image_size} px, batches of {args.batch_size}, a core '
+              f'a worker\n\n| work | side | images/s | times transformers | two workers |\n|---|---|---:|---:|---:|')
+        for task, work in (('caption', 'captions'), ('retrieval', 'embeddings and matching')):
+            few = dict(list(tars.items())[:args.their_shards])
+            theirs = their_rate(few, args.each, task=task, batch_size=args.batch_size, image_size=args.image_size)
+            print(f'| {work} | transformers base, fp32 | {theirs:.2f} | 1.0 | |', flush=True)
+            for precision, backend in (('fp32', 'torch'), ('bf16', 'openvino'), ('int8', 'openvino')):
+                arguments = [f'--{task}', place / 'student.pth', '--precision', precision, '--backend', backend,
+                             '--batch_size', args.batch_size]
+                one, two = (our_rate(tars, args.each, place / f'{task} {precision} {workers}', workers, arguments)
+                            for workers in (1, 2))
+                measured[task, precision] = one
+                print(f'| {work} | DLIP {precision} {backend} | {one:.2f} | {one / theirs:.1f} | {two / one:.2f} |',
+                      flush=True)
+    costs(measured)
+
+
+def costs(measured: dict[tuple[str, str], float]) -> None:
+    """Print what sets of images take at the best rate of a core, and at that of a GPU where bench/gpu.json has it."""
+    best = {task: max(rate for (of, _), rate in measured.items() if of == task) for task in ('caption', 'retrieval')}
+    machines = {'a CPU core': best, '8 CPU cores': {task: 8 * rate for task, rate in best.items()}}
+    gpu = ROOT / 'bench' / 'gpu.json'
+    if gpu.exists():
+        machines['an H100'] = json.loads(gpu.read_text())['shards']
+    print(f'\n| work | machine | images/s | {" | ".join(SIZES)} |\n|---|---|---:|{"---:|" * len(SIZES)}')
+    for task in best:
+        for machine, of in machines.items():
+            hours = [size / of[task] / 3600 for size in SIZES.values()]
+            print(f'| {task} | {machine} | {of[task]:.1f} | '
+                  f'{" | ".join(f"{h:,.1f} h" if h < 48 else f"{h / 24:,.0f} days" for h in hours)} |')
+
+
+# ---------------------------------------------------------------- what the filter finds
+
+def run(place: Path, out: Path, student: str, *arguments) -> dict[str, dict]:
+    """The tool over a folder of tars -> rows of its tables by their keys."""
+    code = shards.main([str(place), '--out', str(out), '--retrieval', student, '--device', 'cpu', *map(str, arguments)])
+    if code:
+        raise ValueError(f'prod.shards ended with exit code {code}')
+    return {row['key']: row for path in sorted((out / 'captions').glob('*.parquet'))
+            for row in pq.read_table(path).to_pylist()}
+
+
+def found(rows: dict[str, dict], swapped: set[str], score: str, least: float) -> tuple[float, float]:
+    """(precision, recall) of the samples below a score as those whose captions were swapped."""
+    low = {key for key, row in rows.items() if row[score] is None or row[score] < least}
+    return len(low & swapped) / max(1, len(low)), len(low & swapped) / len(swapped)
+
+
+def filter_swapped(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        swapped = write_scenes(place / 'tars', args.shards, args.each, args.swapped, seed=7, split='test')
+        rows = run(place / 'tars', place / 'out', args.student)
+        print(f'{len(rows)} pairs that training has not seen, {len(swapped)} of them swapped; by {args.student}\n\n'
+              f'| a pair is dropped where | precision | recall |\n|---|---:|---:|')
+        for score, least in (('itm', 0.1), ('itm', 0.5), ('itm', 0.9)):
+            print(f'| {score} < {least} | {" | ".join(f"{x:.1%}" for x in found(rows, swapped, score, least))} |')
