@@ -33,9 +33,9 @@ from data.scene_captions import captions
 from data.scenes import render, sample_split
 from data.tars import caption_of, image_suffix, read_samples
 from models.blip import BLIP
-from models.checkpoint import architecture, save_checkpoint
 from models.generation import PROMPT
 from models.tokenizer import DEC, Tokenizer
+from models.weights.checkpoint import architecture, save_checkpoint
 from prod import shards
 from utils import ROOT, progress
 

@@ -25,8 +25,8 @@ import torch
 from data.captions import clean_caption, is_empty, storable
 from data.images import is_machines, open_image
 from data.tars import SCHEME, caption_of, image_suffix, one_line_of, read_samples
+from models.engine.launch import setup_process
 from models.generation import generate
-from models.launch import setup_process
 from models.tokenizer import ENC
 from prod import DLIPProd
 from utils import atomic_write, explanation, shorten, to_device

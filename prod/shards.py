@@ -47,15 +47,15 @@ from configs.rules import Number, whole
 from data.folders import locked
 from data.shards import list_shards
 from data.tars import TAR
-from models.checkpoint import fingerprint
-from models.launch import setup_process
-from models.stopping import STOP
+from models.engine.launch import setup_process
+from models.engine.stopping import STOP
+from models.weights.checkpoint import fingerprint
 from prod import DLIPProd
 from prod.capfilt import ShardWorker
 from prod.options import net_options
 from utils import ROOT, atomic_write, clean_exit, logger, make_output_dir, progress, shorten
 
-TEMPORARY = ('*.attempts', f'*.tmp{"[0-9a-f]" * 12}')  # what killed workers leave
+TEMPORARY = ('*/*.attempts', f'*/*.tmp{"[0-9a-f]" * 12}')  # names of what killed workers leave
 
 
 def named(urls: list[str]) -> dict[str, str]:
@@ -93,7 +93,7 @@ def is_done(out: Path, name: str, url: str) -> bool:
 
 
 def prepared(options: argparse.Namespace) -> Path:
-    """OUT, made, with the settings in it, without what killed workers left; checks the checkpoints on the way.
+    """OUT, made, with the settings in it; checks the checkpoints on the way.
 
     Raises:
         ValueError: it holds what was made with other settings.
@@ -111,11 +111,17 @@ def prepared(options: argparse.Namespace) -> Path:
             raise ValueError(f'{out} holds what was made with other settings ({beside}): name another --out')
     for folder in ('captions', *(('img_emb', 'text_emb', 'metadata') if options.retrieval else ()),
                    *(('filtered',) if options.filtering else ())):
-        for leftover in chain.from_iterable(map(make_output_dir(out / folder).glob, TEMPORARY)):
-            leftover.unlink()
+        make_output_dir(out / folder)
+    sweep(out)
     with atomic_write(beside) as file:
         json.dump(settings, file, indent=1)
     return out
+
+
+def sweep(out: Path) -> None:
+    """Delete what killed workers left in OUT, which no other run writes to."""
+    for leftover in chain.from_iterable(map(out.glob, TEMPORARY)):
+        leftover.unlink()
 
 
 def started_ray(cpus: int | None):
@@ -220,6 +226,7 @@ def main(argv: list[str] | None = None) -> int:
             for note in report.pop('notes'):
                 logger.warning('%s %s', shards[name], note)
             total.update(report)
+        sweep(out)
     for name, problem in lost.items():
         logger.warning('%s is left for the next run: %s', shards[name], problem)
     logger.info('%s: %d shards new, %d images (%.0f a second), %d samples without one, %d pairs kept', out,
