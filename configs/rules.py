@@ -145,6 +145,7 @@ RULES = {
     'optim.warmup_steps': whole(0),
     'optim.lr_scheduler': Text(('step', 'cosine')),
     'optim.lr_decay_rate': Number(0, 1, above=True),
+    'optim.pretrained_lr_scale': Number(0, 100),
     'optim.weight_decay': Number(0, 100),
     'optim.clip_grad': Number(0, 1e6),
     'optim.grad_accum_steps': whole(1, 100_000),

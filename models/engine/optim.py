@@ -1,6 +1,7 @@
 """The optimizer, its learning-rate schedules and parameter groups, and the exchange of gradients."""
 
 import math
+from collections.abc import Callable
 from inspect import signature
 
 import torch
@@ -9,13 +10,17 @@ from torch.nn.parallel import DistributedDataParallel
 from utils import world_size
 
 
-def build_optimizer(model: torch.nn.Module, optim: dict, device: torch.device) -> torch.optim.Optimizer:
+def build_optimizer(model: torch.nn.Module, optim: dict, device: torch.device,
+                    pretrained: Callable[[str], bool] = lambda name: False) -> torch.optim.Optimizer:
     """AdamW of the config's `optim` settings.
+
+    Args:
+        pretrained: whether a parameter, by its name, starts from published weights (see `parameter_groups`).
 
     Raises:
         ValueError: `optim.shard` with one process.
     """
-    groups = parameter_groups(model, optim['weight_decay'])
+    groups = parameter_groups(model, optim['weight_decay'], pretrained)
     settings = {'lr': optim['lr'], 'fused': device.type in ('cuda', 'cpu')}
     if optim['shard']:
         if world_size() == 1:
@@ -64,11 +69,33 @@ def learning_rate(step: int, steps_per_epoch: int, epochs: int, lr: float, min_l
     return value
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Two AdamW groups: decay on matrices; none on biases, norms, the temperature and position embeddings."""
-    decay, plain = [], []
+def parameter_groups(model: torch.nn.Module, weight_decay: float,
+                     pretrained: Callable[[str], bool] = lambda name: False) -> list[dict]:
+    """AdamW groups: weight decay on matrices; none on biases, norms, the temperature and position embeddings. Each
+    group's `pretrained` says whether its parameters start from published weights, for which `set_lr` has a scale."""
+    groups: dict[tuple[bool, bool], list] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             bare = parameter.ndim < 2 or name.endswith(('pos_embed', 'cls_token', 'position_embeddings.weight'))
-            (plain if bare else decay).append(parameter)
-    return [{'params': decay, 'weight_decay': weight_decay}, {'params': plain, 'weight_decay': 0.0}]
+            groups.setdefault((pretrained(name), bare), []).append(parameter)
+    return [{'params': parameters, 'weight_decay': 0.0 if bare else weight_decay, 'pretrained': started}
+            for (started, bare), parameters in sorted(groups.items())]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float, pretrained_scale: float) -> None:
+    """Set every group's learning rate: `lr`, and `lr` times a scale for what starts from published weights."""
+    for group in optimizer.param_groups:
+        group['lr'] = lr * (pretrained_scale if group['pretrained'] else 1)
+
+
+def starts_pretrained(name: str, settings: dict) -> bool:
+    """Whether a parameter of `Objective` starts from `init_vision` or `init_text` of the `model` settings.
+
+    The projections, the matching head and cross-attention never do, nor does anything after `init`.
+    """
+    if settings['init']:
+        return False
+    if name.startswith('student.visual_encoder.'):
+        return settings.get('init_vision') not in (None, 'teacher')
+    text = name.startswith(('student.text_encoder.', 'student.text_decoder.')) and 'crossattention' not in name
+    return text and settings.get('init_text') not in (None, 'teacher')

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from models.distill.terms import TERMS
 from models.distill.update import MicroBatch
 from models.engine.checkpoint_manager import Keeper
 from models.engine.logs import Board, Clock, Meters, append_log, forget_after, memory_used, plot_curves
-from models.engine.optim import build_optimizer, learning_rate, load_optimizer, parallel
+from models.engine.optim import build_optimizer, learning_rate, load_optimizer, parallel, set_lr, starts_pretrained
 from models.engine.resume import compare, place_in_epoch
 from models.engine.self_critical import SelfCritical
 from models.engine.stopping import STOP
@@ -58,7 +59,8 @@ class Run:
         self.interval = Meters()  # since the last line of steps.txt
         self.unchecked: list[tuple[int, torch.Tensor, dict]] = []  # (step, ids, losses) not yet looked at
         self.meters, self.bad_images = Meters(), BadImages(config['data']['max_bad_fraction'], logger)
-        self.optimizer = build_optimizer(self.objective, config['optim'], device)
+        self.optimizer = build_optimizer(self.objective, config['optim'], device,
+                                         partial(starts_pretrained, settings=config['model']))
         names = {id(parameter): name for name, parameter in objective.named_parameters()}
         self.trained = [names[id(parameter)] for group in self.optimizer.param_groups for parameter in group['params']]
         self._resume()
@@ -198,7 +200,8 @@ class Run:
                     self._log_interval(first + len(batches), lr, clock)
                 if at_end or save_due:
                     self.save()
-        return {'train_lr': self.optimizer.param_groups[0]['lr'], **self.meters.means()}  # the last step's
+        lr = max(group['lr'] for group in self.optimizer.param_groups)  # the last step's
+        return {'train_lr': lr, **self.meters.means()}
 
     def _leave_if_stopped(self) -> None:
         """Save and leave if a signal has come to any process; all ask at the same place, before a batch."""
@@ -219,8 +222,7 @@ class Run:
         update = epoch * self.updates_per_epoch + batch // self.accumulate
         lr = learning_rate(update, self.updates_per_epoch, train['epochs'], optim['lr'], optim['min_lr'],
                            optim['warmup_steps'], optim['warmup_lr'], optim['lr_scheduler'], optim['lr_decay_rate'])
-        for group in self.optimizer.param_groups:
-            group['lr'] = lr
+        set_lr(self.optimizer, lr, optim.get('pretrained_lr_scale', 1))
         seed_everything(self.seed, first, rank())
         parts, means = [self._inputs(batch, max_tokens, prompt) for batch in batches], {}
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
