@@ -253,7 +253,7 @@ def test_the_demo_changes_sizes_and_paths_only(name):
 # ---------------------------------------------------------------- command lines, and what messages quote
 
 TOOLS = {json_dataset: [], zeroshot: ['--checkpoint', 'x', '--root', 'x'], speed: ['--checkpoint', 'x'],
-         prod.caption: ['x', '--weight', 'x', '--out', 'x'], search: ['x', 'x', '--weight', 'x', '--index', 'x'],
+         prod.caption: ['x', '--weight', 'x', '--out', 'x.jsonl'], search: ['x', 'x', '--weight', 'x', '--index', 'x'],
          app: ['--caption', 'x', '--retrieval', 'x', '--folder', 'x', '--index', 'x'],
          scene_layouts: ['--out', 'x'], pretrain_dlip: []}
 

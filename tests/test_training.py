@@ -10,16 +10,19 @@ import torch
 from PIL import Image
 from processes import Python, python
 from runs import broken_set, options, run, stop_in_step, write_config
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pretrain_dlip
 import train_dlip_caption_flickr
 import train_dlip_retrieval_flickr
 from bench.stress import same
+from models.blip import BLIP
+from models.engine.dry_run import too_short
 from models.engine.launch import setup_process
 from models.engine.logs import read_log
-from models.engine.optim import learning_rate, parameter_groups
-from models.weights.checkpoint import load_model, read_checkpoint
+from models.engine.optim import learning_rate, parameter_groups, starts_pretrained
+from models.weights.checkpoint import architecture, load_model, read_checkpoint
 from utils import ROOT
 
 
@@ -208,6 +211,36 @@ def test_weight_decay_is_for_matrices_only(nano):
     for parameter in (nano.itm_head.weight, layer.intermediate.dense.weight,
                       nano.visual_encoder.blocks[0].mlp.fc1.weight):
         assert id(parameter) not in spared
+
+
+def test_published_weights_have_a_learning_rate_of_their_own(scenes, tmp_path):
+    """`optim.pretrained_lr_scale` is for what init_vision and init_text filled, not for the layers that start fresh."""
+    published = tmp_path / 'vision.safetensors'
+    save_file(BLIP(architecture('tests/sizes.yaml:nano', 32, 100)).visual_encoder.state_dict(), published)
+    config = write_config(tmp_path, 'pretrain', scenes, model__init_vision=str(published), train__epochs=1,
+                          optim__pretrained_lr_scale=0.0, optim__weight_decay=0.0)
+    run(pretrain_dlip, config, tmp_path / 'out')
+    trained = load_model(tmp_path / 'out/last.pth')[0]
+    start = load_file(published)
+    assert all(torch.equal(weight, start[name]) for name, weight in trained.visual_encoder.state_dict().items()
+               if name != 'pos_embed')
+    settings = {'init': None, 'init_text': 'bert'}
+    groups = parameter_groups(trained, 0.1, lambda name: starts_pretrained(f'student.{name}', settings))
+    fresh = {id(parameter) for group in groups if not group['pretrained'] for parameter in group['params']}
+    for name, parameter in trained.named_parameters():
+        assert (id(parameter) in fresh) == (not name.startswith('text_') or 'crossattention' in name
+                                            or name.startswith('text_proj.'))
+
+
+def test_a_dry_run_warns_where_queue_and_momentum_do_not_fit_its_length():
+    """The settings that bench/photos.md found to fail and to work, and the shipped ones with 5 M pairs."""
+    def found(queue, momentum, pairs, updates, **model):
+        config = {'ita': {'queue_size': queue, 'momentum': momentum}, 'model': {'init': None, **model}}
+        return [warning.split()[0] for warning in too_short(config, pairs, updates)]
+    assert found(1024, 0.95, 128, 100) == ['ita.queue_size']
+    assert found(4096, 0.995, 256, 117) == ['ita.queue_size', 'ita.momentum']
+    assert found(0, 0.9, 256, 117) == found(57600, 0.995, 1152, 86_000) == []
+    assert found(1024, 0.99, 12, 1000, init_vision='teacher') == []
 
 
 def test_learning_rate_schedules():

@@ -37,6 +37,28 @@ class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
         return tensor.detach()  # the tensor itself would hold the graph that holds it
 
 
+def too_short(config: dict, pairs: int, updates: int) -> list[str]:
+    """What of the `ita` settings does not fit the length of a run: warnings with their remedies.
+
+    The limits lie between settings that learned and settings that did not, on photographs and on the demo
+    (bench/photos.md). A student that starts aligned, from `model.init` or its teacher, bears a queue in a short run.
+
+    Args:
+        pairs: compared in one update, over all processes.
+        updates: of the whole run.
+    """
+    ita, model, found = config['ita'], config['model'], []
+    aligned = model['init'] or model.get('init_vision') == 'teacher'
+    if not aligned and ita['queue_size'] > 0.05 * updates * pairs:
+        found.append(f'ita.queue_size {ita["queue_size"]} holds the pairs of {ita["queue_size"] / pairs:.0f} of the '
+                     f"run's {updates} updates: its keys age so quickly that age tells them from a batch's own, and "
+                     f'alignment fails. Set it to 0 or train longer')
+    if ita['momentum'] < 1 and 1 / (1 - ita['momentum']) > 0.5 * updates:
+        found.append(f'ita.momentum {ita["momentum"]} averages over {1 / (1 - ita["momentum"]):.0f} updates and the '
+                     f'run has {updates}: the momentum encoder stays near its start. Lower it or train longer')
+    return found
+
+
 def rehearse(run: Run, loader, max_tokens: int, prompt: str = '') -> None:
     """Train a few steps, write nothing, and print parameters, batch arithmetic, hours, memory and disk.
 
@@ -73,6 +95,9 @@ def rehearse(run: Run, loader, max_tokens: int, prompt: str = '') -> None:
             'memory': f'{before:.2f} GiB before, {memory_used(run.device):.2f} GiB at most in a step',
             'disk': f'{copies} x {size:.2f} GiB of checkpoints at most, {free:.1f} GiB free',
             'broken pictures': run.bad_images.check()}
+    for warning in too_short(run.config, samples * run.accumulate,
+                             run.updates_per_epoch * train['epochs']) if 'ita' in run.config else ():
+        logger.warning('%s', warning)
     logger.info('dry run: nothing was written\n%s', '\n'.join(f'  {name:<22}{value}' for name, value in rows.items()))
     if free < copies * size:
         raise ValueError(f'{run.output_dir} has {free:.1f} GiB free, the run needs {copies * size:.1f}: make room, '
