@@ -92,8 +92,8 @@ def our_work(model: BLIP, tokenizer: Tokenizer, images: torch.Tensor) -> dict[st
     """Workload -> function, on pictures [B, 3, S, S]."""
     prompt = tokenizer([PROMPT], NEW_TOKENS, DEC)[0][0, :-1]
     length = len(prompt) + NEW_TOKENS
-    ids, mask = tokenizer([TEXT] * 64, 35)
-    matched, _ = tokenizer([TEXT] * 64, 35, ENC)
+    ids, mask = (x.to(images.device) for x in tokenizer([TEXT] * 64, 35))
+    matched = tokenizer([TEXT] * 64, 35, ENC)[0].to(images.device)
 
     def caption(beams: int) -> torch.Tensor:
         return generate_ids(model, model.encode_image(images), prompt, tokenizer.sep_id, tokenizer.pad_id,
@@ -128,9 +128,9 @@ def original_work(model: BLIP, tokenizer: Tokenizer, images: torch.Tensor) -> di
 
 
 def transformers_work(captioner, retriever, tokenizer: Tokenizer, images: torch.Tensor) -> dict[str, Callable]:
-    prompt = tokenizer([PROMPT], NEW_TOKENS, DEC)[0]
-    ids, mask = tokenizer([TEXT] * 64, 35)
-    matched, _ = tokenizer([TEXT] * 64, 35, ENC)
+    prompt = tokenizer([PROMPT], NEW_TOKENS, DEC)[0].to(images.device)
+    ids, mask = (x.to(images.device) for x in tokenizer([TEXT] * 64, 35))
+    matched = tokenizer([TEXT] * 64, 35, ENC)[0].to(images.device)
 
     def caption(beams: int) -> torch.Tensor:
         return captioner.generate(images, prompt.repeat(len(images), 1), num_beams=beams, do_sample=False,

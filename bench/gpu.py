@@ -1,0 +1,313 @@
+"""The parts of bench/gpu.sh, which says how to run them all, and the page that they make.
+
+    python -m bench.gpu step compiled eager --out gpu.jsonl     # sides of a pre-training step: compiled, eager, original
+    python -m bench.gpu largest --out gpu.jsonl                 # the largest batches that fit GPUs of 40 and 80 GB
+    python -m bench.gpu inference --out gpu.jsonl               # captions and embeddings beside transformers' BLIP
+    python -m bench.gpu page gpu.jsonl                          # bench/gpu.json and bench/gpu.md
+
+A step is that of configs/pretrain.yaml (or, with `--terms original`, of the loss terms of dlip-v2) with random weights
+and data, in bf16; "original" is bench/original_step.py in TF32. Model FLOPs utilisation (MFU) divides the operations of
+a step, counted on an eager one, by what the GPU's data sheet gives for dense bf16 products.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.inference import our_work, transformers_base, transformers_work
+from bench.original_step import ORIGINAL_TERMS, Reference, ReferenceStep
+from bench.train_step import VOCABULARY, OurStep, random_batch
+from configs import read_yaml
+from configs.rules import whole
+from models.blip import BLIP
+from models.checkpoint import architecture
+from models.linear import FLOPS
+from models.precision import for_inference
+from models.tokenizer import Tokenizer
+from utils import ROOT, atomic_write, clean_exit, shorten
+
+PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16 FLOP/s by the data sheets of the SXM cards
+GIB = 2 ** 30
+LIMITS = {'A100 or H100 of 40 GB': 38, 'of 80 GB': 76}  # GiB that a process may take
+
+
+class Bench:
+    """Where the measurements run and are written.
+
+    Args:
+        out: file to which results are appended as JSON lines.
+    """
+
+    def __init__(self, device: str, out: Path):
+        self.device, self.out = device, out
+        if device == 'cuda':
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name() if self.device == 'cuda' else 'CPU'
+
+    def wait(self) -> None:
+        if self.device == 'cuda':
+            torch.cuda.synchronize()
+
+    def seconds(self, function: Callable) -> float:
+        self.wait()
+        started = time.perf_counter()
+        function()
+        self.wait()
+        return time.perf_counter() - started
+
+    def record(self, part: str, **values) -> None:
+        line = {'part': part, 'device': self.name, 'torch': torch.__version__, **values}
+        with self.out.open('a') as file:
+            file.write(json.dumps(line) + '\n')
+        print(json.dumps({key: value for key, value in line.items() if key != 'kernels'}), flush=True)
+
+    def mfu(self, flops_per_second: float) -> float | None:
+        peaks = [peak for name, peak in PEAKS.items() if name in self.name]
+        return round(flops_per_second / peaks[0], 4) if peaks else None
+
+
+# ---------------------------------------------------------------- a training step
+
+def sizes(tiny: bool) -> tuple:
+    """Architectures of student and teacher."""
+    names = ('nano', 'nano') if tiny else ('small', 'base')
+    return tuple(architecture(name, 32 if tiny else 224, VOCABULARY) for name in names)
+
+
+def make_step(bench: Bench, side: str, terms: str, lengths: list[int], tiny: bool) -> OurStep | ReferenceStep:
+    config = read_yaml('configs/pretrain.yaml')
+    student, teacher = sizes(tiny)
+    weights = dict.fromkeys(ORIGINAL_TERMS, 1.0) if terms == 'original' else config['loss']
+    shared = (config['ita']['queue_size'], weights, config['optim']['lr'], bench.device)
+    torch.manual_seed(0)
+    if side == 'original':
+        return ReferenceStep(Reference(student), Reference(teacher), *shared)
+    return OurStep(BLIP(student), BLIP(teacher).eval(), *shared, lengths, 'bf16')
+
+
+def make_batches(bench: Bench, size: int, tiny: bool, count: int = 3) -> list[tuple]:
+    """Batches whose texts have other lengths each, and their lengths for the host."""
+    batches = []
+    for number in range(count):
+        images, ids, mask, sample_ids = random_batch(size, 32 if tiny else 224, 'cpu')
+        keep = (torch.arange(mask.shape[1]) < (mask.sum(1) - number).clamp(min=4)[:, None]).long()
+        lengths = keep.sum(1).tolist()
+        width = max(lengths)
+        batch = images, (ids * keep)[:, :width], keep[:, :width], sample_ids
+        batches.append((tuple(x.to(bench.device) for x in batch), lengths))
+    return batches
+
+
+def run_step(step: OurStep | ReferenceStep, batch: tuple, lengths: list[int]) -> None:
+    step.lengths = lengths
+    step(*batch)
+
+
+def measure_step(bench: Bench, side: str, terms: str, batch_size: int, rounds: int, tiny: bool) -> None:
+    batches = make_batches(bench, batch_size, tiny)
+    step = make_step(bench, side, terms, batches[0][1], tiny)
+    if side == 'compiled':
+        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+            run_step(step, *batches[0])
+        step.compile()
+        first = [bench.seconds(lambda batch=batch: run_step(step, *batch)) for batch in batches * 2]
+    else:
+        first = [bench.seconds(lambda: run_step(step, *batches[0]))]
+        with FlopCounterMode(display=False, custom_mapping=FLOPS) as counter:
+            run_step(step, *batches[0])
+    flops = counter.get_total_flops()
+    if bench.device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+
+    def several() -> None:  # one after the other, as training hands them over
+        for number in range(rounds):
+            run_step(step, *batches[number % len(batches)])
+    seconds = min(bench.seconds(several) for _ in range(2)) / rounds
+    memory = {}
+    if bench.device == 'cuda':
+        memory = {'peak_GiB': round(torch.cuda.max_memory_allocated() / GIB, 2),
+                  'reserved_GiB': round(torch.cuda.max_memory_reserved() / GIB, 2)}
+    bench.record('step', side=side, terms=terms, batch=batch_size, ms=round(1000 * seconds, 2),
+                 pairs_per_s=round(batch_size / seconds, 1), TFLOP=round(flops / 1e12, 2),
+                 TFLOP_per_s=round(flops / seconds / 1e12, 1), mfu=bench.mfu(flops / seconds),
+                 first_steps_s=[round(x, 2) for x in first], **memory)
+    if isinstance(step, OurStep):
+        step.lengths = batches[0][1]
+        parts = step.split(batches[0][0], lambda: None, 3)
+        bench.record('split', side=side, terms=terms, batch=batch_size,
+                     ms={name.strip(): round(1000 * value, 2) for name, value in parts.items() if 'data' not in name})
+    if bench.device == 'cuda':
+        bench.record('kernels', side=side, terms=terms, batch=batch_size,
+                     **costliest_kernels(lambda: run_step(step, *batches[0])))
+
+
+def costliest_kernels(function: Callable) -> dict:
+    """Of one call: how many kernels run, their milliseconds together, and the costliest by name [ms, count]."""
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        function()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    return {'launched': sum(event.count for event in events),
+            'busy_ms': round(sum(event.self_device_time_total for event in events) / 1000, 2),
+            'kernels': {event.key[:120]: [round(event.self_device_time_total / 1000, 2), event.count]
+                        for event in events[:40]}}
+
+
+def measure_largest(bench: Bench, tiny: bool) -> None:
+    """By the peaks of two batches, then tried with the process held to the GPU's memory; eager."""
+    def peak(size: int) -> float:
+        batch, lengths = make_batches(bench, size, tiny, 1)[0]
+        step = make_step(bench, 'eager', 'config', lengths, tiny)
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(2):
+            run_step(step, batch, lengths)
+        bench.wait()
+        return torch.cuda.max_memory_reserved() / GIB
+
+    def peak_of(size: int) -> float | None:
+        try:
+            return peak(size)
+        except torch.OutOfMemoryError:
+            return None
+        finally:
+            torch.cuda.empty_cache()
+    small, large = peak_of(96), peak_of(192)
+    whole_memory = torch.cuda.get_device_properties(0).total_memory / GIB
+    for card, limit in LIMITS.items():
+        if limit > whole_memory:
+            continue
+        torch.cuda.set_per_process_memory_fraction(limit / whole_memory)
+        size = int(96 + 96 * (limit - small) / (large - small)) // 16 * 16
+        while size and (found := peak_of(size)) is None:
+            size -= 16
+        bench.record('largest', card=card, limit_GiB=limit, batch=size, reserved_GiB=found and round(found, 2))
+
+
+# ---------------------------------------------------------------- inference
+
+def measure_inference(bench: Bench, rounds: int, tiny: bool) -> None:
+    """Student beside transformers' BLIP-Base, both in bf16; 20 new tokens forced."""
+    tokenizer = Tokenizer.from_pretrained(ROOT / 'tests' / 'vocab.txt')
+    torch.manual_seed(0)
+    student = BLIP(architecture('nano' if tiny else 'small', 224, len(tokenizer))).eval().to(bench.device)
+    theirs = [net.to(bench.device, torch.bfloat16) for net in transformers_base(224)]
+    reference = f'transformers, bf16, {theirs[0].config._attn_implementation} attention'  # sdpa where it has it
+    ours = for_inference(student, 'bf16')
+    for batch in (1, 64):
+        images = torch.randn(batch, 3, 224, 224, device=bench.device)
+        sides = {reference: transformers_work(*theirs, tokenizer, images.bfloat16()),
+                 'DLIP, bf16': our_work(ours, tokenizer, images)}
+        for work in sides['DLIP, bf16']:
+            found = {}
+            for side, functions in sides.items():
+                with torch.inference_mode():
+                    functions[work]()
+                    found[side] = statistics.median(bench.seconds(functions[work]) for _ in range(rounds))
+            bench.record('inference', work=work, batch=batch, ms={side: round(1000 * x, 2) for side, x in found.items()},
+                         times_transformers={side: round(found[reference] / x, 2) for side, x in found.items()})
+
+
+# ---------------------------------------------------------------- results
+
+def note(out: Path, name: str, code: int, seconds: int, limit: int, log: Path) -> None:
+    """Append how a part ended, and of tests the summary."""
+    lines = log.read_text(errors='replace').splitlines() if log.exists() else []
+    line = {'part': 'ended', 'name': name, 'exit': code, 'seconds': seconds, 'limit': limit}
+    if name == 'tests':
+        line['failed'] = [shorten(ValueError(x), 400) for x in lines if x.startswith(('FAILED', 'ERROR'))]
+        line['errors'] = [shorten(ValueError(x), 300) for x in lines if x.startswith('E  ')][:20]
+        line['summary'] = lines[-1] if lines else ''
+    elif code:
+        line['error'] = 'out of time' if code in (124, 137) else shorten(ValueError(' '.join(lines[-3:])), 600)
+    with out.open('a') as file:
+        file.write(json.dumps(line) + '\n')
+
+
+def page(source: Path) -> None:
+    """bench/gpu.json and bench/gpu.md from the lines of a run."""
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    by_part = {part: [row for row in rows if row['part'] == part] for part in
+               ('step', 'split', 'kernels', 'largest', 'inference', 'ended')}
+    device = next((row['device'] for row in rows if 'device' in row), 'no device')
+    version = next((row['torch'] for row in rows if 'torch' in row), '')
+    with atomic_write(ROOT / 'bench/gpu.json') as file:
+        json.dump({'device': device, 'torch': version, 'measured': date.today().isoformat(), **by_part}, file, indent=1)
+        file.write('\n')
+    lines = ['# One GPU', '', f'`bench/gpu.sh` on one {device}, torch {version}.', '', '## A pre-training step', '',
+             '| side | loss terms | batch | pairs/s | ms | TFLOP/s | MFU | peak, GiB | first step, s |',
+             '|---|---|---:|---:|---:|---:|---:|---:|---:|']
+    for row in by_part['step']:
+        mfu = '' if row['mfu'] is None else f'{row["mfu"]:.1%}'
+        lines.append(f'| {row["side"]} | {row["terms"]} | {row["batch"]} | {row["pairs_per_s"]:.0f} | {row["ms"]:.1f} | '
+                     f'{row["TFLOP_per_s"]:.0f} | {mfu} | {row.get("peak_GiB", "")} | {row["first_steps_s"][0]:.1f} |')
+    for row in by_part['split']:
+        lines += ['', f'Parts, {row["side"]}, {row["terms"]} terms (each waited for): '
+                  + ', '.join(f'{name} {value:.1f} ms' for name, value in row['ms'].items()) + '.']
+    for row in by_part['largest']:
+        lines += ['', f'The largest batch of a step, eager, on a GPU {row["card"]} ({row["limit_GiB"]} GiB): '
+                  f'{row["batch"]}.']
+    if by_part['inference']:
+        lines += ['', '## Inference', '', '224 px, 20 new tokens; random weights of the real sizes.', '',
+                  '| work | batch | side | ms | times transformers |', '|---|---:|---|---:|---:|']
+        lines += [f'| {row["work"]} | {row["batch"]} | {side} | {ms:.2f} | {row["times_transformers"][side]:.1f} |'
+                  for row in by_part['inference'] for side, ms in row['ms'].items()]
+    for row in by_part['ended']:
+        if row['exit']:
+            found = '; '.join(row.get('failed', [])) or row.get('error') or row.get('summary')
+            lines += ['', f'`{row["name"]}` ended with {row["exit"]} after {row["seconds"]} s: {found}']
+    with atomic_write(ROOT / 'bench/gpu.md') as file:
+        file.write('\n'.join(lines) + '\n')
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest='part', required=True)
+    for name in ('step', 'largest', 'inference'):
+        part = parts.add_parser(name)
+        if name == 'step':
+            part.add_argument('sides', nargs='+', choices=('compiled', 'eager', 'original'))
+            part.add_argument('--terms', choices=('config', 'original'), default='config')
+            part.add_argument('--batch', type=whole(1), default=288)
+        part.add_argument('--device', choices=('cuda', 'cpu'), default='cuda')
+        part.add_argument('--rounds', type=whole(1), default=12)
+        part.add_argument('--out', type=Path, required=True)
+    noted = parts.add_parser('note')
+    for name, kind in (('out', Path), ('name', str), ('code', int), ('seconds', int), ('limit', int), ('log', Path)):
+        noted.add_argument(name, type=kind)
+    parts.add_parser('page').add_argument('source', type=Path)
+    args = vars(parser.parse_args(argv))
+    match args.pop('part'):
+        case 'note':
+            return note(**args)
+        case 'page':
+            return page(**args)
+        case part:
+            bench, tiny = Bench(args['device'], args['out']), args['device'] == 'cpu'
+    if part == 'inference':
+        measure_inference(bench, 1 if tiny else args['rounds'], tiny)
+    elif part == 'largest' and not tiny:
+        measure_largest(bench, tiny)
+    elif part == 'step':
+        for side in args['sides']:
+            measure_step(bench, side, args['terms'], 6 if tiny else args['batch'], 1 if tiny else args['rounds'], tiny)
+
+
+if __name__ == '__main__':
+    with clean_exit():
+        main()
