@@ -11,14 +11,15 @@ cd "$(dirname "$0")/.."
 export OUT=${OUT:-output/gpu} PYTHONPATH=. HF_HUB_OFFLINE=1
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$OUT/compiled}
-python=${PYTHON:-python3} device=${DEVICE:-cuda} quick=${1:-}
+python=${PYTHON:-python3} device=${DEVICE:-cuda} quick=${1:-} scale=1
+[ "$device" = cuda ] || scale=10
 [ -z "$quick" ] || [ "$quick" = --quick ] || { echo "usage: bench/gpu.sh [--quick]" >&2; exit 2; }
 mkdir -p "$OUT"
 started=$SECONDS
 
 # part NAME SECONDS COMMAND...
 part() {
-  local name=$1 limit=$2 before=$SECONDS
+  local name=$1 limit=$(($2 * scale)) before=$SECONDS
   shift 2
   timeout -k 5 "$limit" "$@" >"$OUT/$name.log" 2>&1
   local code=$?

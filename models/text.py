@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.linear import Linear, Packed, pack, pad
+from models.norm import LayerNorm
 from models.vit import prefers_plain_attention
 
 LAYER_NORM_EPS = 1e-12  # BERT's
@@ -72,7 +73,7 @@ class ResidualNorm(nn.Module):
     def __init__(self, width_in: int, width: int, dropout: float):
         super().__init__()
         self.dense = Linear(width_in, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.LayerNorm = LayerNorm(width, eps=LAYER_NORM_EPS)
         self.dropout = dropout
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -167,7 +168,7 @@ class Embeddings(nn.Module):
         super().__init__()
         self.word_embeddings = nn.Embedding(vocab_size, width)
         self.position_embeddings = nn.Embedding(max_positions, width)
-        self.LayerNorm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.LayerNorm = LayerNorm(width, eps=LAYER_NORM_EPS)
         self.dropout = dropout
 
     def forward(self, ids: torch.Tensor, start: int) -> torch.Tensor:
@@ -243,7 +244,7 @@ class LMHead(nn.Module):
         vocab_size, width = word_embeddings.weight.shape
         self.transform = nn.Module()
         self.transform.dense = Linear(width, width)
-        self.transform.LayerNorm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.transform.LayerNorm = LayerNorm(width, eps=LAYER_NORM_EPS)
         self.decoder = Linear(width, vocab_size)
         self.apply(init_bert)
         self.tie(word_embeddings)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from models.linear import Linear
+from models.norm import LayerNorm, in_stream
 
 
 class CheckpointedBlock(Block):
@@ -42,7 +43,7 @@ class VisionTower(VisionTransformer):
             raise ValueError(f'vision width {width} is no multiple of 4 and of its {heads} heads')
         super().__init__(img_size=image_size, patch_size=patch_size, embed_dim=width, depth=depth,
                          num_heads=heads, num_classes=0, block_fn=CheckpointedBlock, weight_init='skip',
-                         norm_layer=partial(nn.LayerNorm, eps=eps))
+                         norm_layer=partial(LayerNorm, eps=eps))
         Linear.take_over(self)
         if not self.cls_token.is_meta:
             self.scratch_init(image_size // patch_size)
@@ -62,6 +63,9 @@ class VisionTower(VisionTransformer):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+
+    def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
+        return in_stream(super()._pos_embed(x))
 
     def forward(self, images: torch.Tensor, layers: Collection[int] | None = None):
         """With `layers` (indices of blocks): (tokens, {layer: its output [B, N, width], before the last norm})."""
