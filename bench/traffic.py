@@ -286,7 +286,9 @@ def count(config: dict, processes: int = 1) -> Traffic:
             dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=processes)
             held.callback(dist.destroy_process_group)
         held.enter_context(as_on_gpu(length))
-        objective = faked(objective)
+        objective, bf16 = faked(objective), config['train']['precision'] == 'bf16'
+        if bf16:
+            objective.frozen.compute_in(torch.bfloat16)
         optimizer = build_optimizer(objective, config['optim'], torch.device('cpu'))
         for group in optimizer.param_groups:
             for x in group['params']:
@@ -302,7 +304,7 @@ def count(config: dict, processes: int = 1) -> Traffic:
         traffic.hold(*objective.parameters(), *objective.buffers(), *objective.teacher.parameters(), *batch,
                      *(x for state in optimizer.state.values() for x in state.values()))
         traffic.kept = traffic.alive
-        with torch.autocast('cpu', torch.bfloat16, enabled=config['train']['precision'] == 'bf16'):
+        with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
             shared = objective.prepare([MicroBatch(*batch, lengths)])
             loss = objective(*batch, 0.4, 1, shared)['loss']
         traffic.label = 'sums of gradients'

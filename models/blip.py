@@ -94,6 +94,10 @@ class BLIP(nn.Module):
     def device(self) -> torch.device:
         return self.visual_encoder.cls_token.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.visual_encoder.cls_token.dtype
+
     def compile_towers(self, **options) -> None:
         """torch.compile of the towers' layers, in place. Equal layers share a compiled form, and texts of every length
         do; forms of whole towers would not be faster, and take several times as long to compile.
@@ -114,7 +118,7 @@ class BLIP(nn.Module):
 
         With `layers` (indices of blocks): (tokens, {layer: its output [B, N, vision_width]}).
         """
-        images = images.to(self.visual_encoder.cls_token.dtype)
+        images = images.to(self.dtype)
         return self.visual_encoder(images) if layers is None else self.visual_encoder(images, layers)
 
     def project_image(self, image_tokens: torch.Tensor) -> ImageKV:

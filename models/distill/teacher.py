@@ -1,11 +1,11 @@
 """What the teacher says of a batch: asked of the net in training (live), or read from what it said before (stored)."""
 
+from contextlib import nullcontext
 from functools import cached_property, wraps
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_map
 
 from data.target_store import LOWEST
 from models import losses
@@ -38,14 +38,14 @@ class Decoded(NamedTuple):
 
 
 def asked(method):
-    """A method that runs a teacher: in inference mode, its answer copied, as no loss can keep an inference tensor
-    for its backward pass.
+    """A method of `LiveTargets` that runs the teacher: without gradient, and in the teacher's own precision where that
+    is not float32, so that autocast casts nothing.
     """
     @wraps(method)
-    def run(*args):
-        with torch.inference_mode():
-            answer = method(*args)
-        return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, answer)
+    def run(self, *args):
+        exact = self.teacher.dtype == torch.float32
+        with torch.no_grad(), nullcontext() if exact else torch.autocast(self.images.device.type, enabled=False):
+            return method(self, *args)
     return run
 
 
@@ -69,6 +69,13 @@ class LiveTeacher:
     @property
     def temp(self) -> torch.Tensor:
         return self.model.temp
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Hold the weights in a precision, once instead of casting them in every step; the temperature stays."""
+        temp = self.model.temp.detach().clone() if self.model.text_encoder is not None else None
+        self.model.to(dtype)
+        if temp is not None:
+            self.model.temp.data = temp
 
     def targets(self, images: torch.Tensor, stored: None = None) -> 'LiveTargets':
         return LiveTargets(self.model, images, self.layers)
@@ -104,7 +111,7 @@ class LiveTargets:
         return self.encoded[1]
 
     @cached_property
-    @torch.inference_mode()
+    @asked
     def image_kv(self):
         """Keys and values, which no loss sees."""
         return self.teacher.project_image(self.image_tokens)
