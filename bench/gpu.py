@@ -1,6 +1,6 @@
 """The parts of bench/gpu.sh, which says how to run them all, and the page that they make.
 
-    python -m bench.gpu step compiled eager --out gpu.jsonl     # sides of a pre-training step: compiled, eager, original
+    python -m bench.gpu step compiled eager --out gpu.jsonl      # a training step: compiled, eager or original
     python -m bench.gpu largest --out gpu.jsonl                 # the largest batches that fit GPUs of 40 and 80 GB
     python -m bench.gpu inference --out gpu.jsonl               # captions and embeddings beside transformers' BLIP
     python -m bench.gpu page gpu.jsonl                          # bench/gpu.json and bench/gpu.md
@@ -31,10 +31,10 @@ from bench.train_step import VOCABULARY, OurStep, random_batch
 from configs import read_yaml
 from configs.rules import whole
 from models.blip import BLIP
-from models.checkpoint import architecture
 from models.linear import FLOPS
-from models.precision import for_inference
 from models.tokenizer import Tokenizer
+from models.weights.checkpoint import architecture
+from prod.precision import for_inference
 from utils import ROOT, atomic_write, clean_exit, shorten
 
 PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16 FLOP/s by the data sheets of the SXM cards
@@ -219,7 +219,8 @@ def measure_inference(bench: Bench, rounds: int, tiny: bool) -> None:
                 with torch.inference_mode():
                     functions[work]()
                     found[side] = statistics.median(bench.seconds(functions[work]) for _ in range(rounds))
-            bench.record('inference', work=work, batch=batch, ms={side: round(1000 * x, 2) for side, x in found.items()},
+            bench.record('inference', work=work, batch=batch,
+                         ms={side: round(1000 * x, 2) for side, x in found.items()},
                          times_transformers={side: round(found[reference] / x, 2) for side, x in found.items()})
 
 

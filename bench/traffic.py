@@ -44,7 +44,7 @@ from configs import load_config
 from configs.rules import whole
 from models import losses
 from models.blip import BLIP
-from models.distill import teacher as targets
+from models.distill import teacher as teaching
 from models.distill.hidden import HiddenStates
 from models.distill.objective import Objective
 from models.distill.update import MicroBatch
@@ -233,7 +233,7 @@ def part_of(frame) -> str | None:
     if isinstance(owner, VisionTower | TextTower | LMHead):
         return {VisionTower: 'vision tower', TextTower: 'text tower', LMHead: 'LM head'}[type(owner)]
     name, file = frame.f_code.co_name, frame.f_code.co_filename
-    if file == targets.__file__ and name != 'logit_loss':
+    if file == teaching.__file__ and name != 'logit_loss':
         return 'teacher'
     if file == losses.__file__:
         return frame.f_locals['function'].__name__ if name == 'run' else name
@@ -279,16 +279,16 @@ def count(config: dict, processes: int = 1) -> Traffic:
     """
     batch_size, length = config['train']['batch_size'], config['data']['max_tokens']
     lengths = torch.linspace(8, length, batch_size).long().tolist()
-    objective = build(config)
+    objective, bf16 = build(config), config['train']['precision'] == 'bf16'
+    if bf16:
+        objective.frozen.compute_in(torch.bfloat16)
     with ExitStack() as held:
         if processes > 1:
             from torch.testing._internal.distributed.fake_pg import FakeStore
             dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=processes)
             held.callback(dist.destroy_process_group)
         held.enter_context(as_on_gpu(length))
-        objective, bf16 = faked(objective), config['train']['precision'] == 'bf16'
-        if bf16:
-            objective.frozen.compute_in(torch.bfloat16)
+        objective = faked(objective)
         optimizer = build_optimizer(objective, config['optim'], torch.device('cpu'))
         for group in optimizer.param_groups:
             for x in group['params']:

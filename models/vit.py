@@ -73,14 +73,13 @@ class VisionTower(VisionTransformer):
         for block in self.blocks:
             if block.attn.fused_attn == plain:
                 block.attn.fused_attn = not plain
-        if layers is None:
-            return self.forward_features(images)
-        if not layers:
-            return self.forward_features(images), {}
-        layers = sorted(set(layers))
-        tokens, states = self.forward_intermediates(images, layers, return_prefix_tokens=True, output_fmt='NLC')
-        states = [torch.cat([class_token, patches], 1) for patches, class_token in states]
-        return tokens, dict(zip(layers, states, strict=True))
+        hidden, states = self.norm_pre(self._pos_embed(self.patch_embed(images))), {}
+        for number, block in enumerate(self.blocks):
+            hidden = block(hidden)
+            if number in (layers or ()):
+                states[number] = hidden
+        tokens = self.norm(hidden)
+        return tokens if layers is None else (tokens, states)
 
 
 def prefers_plain_attention(device: torch.device, training: bool) -> bool:
