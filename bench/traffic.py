@@ -97,6 +97,9 @@ class AsOnGPU(TorchFunctionMode):
                 mask = F.pad(mask, (0, shape[3] - mask.shape[3])).expand(shape)[..., :k.shape[2]]
             return aten._scaled_dot_product_efficient_attention(
                 q, k, v, mask, torch.is_grad_enabled() and q.requires_grad, dropout)[0]
+        if func is F.dropout:
+            x, p, training = args
+            return aten.native_dropout(x, p, True)[0] if training and p else x
         if func is torch.Tensor.item:
             return self.width
         if func is F.layer_norm and torch.is_autocast_enabled('cpu'):

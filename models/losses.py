@@ -196,12 +196,13 @@ class WhitenedError(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher):
         shape = student.shape[-1:]
-        difference, mean, scale = torch.native_layer_norm(student, shape, None, None, 1e-5)
-        difference -= F.layer_norm(teacher, shape)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.ops.aten.native_layer_norm_backward(
-                difference, student, shape, mean, scale, None, None, [True, False, False])[0])
-        return torch.linalg.vector_norm(difference, dim=-1, dtype=torch.float32).square() / shape[0]
+        with torch.autocast(student.device.type, enabled=False):
+            difference, mean, scale = torch.native_layer_norm(student, shape, None, None, 1e-5)
+            difference -= F.layer_norm(teacher, shape)
+            if ctx.needs_input_grad[0]:
+                ctx.save_for_backward(torch.ops.aten.native_layer_norm_backward(
+                    difference, student, shape, mean, scale, None, None, [True, False, False])[0])
+            return torch.linalg.vector_norm(difference, dim=-1, dtype=torch.float32).square() / shape[0]
 
     @staticmethod
     def backward(ctx, grad):
