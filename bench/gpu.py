@@ -255,8 +255,9 @@ def page(source: Path) -> None:
              '|---|---|---:|---:|---:|---:|---:|---:|---:|']
     for row in by_part['step']:
         mfu = '' if row['mfu'] is None else f'{row["mfu"]:.1%}'
-        lines.append(f'| {row["side"]} | {row["terms"]} | {row["batch"]} | {row["pairs_per_s"]:.0f} | {row["ms"]:.1f} | '
-                     f'{row["TFLOP_per_s"]:.0f} | {mfu} | {row.get("peak_GiB", "")} | {row["first_steps_s"][0]:.1f} |')
+        lines.append(f'| {row["side"]} | {row["terms"]} | {row["batch"]} | {row["pairs_per_s"]:.0f} | {row["ms"]:.1f} '
+                     f'| {row["TFLOP_per_s"]:.0f} | {mfu} | {row.get("peak_GiB", "")} '
+                     f'| {row["first_steps_s"][0]:.1f} |')
     for row in by_part['split']:
         lines += ['', f'Parts, {row["side"]}, {row["terms"]} terms (each waited for): '
                   + ', '.join(f'{name} {value:.1f} ms' for name, value in row['ms'].items()) + '.']
