@@ -10,6 +10,10 @@ files are replaced together at the end, and memory does not grow with the pairs 
 duplicates are found).
 """
 
+if __name__ == '__main__':  # before the slow imports
+    from signals import end_at_once
+    end_at_once()
+
 import argparse
 import os
 from collections import Counter, deque
@@ -27,7 +31,7 @@ from configs.rules import whole
 from data.downloads import Part, find_shards, read_shard, read_visual_genome
 from data.folders import locked
 from data.text_columns import utf8
-from utils import as_worker, atomic_write, clean_exit, make_output_dir, progress
+from utils import WORKERS, as_worker, atomic_write, clean_exit, make_output_dir, progress
 
 SOURCES = {'cc3m': 'cc3m.json', 'mscoco': 'coco.json', 'sbu': 'sbu.json', 'vgo': 'vgo.json'}
 FAILED = pa.schema({'url': pa.string(), 'caption': pa.string()})
@@ -137,7 +141,7 @@ def build(root: Path, out: Path, sources: list[str], workers: int) -> dict[str, 
             leftover.unlink()
     tallies = {source: Tally() for source in present}
     # Older files are replaced together, when every source has been read.
-    with ExitStack() as files, ProcessPoolExecutor(workers, initializer=as_worker) as pool:
+    with ExitStack() as files, ProcessPoolExecutor(workers, WORKERS, as_worker) as pool:
         everything = PairWriter(files.enter_context(atomic_write(out / 'all.json', 'wb')))
         for source in present:
             writer = PairWriter(files.enter_context(atomic_write(out / SOURCES[source], 'wb')))

@@ -11,6 +11,10 @@ Any setting of the config can be overridden: `optim.lr=1e-4 train.epochs=2`. Rel
 resumes from OUTPUT_DIR/last.pth; `--dry_run` says beforehand what the run will take.
 """
 
+if __name__ == '__main__':  # before the slow imports
+    from signals import end_at_once
+    end_at_once()
+
 import argparse
 from pathlib import Path
 

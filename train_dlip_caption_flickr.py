@@ -10,6 +10,10 @@ With `scst.epochs` self-critical training follows, a run of its own in OUTPUT_DI
 resumes.
 """
 
+if __name__ == '__main__':  # before the slow imports
+    from signals import end_at_once
+    end_at_once()
+
 import argparse
 import math
 import shutil

@@ -9,6 +9,10 @@ OUTPUT_DIR/table.md (`--no_test`: it is not).
 Relaunching the same command resumes.
 """
 
+if __name__ == '__main__':  # before the slow imports
+    from signals import end_at_once
+    end_at_once()
+
 import argparse
 from pathlib import Path
 

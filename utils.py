@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from signals import NAMES, interrupting
+
 ROOT = Path(__file__).resolve().parent
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 FULL = {errno.ENOSPC, errno.EDQUOT}
+# How worker processes start: under another method a killed parent may leave them behind, or they import for seconds.
+WORKERS = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
 logger = logging.getLogger('dlip')
 
 
@@ -55,25 +59,35 @@ def shorten(value, limit: int | None = None) -> str:
 
 @contextmanager
 def clean_exit():
-    """Turn an expected failure into one line on stderr and exit code 1, Ctrl-C into one and 130.
+    """Turn an expected failure into one line on stderr and exit code 1, a signal into one and 128 + its number.
 
-    A fault of the program keeps its traceback; DLIP_TRACEBACK=1 shows every one.
+    A fault of the program keeps its traceback; DLIP_TRACEBACK=1 shows every one. A reader of stdout that has had
+    enough, such as `head`, ends the process without a word and with exit code 141.
     """
     try:
-        yield
+        with interrupting():
+            yield
+            print(end='', flush=True)
+    except BrokenPipeError:
+        sys.exit(128 + 13)  # as SIGPIPE ends other programs
     except (Exception, KeyboardInterrupt) as error:
         line = explanation(error)
         if line is None or os.environ.get('DLIP_TRACEBACK'):
             raise
-        print(line, file=sys.stderr)
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+        with suppress(OSError):  # the terminal may be gone
+            print(line, file=sys.stderr)
+        sys.exit(getattr(error, 'code', 130) if isinstance(error, KeyboardInterrupt) else 1)
+    finally:
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # else Python complains, as it exits, of a lost reader
+            with suppress(OSError, ValueError):
+                stream.flush()
 
 
 def explanation(error: BaseException) -> str | None:
     """What a user reads of a failure and its remedy; None for a fault of the program."""
     text = str(error)
     if isinstance(error, KeyboardInterrupt):
-        return 'stopped by Ctrl-C'
+        return text or 'stopped by Ctrl-C'
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, 'errno', None) == errno.ENOMEM or \
             isinstance(error, RuntimeError) and "can't allocate memory" in text:
         what = 'the GPU' if isinstance(error, torch.OutOfMemoryError) else 'this machine'
@@ -198,14 +212,15 @@ def end_with_parent() -> bool:
 def as_worker(*_) -> None:
     """Prepare a worker process of a DataLoader or pool: it ends with its parent, and at its parent's word alone.
 
-    Ctrl-C and a scheduler's SIGTERM reach every process of a job; what they end is the parent's to decide.
+    Ctrl-C, a scheduler's SIGTERM and a closed terminal's SIGHUP reach every process of a job; what they end is the
+    parent's to decide.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in NAMES.keys() - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, 'sigwaitinfo'):  # not on macOS and Windows
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_at_parents_word, daemon=True).start()
-    if end_with_parent() and multiprocessing.get_start_method() == 'fork' and \
-            os.getppid() != multiprocessing.parent_process().pid:
+    if end_with_parent() and os.getppid() != multiprocessing.parent_process().pid:
         os.kill(os.getpid(), signal.SIGKILL)  # the parent ended before
 
 
@@ -286,7 +301,7 @@ def shown(name: str | os.PathLike) -> str:
     `json.loads` gives the name back, where it holds line breaks, control characters or bytes that are no text."""
     name = os.fspath(name)
     try:
-        name.encode(sys.stdout.encoding or 'utf-8')
+        name.encode(getattr(sys.stdout, 'encoding', None) or 'utf-8')
         return name if name.isprintable() else json.dumps(name)
     except UnicodeEncodeError:
         return json.dumps(name)

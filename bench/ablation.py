@@ -12,6 +12,13 @@ bench/ablation.jsonl and is not repeated; the table is written to bench/ablation
 bench/ablation.png.
 """
 
+if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+    import os
+    import sys
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    from signals import end_at_once
+    end_at_once()
+
 import argparse
 import fnmatch
 import json
@@ -25,9 +32,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-
-if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

@@ -9,6 +9,13 @@ the original's way is json.load and a dataset that keeps the list. Memory of a w
 with it (USS: private pages, Linux), with that of the same loader over 1,000 pairs beside it.
 """
 
+if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+    import os
+    import sys
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    from signals import end_at_once
+    end_at_once()
+
 import argparse
 import json
 import os
@@ -17,9 +24,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from PIL import Image
 

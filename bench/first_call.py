@@ -6,6 +6,13 @@ transformers' BLIP-Base and DLIP's student at 384 px, random weights in a folder
 new tokens forced; the sides take turns, medians of seconds. Files are in the page cache.
 """
 
+if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+    import os
+    import sys
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    from signals import end_at_once
+    end_at_once()
+
 import argparse
 import json
 import statistics
@@ -13,9 +20,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-
-if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from PIL import Image
 

@@ -6,15 +6,18 @@ ViT-S + BERT-Small without a teacher (ITA, ITM, LM), queue 57600, batch 8, on CP
 "kept" is what autograd holds from the forward for the backward pass, counted tensor by tensor.
 """
 
+if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+    import os
+    import sys
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    from signals import end_at_once
+    end_at_once()
+
 import argparse
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
-
-if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

@@ -15,6 +15,13 @@ unhurt run, bit for bit. The injuries:
 `tests/test_recovery.py` runs one of each.
 """
 
+if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+    import os
+    import sys
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    from signals import end_at_once
+    end_at_once()
+
 import argparse
 import contextlib
 import multiprocessing
@@ -30,9 +37,6 @@ import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
-
-if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port

@@ -15,6 +15,13 @@ tokens) runs on fake tensors: every operation is dispatched, none is computed. C
 The fake device is the CPU, with a GPU's choices where the two differ (attention, layer norms under autocast, clipping).
 """
 
+if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+    import os
+    import sys
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    from signals import end_at_once
+    end_at_once()
+
 import argparse
 import copy
 import sys
@@ -22,11 +29,7 @@ import weakref
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 from unittest.mock import patch
-
-if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import torch.distributed as dist

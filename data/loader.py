@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 from data.datasets import Captioned
 from data.shards import ShardDataset, ShardStream
 from data.target_store import WithTargets, pad_targets
-from utils import as_worker, gather_objects, local_world_size
+from utils import WORKERS, as_worker, gather_objects, local_world_size
 
 SHARED_MEMORY = Path('/dev/shm')  # where Linux keeps the tensors that processes share
 PREFETCH = 2  # batches that each worker makes ahead
@@ -135,7 +135,8 @@ def tensors_of(batch) -> Iterator[torch.Tensor]:
 def load(dataset, workers: int, collate_fn: Callable = default_collate, **options) -> DataLoader:
     """A DataLoader whose `workers` processes end with this one, and which says so if they lack shared memory."""
     return DataLoader(dataset, num_workers=workers, collate_fn=InSharedMemory(collate_fn), worker_init_fn=as_worker,
-                      timeout=PATIENCE if workers else 0, **options)
+                      timeout=PATIENCE if workers else 0, multiprocessing_context=WORKERS if workers else None,
+                      **options)
 
 
 def make_loader(dataset: Captioned | WithTargets | ShardDataset, batch_size: int, *, seed: int, epoch: int,

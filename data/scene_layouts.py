@@ -9,16 +9,19 @@ OUT/flickr30k              flickr30k-images/*.jpg, Karpathy's dataset_flickr30k.
 OUT/vocab.txt              WordPiece vocabulary of the captions
 """
 
+if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+    import os
+    import sys
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    from signals import end_at_once
+    end_at_once()
+
 import argparse
 import json
 import random
 import shutil
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-
-if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +30,7 @@ from configs.rules import SHARE, whole
 from data.captions import PROMPT
 from data.scene_captions import captions, vocabulary
 from data.scenes import KINDS, Scene, render, sample_split
-from utils import as_worker, atomic_write, clean_exit, progress, shorten
+from utils import WORKERS, as_worker, atomic_write, clean_exit, progress, shorten
 
 SHARES = {'cc3m': 0.45, 'mscoco': 0.35, 'sbu': 0.17, 'vgo': 0.03}
 SHARD = 1000  # samples a shard
@@ -144,7 +147,7 @@ def build(out: Path, pretrain: int, flickr: dict[str, int], kinds: dict[str, flo
     write_flickr_annotation(folder, splits)
     (out / 'vocab.txt').write_text('\n'.join(vocabulary()) + '\n')
     bar = progress(None, total=pretrain + sum(flickr.values()), desc='rendering scenes')
-    with ProcessPoolExecutor(workers, initializer=as_worker) as pool:
+    with ProcessPoolExecutor(workers, WORKERS, as_worker) as pool:
         for done in [pool.submit(function, job) for function, job in jobs]:
             bar.update(done.result())
     bar.close()

@@ -10,14 +10,17 @@ caption_SPLIT_results.json, which the servers of COCO and NoCaps take. On the em
 `eval.num_beams=1`.
 """
 
+if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+    import os
+    import sys
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    from signals import end_at_once
+    end_at_once()
+
 import json
 import re
-import sys
 from contextlib import suppress
 from pathlib import Path
-
-if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

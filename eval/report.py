@@ -8,13 +8,16 @@ OUTPUT_DIR/table.json, table.md, report.html and contact_sheet.png. The teacher 
 (a pre-training one) or two; `--plain_retrieval` and `--plain_caption` add a student that was trained without a teacher.
 """
 
+if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+    import os
+    import sys
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    from signals import end_at_once
+    end_at_once()
+
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

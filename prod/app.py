@@ -9,6 +9,13 @@ fetches no URL, and refuses requests that another web page makes. Uploads and th
 folder, which is deleted when the page stops. Needs gradio (requirements-dev.txt).
 """
 
+if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+    import os
+    import sys
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    from signals import end_at_once
+    end_at_once()
+
 import argparse
 import ipaddress
 import os
@@ -21,9 +28,6 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
-
-if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from PIL import Image
 

@@ -18,14 +18,18 @@ others it starts over if `--overwrite` says so. A file name that is not UTF-8 is
 `json.loads` gives back the path as `os.listdir` spells it), in CSV as the bytes it is, in parquet as a JSON string.
 """
 
+if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+    import os
+    import sys
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    from signals import end_at_once
+    end_at_once()
+
 import argparse
 import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-
-if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from PIL import Image
 

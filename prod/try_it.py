@@ -3,12 +3,14 @@
     python -m prod.try_it --caption output/demo/caption/best.pth --retrieval output/demo/retrieval/best.pth PICTURE ...
 """
 
-import argparse
-import sys
-from pathlib import Path
+if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+    import os
+    import sys
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    from signals import end_at_once
+    end_at_once()
 
-if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+import argparse
 
 from prod import DLIPProd
 from prod.options import net_options, net_settings

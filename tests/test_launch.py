@@ -22,7 +22,7 @@ from data.index import build_index
 from models.engine.launch import choose_device, hosts, place
 from models.engine.logs import read_log
 from models.weights.checkpoint import read_checkpoint
-from utils import atomic_write, clean_exit, make_output_dir
+from utils import ROOT, atomic_write, clean_exit, make_output_dir
 
 TASK = {'SLURM_JOB_ID': '1234', 'SLURM_STEP_ID': '0', 'SLURM_PROCID': '5', 'SLURM_NTASKS': '11', 'SLURM_LOCALID': '1',
         'SLURM_NODEID': '1', 'SLURM_JOB_NODELIST': 'gpu[001-003]', 'SLURM_STEP_TASKS_PER_NODE': '4(x2),3'}
@@ -96,15 +96,16 @@ def running(process: int) -> bool:
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system does not fork')
-def test_a_signal_to_every_process_of_a_job_loses_nothing(pretrained, tmp_path):
-    """As `scancel` and `timeout` send it."""
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_every_process_of_a_job_loses_nothing(pretrained, tmp_path, number):
+    """As `scancel` and `timeout` send it, and the end of an ssh session."""
     training = Python('pretrain_dlip.py', *options(pretrained[0], tmp_path), 'train.epochs=10000', 'train.batch_size=4',
                       'train.save_every=0', 'data.num_workers=2')
     deadline = time.monotonic() + 100
     while len(read_log(tmp_path / 'steps.txt')) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     for pid in (*workers_of(training.pid), training.pid):
-        os.kill(pid, signal.SIGTERM)
+        os.kill(pid, number)
     done = training.wait(60)
     assert done.returncode == 0, done.stderr[-2000:]
     state = read_checkpoint(tmp_path / 'last.pth')
@@ -125,6 +126,47 @@ def test_a_forked_child_captions(caption, picture):
         assert child.exitcode == 0
     finally:
         torch.set_num_threads(threads)
+
+
+TOOLS = [path.relative_to(ROOT) for pattern in ('*.py', 'data/*.py', 'eval/*.py', 'prod/*.py')
+         for path in sorted(ROOT.glob(pattern)) if "\nif __name__ == '__main__':" in path.read_text()]
+
+
+@pytest.mark.parametrize('tool, number', [*((tool, signal.SIGINT) for tool in TOOLS), (TOOLS[0], signal.SIGTERM),
+                                          (TOOLS[0], signal.SIGHUP)], ids=str)
+def test_a_signal_during_the_imports_is_one_line(tool, number, tmp_path):
+    """It comes with the first import of a package that takes long."""
+    for name in ('numpy', 'torch', 'PIL'):
+        (tmp_path / f'{name}.py').write_text(f'import os, time; os.kill(os.getpid(), {number}); time.sleep(9)')
+    for how in (['-m', '.'.join(tool.with_suffix('').parts)], [tool]):
+        done = subprocess.run([sys.executable, *how], cwd=ROOT, env=os.environ | {'PYTHONPATH': str(tmp_path)},
+                              capture_output=True, text=True)
+        assert done.returncode == 128 + number and done.stderr.startswith('stopped by ')
+        assert done.stderr.count('\n') == 1
+
+
+@pytest.mark.parametrize('block, code, message', [
+    ('os.kill(os.getpid(), signal.SIGTERM)', 143, 'stopped by SIGTERM\n'),
+    ('os.kill(os.getpid(), signal.SIGHUP)', 129, 'stopped by SIGHUP, as the terminal was closed\n'),
+    ('signal.signal(signal.SIGHUP, signal.SIG_IGN); end_at_once(); os.kill(os.getpid(), signal.SIGHUP)', 0, ''),
+    ('print("x")', 141, ''), ('print("x" * 10 ** 6)', 141, ''),
+    ('sys.stdout.reconfigure(line_buffering=False); print("x"); sys.exit(2)', 2, ''),
+    ('logging.basicConfig(stream=sys.stdout); logging.raiseExceptions = False; logging.warning("x")', 141, '')])
+def test_a_script_ends_without_a_traceback(block, code, message, tmp_path):
+    """Signals within `clean_exit`, nohup, and a stdout that nobody reads."""
+    script = tmp_path / 'script.py'
+    script.write_text(f"""
+import logging, os, signal, sys
+from signals import end_at_once
+from utils import clean_exit
+ours, other = os.pipe()
+os.close(ours)
+os.dup2(other, 1)
+with clean_exit():
+    {block}
+""")
+    done = Python(script).wait()
+    assert (done.returncode, done.stderr) == (code, message)
 
 
 @pytest.mark.parametrize('error, code, message', [

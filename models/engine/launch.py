@@ -152,6 +152,7 @@ def setup_process(device: str = 'auto') -> torch.device:
                                 world_size=count, store=unwritten_store(store, number, count))
     if hasattr(sys.stdout, 'reconfigure'):  # no notebook's
         sys.stdout.reconfigure(errors='backslashreplace')  # as stderr: a name that is no text must not end a run
+    logging.raiseExceptions = False  # whoever reads stdout may have gone; that ends no run, and takes no traceback
     logging.basicConfig(format='%(asctime)s %(message)s', datefmt='%H:%M:%S', stream=sys.stdout, force=True,
                         level=logging.WARNING)
     logger.setLevel(logging.INFO if is_main() else logging.WARNING)

@@ -1,6 +1,5 @@
-"""What SIGTERM and Ctrl-C do to a training."""
+"""What SIGTERM, SIGHUP and Ctrl-C do to a training."""
 
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -8,10 +7,12 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
+from signals import listen, say
+
 
 class StopSignal:
-    """What SIGTERM and SIGINT do to a training: they end the process at once or, within `hold`, are remembered until
-    the loop has saved its state. After one of them Ctrl-C kills.
+    """What SIGTERM, SIGHUP and SIGINT do to a training: they end the process at once or, within `hold`, are remembered
+    until the loop has saved its state. After one of them Ctrl-C kills.
 
     Attributes:
         received: whether a signal has come.
@@ -24,8 +25,7 @@ class StopSignal:
     def listen(self, code: int | None = None) -> None:
         """Take the signals from now on; those that came before are forgotten."""
         self.received, self.held, self.waiting, self.code = False, False, False, code
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._receive)
+        listen(self._receive)
 
     def _receive(self, number, frame):
         if self.received:
@@ -59,7 +59,7 @@ class StopSignal:
             Stopped: always.
         """
         if not dist.is_initialized() or dist.get_rank() == 0:  # not by print, within which the signal may have come
-            os.write(2, b'\nstopped by a signal; the same command goes on with what is saved\n')
+            say('\nstopped by a signal; the same command goes on with what is saved')
         raise Stopped(self.code)
 
     @contextmanager
