@@ -27,11 +27,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from configs.rules import whole
+from configs.rules import output_path, whole
 from data.downloads import Part, find_shards, read_shard, read_visual_genome
 from data.folders import locked
 from data.text_columns import utf8
-from utils import WORKERS, as_worker, atomic_write, clean_exit, make_output_dir, progress
+from utils import WORKERS, as_worker, atomic_write, clean_exit, make_output_dir, progress, shorten
 
 SOURCES = {'cc3m': 'cc3m.json', 'mscoco': 'coco.json', 'sbu': 'sbu.json', 'vgo': 'vgo.json'}
 FAILED = pa.schema({'url': pa.string(), 'caption': pa.string()})
@@ -200,17 +200,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--root', default='/datadrive', type=Path,
                         help='folder of the downloaded sources (default: %(default)s)')
-    parser.add_argument('--out', type=Path, help='folder for the JSON files (default: ROOT/dataloader)')
+    parser.add_argument('--out', type=output_path, help='folder for the JSON files (default: ROOT/dataloader)')
     parser.add_argument('--sources', nargs='+', choices=SOURCES, default=list(SOURCES))
     parser.add_argument('--workers', type=whole(1, 1024), default=os.cpu_count(),
                         help='processes (default: one per core)')
     args = parser.parse_args(argv)
-    if not args.root.is_dir():
-        raise FileNotFoundError(f'no data folder {args.root}: name it with --root')
+    if not os.path.isdir(args.root):
+        raise FileNotFoundError(f'no data folder {shorten(args.root)}: name it with --root')
     root = args.root.resolve()
     if not str(root).isascii() and '\ufffd' in os.fsencode(root).decode(errors='replace'):
         raise ValueError(f'the path {str(root)!r} is not UTF-8, and all.json must be: rename the folder')
-    out = make_output_dir(args.out or root / 'dataloader')
+    out = make_output_dir(args.out or root / 'dataloader', '--out')
     with locked(out):
         tallies = build(root, out, args.sources, args.workers)
         with atomic_write(out / 'pairs.png', 'wb') as file:

@@ -28,6 +28,8 @@ from signals import NAMES, interrupting
 ROOT = Path(__file__).resolve().parent
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 FULL = {errno.ENOSPC, errno.EDQUOT}
+REMEDIES = dict.fromkeys(FULL, ': the disk is full, make room or write elsewhere') | {
+    errno.ENAMETOOLONG: ': choose a shorter one'}
 # How worker processes start: under another method a killed parent may leave them behind, or they import for seconds.
 WORKERS = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
 logger = logging.getLogger('dlip')
@@ -105,8 +107,8 @@ def explanation(error: BaseException) -> str | None:
         return None
     if 'Original Traceback' in text:  # of a loader's process: its last line is the error
         text = text.strip().splitlines()[-1].partition(': ')[2]
-    full = ': the disk is full, make room or write elsewhere' if getattr(error, 'errno', None) in FULL else ''
-    return f'error: {shorten(ValueError(text), 1000)}{full}'
+    remedy = REMEDIES.get(getattr(error, 'errno', None), '')
+    return f'error: {shorten(ValueError(text), 1000)}{remedy}'
 
 
 # ---------------------------------------------------------------- processes
@@ -277,8 +279,11 @@ def atomic_write(path: str | os.PathLike, mode: str = 'w'):
         os.fsync(file.fileno())
 
 
-def make_output_dir(path: str | os.PathLike) -> Path:
+def make_output_dir(path: str | os.PathLike, called: str = '--output_dir') -> Path:
     """Create a folder and prove that it can be written.
+
+    Args:
+        called: what the user chose it by.
 
     Raises:
         PermissionError: naming the folder and the remedy.
@@ -291,8 +296,8 @@ def make_output_dir(path: str | os.PathLike) -> Path:
             file.write(bytes(4096))  # a full disk lets files be made, but not written
     except (OSError, ValueError) as error:  # the latter of a name with a null character
         reason = getattr(error, 'strerror', None) or error
-        raise PermissionError(f'cannot write to the output folder {shorten(Path(path))}: {reason}. Choose another with '
-                              f'--output_dir.') from None
+        raise PermissionError(f'cannot write to the output folder {shorten(Path(path))}: {reason}. Choose another '
+                              f'{called}.') from None
     return Path(path)
 
 

@@ -19,6 +19,7 @@ from configs.rules import (
     SIZE_RULES,
     Text,
     net_relations,
+    output_path,
     relations,
     rule,
     size_relations,
@@ -90,9 +91,9 @@ def read_yaml(path: str | os.PathLike) -> dict:
         FileNotFoundError, ValueError: the file is missing, is no text, no YAML, or no mapping.
     """
     name, path = shorten(path), Path(path) if os.path.exists(path) else ROOT / path
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f'{name} is a folder: name a YAML file')
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f'no config file {name}: the shipped ones are in {ROOT / "configs"}')
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f'{name} is too large for settings: {path.stat().st_size:,} bytes')
@@ -237,8 +238,8 @@ def script_arguments(description: str, config: str, output_dir: str, argv: list[
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', default=config, help='YAML file (default: %(default)s)')
-    parser.add_argument('--output_dir', default=output_dir, help='checkpoints and logs (default: %(default)s); '
-                        'a run found there is resumed')
+    parser.add_argument('--output_dir', default=output_dir, type=output_path,
+                        help='checkpoints and logs (default: %(default)s); a run found there is resumed')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
     parser.add_argument('--seed', default=42, type=whole(0, 2 ** 32 - 1))
     parser.add_argument('--dry_run', action='store_true', help='check everything, train a few steps, write nothing and '

@@ -1,11 +1,14 @@
 """What each setting may be: one rule a key, and the relations between keys. The same rules parse command lines."""
 
 import argparse
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from utils import shorten
 
 LARGEST = 2 ** 31 - 1  # where nothing else bounds a number
+NAME_BYTES = 210  # of one name in an output path: file systems allow 255, and temporary files have longer ones
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,16 @@ class Number:
 
 def whole(low: int, high: int = LARGEST) -> Number:
     return Number(low, high, whole=True)
+
+
+def output_path(text: str) -> Path:
+    """argparse's type of a file or folder to be written, beside which others of longer names may be."""
+    if not text.strip() or '\0' in text:
+        raise argparse.ArgumentTypeError(f'must name a file or folder, got {shorten(text)}')
+    if max(len(os.fsencode(part)) for part in Path(text).parts or '.') > NAME_BYTES:
+        raise argparse.ArgumentTypeError(f'is a longer name than most file systems allow: choose one of at most '
+                                         f'{NAME_BYTES} bytes, got {shorten(text)}')
+    return Path(text)
 
 
 @dataclass(frozen=True)

@@ -95,8 +95,9 @@ def load_annotated(root: str | Path, split: str, how: str | float = 'standard') 
         raise ValueError(f'unknown split {shorten(split)}: one of {", ".join(SPLITS)}')
     if how not in ('standard', 'hash') and not isinstance(how, float):
         raise ValueError(f'data.split: {shorten(how)} is neither standard nor hash, nor a share')
-    if not root.is_dir():
-        raise FileNotFoundError(f'no folder {root}: data.root is one of images and their annotation (README, "Data")')
+    if not os.path.isdir(root):
+        raise FileNotFoundError(f'no folder {shorten(root)}: data.root is one of images and their annotation '
+                                f'(README, "Data")')
     files, layout = find_annotation(root)
     captions: dict[str, list[str]] = {}
     splits: dict[str, str | None] = {}

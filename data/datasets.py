@@ -21,7 +21,7 @@ from data.captions import clean_caption, is_empty
 from data.images import BrokenPicture, file_name, open_image, open_part
 from data.index import COLUMNS, build_index, read_index
 from data.transforms import eval_transform, train_transform, whole_transform
-from utils import barrier, local_rank, logger
+from utils import barrier, local_rank, logger, shorten
 
 MOST_HELD_OUT = 1000  # images: enough for a curve, and soon looked at
 MAX_TRIES = 20  # broken pictures in a row that end the run
@@ -152,8 +152,8 @@ class PairDataset(Captioned):
 
     def __init__(self, all_json: str | os.PathLike, transform: train_transform, max_words: int, seed: int = 0):
         source = Path(all_json)
-        if not source.is_file():
-            raise FileNotFoundError(f'no {source}: write it with json_dataset.py, or set data.train')
+        if not os.path.isfile(source):
+            raise FileNotFoundError(f'no {shorten(source)}: write it with json_dataset.py, or set data.train')
         if local_rank() == 0:  # one process of a machine builds it, the others wait
             build_index(source)
         barrier()

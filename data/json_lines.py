@@ -21,10 +21,13 @@ class JsonLines:
     A line counts once its line break is written; what a kill left of a last line is dropped. Strings may hold any file
     name: bytes that are not UTF-8, which Python decodes to lone surrogates, are written as `\\udcXX` escapes, and
     `json.loads` gives the same name back.
+
+    Args:
+        called: what the user chose its folder by.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike, called: str = 'folder'):
+        self.path, self.called = Path(path), called
         self._lock = FileLock(f'{path}.lock')  # released by the system when its process dies
 
     @contextmanager
@@ -38,7 +41,7 @@ class JsonLines:
             PermissionError: the folder cannot be made or written.
             ValueError: another process holds the right.
         """
-        make_output_dir(self.path.parent)
+        make_output_dir(self.path.parent, self.called)
         try:
             self._lock.acquire(timeout=PATIENCE if wait else 0)
         except Timeout:

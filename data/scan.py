@@ -28,12 +28,6 @@ def image_endings() -> set[str]:
             } | {'.mpo'}
 
 
-def has_image_name(path: str) -> bool:
-    """Whether a file's name is that of an image that can be read here, neither hidden nor a system's."""
-    name = os.path.basename(path)
-    return not is_hidden(name) and os.path.splitext(name)[1].lower() in image_endings()
-
-
 def list_images(folder: str | os.PathLike) -> list[str]:
     """The image files of a folder and the folders in it, by their names' endings, in order of their paths.
 

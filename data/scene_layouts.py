@@ -26,11 +26,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from configs.rules import SHARE, whole
+from configs.rules import SHARE, output_path, whole
 from data.captions import PROMPT
 from data.scene_captions import captions, vocabulary
 from data.scenes import KINDS, Scene, render, sample_split
-from utils import WORKERS, as_worker, atomic_write, clean_exit, progress, shorten
+from utils import WORKERS, as_worker, atomic_write, clean_exit, make_output_dir, progress, shorten
 
 SHARES = {'cc3m': 0.45, 'mscoco': 0.35, 'sbu': 0.17, 'vgo': 0.03}
 SHARD = 1000  # samples a shard
@@ -163,7 +163,7 @@ def kind_share(text: str) -> tuple[str, float]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out', required=True, type=Path)
+    parser.add_argument('--out', required=True, type=output_path)
     parser.add_argument('--pretrain', type=whole(0), default=12000, help='pictures of the four pre-training sources')
     parser.add_argument('--flickr_train', type=whole(0), default=2000)
     parser.add_argument('--flickr_val', type=whole(0), default=200)
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
             return
     elif args.out.exists() and any(args.out.iterdir()):
         raise ValueError(f'{args.out} holds files that are not a scene set: choose another --out')
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_output_dir(args.out, '--out')
     with atomic_write(marker) as file:
         json.dump({'unfinished': made}, file)
     for folder in (*SHARES, 'flickr30k'):  # only what a build writes: anything else in there is the user's

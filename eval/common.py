@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Subset
 
+from configs.rules import output_path
 from data.loader import load
 from models.weights.originals import VOCABULARY
 from utils import atomic_write, progress, rank, world_size
@@ -38,7 +39,7 @@ def tokenizer_option(parser: argparse.ArgumentParser) -> None:
 
 def machine_options(parser: argparse.ArgumentParser, output_dir: str) -> None:
     tokenizer_option(parser)
-    parser.add_argument('--output_dir', default=output_dir, help='default: %(default)s')
+    parser.add_argument('--output_dir', default=output_dir, type=output_path, help='default: %(default)s')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
 
 

@@ -16,17 +16,18 @@ if __name__ == '__main__':  # before the slow imports; run by its path, a script
     from signals import end_at_once
     end_at_once()
 
+import os
 from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torchvision.datasets import ImageFolder
+from torch.utils.data import Dataset
 
 from configs.rules import whole
 from data.datasets import clean_caption
 from data.images import open_image
-from data.scan import has_image_name
+from data.scan import is_hidden, list_images
 from data.transforms import eval_transform
 from eval.common import checkpoint_parser, image_batches, shard, spread, write_json
 from eval.metrics import recall_at_k
@@ -36,7 +37,7 @@ from models.blip import BLIP
 from models.engine.launch import setup_process
 from models.tokenizer import Tokenizer
 from models.weights.checkpoint import load_model
-from utils import clean_exit, gather_objects, is_main, logger, make_output_dir, shorten
+from utils import clean_exit, gather_objects, is_main, logger, make_output_dir, shorten, shown
 
 TEMPLATES = ('{}', 'a {}', 'a photo of a {}', 'a picture of a {}', 'a close-up of a {}', 'a photo of the {}')
 MAX_TOKENS = 35  # of a prompt
@@ -47,9 +48,14 @@ def read_templates(path: str | Path) -> list[str]:
     """The lines of a file.
 
     Raises:
-        ValueError: there is none, or one does not hold '{}' once.
+        ValueError: the file cannot be read, there is none, or one does not hold '{}' once.
     """
-    templates = [line.strip() for line in Path(path).read_text(encoding='utf-8').splitlines() if line.strip()]
+    try:
+        lines = Path(path).read_text(encoding='utf-8').splitlines()
+    except (OSError, ValueError) as error:
+        raise ValueError(f'--templates {shorten(Path(path))} is no text file in UTF-8 that can be read: '
+                         f'{getattr(error, "strerror", None) or shorten(error)}') from None
+    templates = [line.strip() for line in lines if line.strip()]
     wrong = [line for line in templates if line.count('{}') != 1]
     if wrong or not templates:
         raise ValueError(f"{path} must hold one prompt a line, each with '{{}}' once for the class, "
@@ -57,15 +63,39 @@ def read_templates(path: str | Path) -> list[str]:
     return templates
 
 
-def picture_folder(root: str | Path, image_size: int) -> ImageFolder:
-    """The pictures of a folder per class; item i is (float32 [3, S, S], class).
+class ClassFolders(Dataset):
+    """The images of a folder per class; item i is (float32 [3, S, S], class). Hidden and system files and
+    folders are left out.
+
+    Attributes:
+        classes: names of the folders, in order.
+        samples: (path, class) of each image.
 
     Raises:
-        FileNotFoundError: no such folder, no class, or one without a picture.
+        FileNotFoundError: no such folder, no class, or one without an image.
     """
-    if not Path(root).is_dir():
-        raise FileNotFoundError(f'no folder {root}: --root is a folder with a sub-folder of pictures for each class')
-    return ImageFolder(root, eval_transform(image_size), loader=open_image, is_valid_file=has_image_name)
+
+    def __init__(self, root: str | os.PathLike, image_size: int):
+        if not os.path.isdir(root):
+            raise FileNotFoundError(f'no folder {shorten(Path(root))}: --root is a folder with a sub-folder of images '
+                                    f'for each class')
+        with os.scandir(root) as entries:
+            self.classes = sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
+        found = [list_images(os.path.join(root, name)) for name in self.classes]
+        empty = [name for name, paths in zip(self.classes, found, strict=True) if not paths]
+        if empty or not found:
+            raise FileNotFoundError(f'{shorten(Path(root))} holds no class with images'
+                                    if not found else f'no image in the class {", ".join(map(shown, empty[:3]))} of '
+                                    f'{shorten(Path(root))}: take it away, or add images')
+        self.samples = [(path, label) for label, paths in enumerate(found) for path in paths]
+        self.transform = eval_transform(image_size)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        path, label = self.samples[index]
+        return self.transform(open_image(path)), label
 
 
 @torch.inference_mode()
@@ -81,9 +111,9 @@ def class_feats(model: BLIP, tokenizer: Tokenizer, names: list[str], templates: 
 
 
 @torch.inference_mode()
-def class_scores(model: BLIP, tokenizer: Tokenizer, dataset: ImageFolder, templates: list[str] = TEMPLATES, *,
+def class_scores(model: BLIP, tokenizer: Tokenizer, dataset: ClassFolders, templates: list[str] = TEMPLATES, *,
                  batch_size: int = 64, workers: int = 0) -> torch.Tensor:
-    """Cosines [pictures, classes] of a `picture_folder`. Launched on several processes, each embeds its share and all
+    """Cosines [images, classes]. Launched on several processes, each embeds its share and all
     get the result."""
     feats = [torch.empty(0, model.config.embed_dim)]
     for images, _ in image_batches(dataset, shard(len(dataset)), batch_size, workers, 'images'):
@@ -122,11 +152,11 @@ def main(argv: list[str] | None = None) -> None:
     templates = read_templates(args.templates) if args.templates else list(TEMPLATES)
     device, output_dir = setup_process(args.device), make_output_dir(args.output_dir)
     model, tokenizer, _ = load_model(args.checkpoint, device, 'retrieval', args.tokenizer)
-    dataset = picture_folder(args.root, model.config.image_size)
+    dataset = ClassFolders(args.root, model.config.image_size)
     scores = class_scores(model, tokenizer, dataset, templates, batch_size=args.batch_size, workers=args.workers)
     if not is_main():
         return
-    metrics, classes = zeroshot_metrics(scores, dataset.targets, dataset.classes)
+    metrics, classes = zeroshot_metrics(scores, [label for _, label in dataset.samples], dataset.classes)
     best, guesses = scores.max(1)
     pictures = [{'image': path, 'class': dataset.classes[label], 'predicted': dataset.classes[guess], 'score': score}
                 for (path, label), guess, score in zip(dataset.samples, guesses.tolist(), best.tolist(), strict=True)]

@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from configs.rules import whole
+from configs.rules import output_path, whole
 from prod import DLIPProd
 from prod.images import read_image
 from prod.index import PictureIndex
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--caption', required=True, help='a captioner: anything that DLIPProd takes')
     parser.add_argument('--retrieval', required=True, help='a retriever; may be the same file')
     parser.add_argument('--folder', required=True, help='pictures to search')
-    parser.add_argument('--index', required=True, help='folder of the index; made when absent')
+    parser.add_argument('--index', type=output_path, required=True, help='folder of the index; made when absent')
     net_options(parser)
     parser.add_argument('--host', default='127.0.0.1', help='address to answer to (default: this machine alone)')
     parser.add_argument('--port', type=whole(0, 65535), default=7860, help='default: %(default)s')

@@ -21,7 +21,8 @@ class Captions:
 
     def __init__(self, path: Path):
         self.path, self.is_table = path, path.suffix.lower() != '.jsonl'
-        self.lines = JsonLines(path.with_name(f'{path.name}.jsonl') if self.is_table else path)
+        self.lines = JsonLines(path.with_name(f'{path.name}.jsonl') if self.is_table else path,
+                               '--out')
         self.beside = path.with_name(f'{path.name}.settings.json')
 
     def resume(self, settings: dict, overwrite: bool) -> set[str]:

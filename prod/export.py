@@ -20,16 +20,17 @@ from pathlib import Path
 
 import torch
 
+from configs.rules import output_path
 from eval.common import tokenizer_option
 from models.weights.checkpoint import load_model, save_checkpoint
 from models.weights.transformers_format import write_folder
-from utils import clean_exit, make_output_dir
+from utils import clean_exit, make_output_dir, shorten
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('source', help='file, URL, folder or name on the hub')
-    parser.add_argument('target', type=Path, help='a .pth, or a folder to be made')
+    parser.add_argument('target', type=output_path, help='a .pth, or a folder to be made')
     parser.add_argument('--task', choices=('caption', 'retrieval'), help='only the parts of this task (default: all)')
     parser.add_argument('--half', action='store_true', help='float16 (default: float32)')
     parser.add_argument('--metrics', type=Path, help='JSON of an evaluation, to travel with the weights')
@@ -37,9 +38,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     try:
         metrics = {'metrics': json.loads(args.metrics.read_text(encoding='utf-8'))} if args.metrics else {}
-    except ValueError as error:
-        raise ValueError(f'--metrics {args.metrics} is no JSON file: {error}') from None
-    make_output_dir(args.target.parent)
+    except (OSError, ValueError) as error:
+        raise ValueError(f'--metrics {shorten(args.metrics)} is no JSON file that can be read: '
+                         f'{getattr(error, "strerror", None) or shorten(error)}') from None
+    make_output_dir(args.target.parent, 'TARGET')
     model, tokenizer, info = load_model(args.source, task=args.task, tokenizer=args.tokenizer)
     info |= metrics
     if args.half:

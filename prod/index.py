@@ -48,7 +48,7 @@ class PictureIndex:
 
     def __init__(self, folder: str | os.PathLike, probe: torch.Tensor, weight: str = 'another checkpoint'):
         self.folder, self.width = Path(folder), len(probe)
-        self._lines, self._probe = JsonLines(self.folder / 'index.jsonl'), probe.detach().float().cpu()
+        self._lines, self._probe = JsonLines(self.folder / 'index.jsonl', 'index folder'), probe.detach().float().cpu()
         if not self._lines.path.exists():
             files = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
             if {'index.json', 'pictures.txt'} <= {*files}:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import get_args
 
-from configs.rules import Number
+from configs.rules import Number, output_path
 from models.engine.launch import setup_process
 from prod import DLIPProd
 from utils import shorten
@@ -62,6 +62,6 @@ def generate_kinds() -> dict[str, tuple[type, ...]]:
 
 def output_file(text: str) -> Path:
     """argparse's type of a file to be written."""
-    if not text.strip() or '\0' in text or os.path.isdir(text):
-        raise argparse.ArgumentTypeError(f'must name a file, got {shorten(text)}')
-    return Path(text)
+    if os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f'must name a file, got the folder {shorten(text)}')
+    return output_path(text)

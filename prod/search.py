@@ -22,7 +22,7 @@ import json
 import os
 from pathlib import Path
 
-from configs.rules import Number, whole
+from configs.rules import Number, output_path, whole
 from eval.sheet import Sheet
 from prod import DLIPProd
 from prod.options import log_to_stderr, net_options, net_settings, output_file
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('folder')
     parser.add_argument('queries', nargs='+', metavar='QUERY', help='a text, or the path of an image')
     parser.add_argument('--weight', required=True, help='a retriever: anything that DLIPProd takes')
-    parser.add_argument('--index', required=True, help='folder of the index; made when absent')
+    parser.add_argument('--index', type=output_path, required=True, help='folder of the index; made when absent')
     parser.add_argument('--k', type=whole(1), default=5, help='hits a query (default: %(default)s)')
     parser.add_argument('--rerank', type=whole(0), default=0, help='nearest ones to compare again (default: none)')
     parser.add_argument('--min_score', type=Number(-1, 1), metavar='S', help='leave out what scores less (default: '
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     served, queries = net_settings(args), [query_of(query) for query in args.queries]
     if args.sheet:
-        make_output_dir(args.sheet.parent)
+        make_output_dir(args.sheet.parent, '--sheet')
     if args.json:
         log_to_stderr()
     retriever = DLIPProd('retrieval', args.weight, **served)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
+from runs import run
 
 import json_dataset
 import pretrain_dlip
@@ -296,3 +297,20 @@ def test_a_quoted_value_reads_as_itself():
     assert [shorten(x) for x in ('a b', 3, [1.5, None], Path('/my data/a.jpg'), ValueError('it is\nodd'))] == [
         "'a b'", '3', '[1.5, None]', '/my data/a.jpg', 'it is odd']
     assert shorten('a' * 100 + '.tar').endswith(".tar'")
+
+
+@pytest.mark.parametrize('tool, option', [
+    (pretrain_dlip, '--output_dir'), (json_dataset, '--out'), (scene_layouts, '--out'), (zeroshot, '--output_dir'),
+    (prod.caption, '--out'), (search, '--index'), (search, '--sheet'), (app, '--index')])
+def test_too_long_a_name_is_refused_by_its_option(tool, option, capsys):
+    with pytest.raises(SystemExit):
+        tool.main([option, f'{"n" * 300}.jsonl'])
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f'argument {option}: is a longer name than' in last and len(last) < 300
+
+
+@pytest.mark.parametrize('setting, message', [
+    ('data.train', 'no nnn.*: write it with json_dataset.py, or set data.train'), ('tokenizer', "no vocabulary 'nnn")])
+def test_too_long_a_name_is_missing(setting, message, tmp_path, pretrained):
+    with pytest.raises(FileNotFoundError, match=message):
+        run(pretrain_dlip, pretrained[0], tmp_path, f'{setting}={"n" * 300}')

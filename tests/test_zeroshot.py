@@ -9,7 +9,7 @@ from processes import joined
 
 from data.scenes import COLOURS, SHAPES, Scene, Thing, render
 from eval import zeroshot
-from eval.zeroshot import class_feats, picture_folder, zeroshot_metrics
+from eval.zeroshot import ClassFolders, class_feats, zeroshot_metrics
 from models.weights.checkpoint import load_model
 from utils import ROOT
 
@@ -74,12 +74,19 @@ def test_metrics_by_hand():
     assert classes[1] == {'class': 'a', 'pictures': 3, 'top1': pytest.approx(100 / 3), 'taken_for': [['b', 2]]}
 
 
-def test_bad_input_is_named(folders, tmp_path):
+def test_bad_input_is_named(folders, tmp_path, picture):
     with pytest.raises(FileNotFoundError, match='no folder .*none: --root is a folder'):
-        picture_folder(tmp_path / 'none', 32)
+        ClassFolders(tmp_path / 'none', 32)
     (tmp_path / 'empty').mkdir()
     with pytest.raises(FileNotFoundError, match='empty'):
-        picture_folder(tmp_path, 32)
+        ClassFolders(tmp_path, 32)
+    (tmp_path / 'empty/.hidden.jpg').touch()
+    (tmp_path / '.thumbs').mkdir()
+    (tmp_path / '@eaDir').mkdir()
+    picture.save(tmp_path / 'empty/a.jpg')
+    for folder in ('.thumbs', '@eaDir', 'empty'):
+        picture.save(tmp_path / folder / 'a.jpg')
+    assert (ClassFolders(tmp_path, 32).classes, len(ClassFolders(tmp_path, 32))) == (['empty'], 1)
     (tmp_path / 'templates.txt').write_text('a photo\n')
     with pytest.raises(ValueError, match="one prompt a line, .*got .'a photo'."):
         zeroshot.read_templates(tmp_path / 'templates.txt')

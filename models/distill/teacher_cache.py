@@ -180,7 +180,7 @@ def store_teacher(config: dict, teacher: BLIP | None, dataset: Captioned, tokeni
     settings = config['teacher']
     if teacher is None or settings['cache'] is None:
         raise ValueError('--store_teacher needs teacher.weights, and teacher.cache: the folder to write to')
-    folder = make_output_dir(settings['cache'])
+    folder = make_output_dir(settings['cache'], 'teacher.cache')
     with locked(folder):
         write_targets(folder, config, teacher, dataset, tokenizer, seed, device, epochs, prompt)
 

@@ -8,7 +8,6 @@ import json
 import os
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -120,7 +119,7 @@ def build(config: BLIPConfig, weights: dict[str, torch.Tensor], source: str | os
             model = BLIP(config).float()  # whatever torch's default dtype is
     except ValueError as error:
         raise ValueError(f'{source} cannot be loaded: {error}') from None
-    load_weights(model, weights, source, copy and Path(source).exists())
+    load_weights(model, weights, source, copy and os.path.exists(source))
     return model.eval()
 
 

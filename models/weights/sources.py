@@ -38,7 +38,7 @@ def is_url(source: str | os.PathLike) -> bool:
 def names_a_file(source: str | os.PathLike) -> bool:
     """Whether a source is one file (there or not) rather than a folder or a name on the hub."""
     path = Path(source)
-    return is_url(source) or path.is_file() or (path.suffix in SUFFIXES and not path.is_dir())
+    return is_url(source) or os.path.isfile(source) or (path.suffix in SUFFIXES and not os.path.isdir(source))
 
 
 def local_file(source: str | os.PathLike) -> Path:
@@ -50,8 +50,8 @@ def local_file(source: str | os.PathLike) -> Path:
         FileNotFoundError: no such file, or the download failed.
     """
     if not is_url(source):
-        if not Path(source).is_file():
-            raise FileNotFoundError(f'no checkpoint {source}')
+        if not os.path.isfile(source):
+            raise FileNotFoundError(f'no checkpoint {shorten(Path(source))}')
         return Path(source)
     url = str(source)
     name = re.sub(r'[^\w.-]', '_', unquote(url_name(url)))[-80:]
@@ -110,7 +110,7 @@ def find_file(source: str | os.PathLike, *names: str) -> Path:
                 missing = error
         raise missing
     folder = Path(source).parent if names_a_file(source) else Path(source)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return hub_file(str(source), *names)
     for name in names:
         if (folder / name).is_file():
@@ -251,7 +251,7 @@ def load_tokenizer(name_or_path: str | os.PathLike) -> Tokenizer:
         FileNotFoundError: neither a local vocabulary nor reachable or cached on the hub.
         ValueError: the file is damaged, or no vocabulary of a BERT.
     """
-    if not Path(name_or_path).is_file():
+    if not os.path.isfile(name_or_path):
         try:
             name_or_path = find_file(name_or_path, *VOCABULARY_FILES)
         except FileNotFoundError as error:
