@@ -242,9 +242,10 @@ def script_arguments(description: str, config: str, output_dir: str, argv: list[
                         help='checkpoints and logs (default: %(default)s); a run found there is resumed')
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
     parser.add_argument('--seed', default=42, type=whole(0, 2 ** 32 - 1))
-    parser.add_argument('--dry_run', action='store_true', help='check everything, train a few steps, write nothing and '
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument('--dry_run', action='store_true', help='check everything, train a few steps, write nothing and '
                         'print what the run will take')
-    parser.add_argument('--store_teacher', type=whole(1), metavar='EPOCHS', help="write the teacher's targets of this "
+    either.add_argument('--store_teacher', type=whole(1), metavar='EPOCHS', help="write the teacher's targets of this "
                         'many epochs to the folder teacher.cache, which is then trained from without the teacher')
     if tests:
         parser.add_argument('--no_test', action='store_true', help='leave the test pictures alone, as for choosing '

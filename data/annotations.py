@@ -5,7 +5,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 from data.captions import storable
@@ -44,13 +43,21 @@ def hash_split(names: list[str], share: float | None = None) -> dict[str, str]:
     return splits
 
 
-def completed(splits: dict[str, str | None], source: Path) -> dict[str, str]:
+def place(file: Path, line: int | None) -> str:
+    return f'{file}, line {line}' if line else str(file)
+
+
+def completed(splits: dict[str, str | None], source: Path, places: dict[str, tuple[Path, int | None]]
+              ) -> dict[str, str]:
     """The splits of the images, where an annotation leaves some out: by the hash of the names, and said in the log.
 
     Without val and test, all three are made. Without val, it is a share of train; without test, a half of val.
 
+    Args:
+        places: file and line of each image.
+
     Raises:
-        ValueError: an unknown split, or images without one beside others that have one.
+        ValueError: an unknown split, or images without one beside others that have one; names the line.
     """
     if not any(splits.values()):
         made = hash_split(list(splits))
@@ -59,7 +66,10 @@ def completed(splits: dict[str, str | None], source: Path) -> dict[str, str]:
         made = {name: ALSO_CALLED.get((split or '').lower()) for name, split in splits.items()}
         wrong = next((name for name, split in made.items() if split is None), None)
         if wrong is not None:
-            raise ValueError(f'{source}: split {shorten(splits[wrong])} of {wrong} is none of {", ".join(SPLITS)}')
+            name, known = shorten(Path(wrong)), ', '.join(SPLITS)
+            said = f'split {shorten(splits[wrong])} of {name} is none of {known}' if splits[wrong] else \
+                f'{name} has no split, which others have: give it one of {known}'
+            raise ValueError(f'{place(*places[wrong])}: {said}')
         counts = Counter(made.values())
         members = {split: by_hash(name for name in made if made[name] == split) for split in SPLITS}
         if counts['val'] and counts['test']:
@@ -101,16 +111,17 @@ def load_annotated(root: str | Path, split: str, how: str | float = 'standard') 
     files, layout = find_annotation(root)
     captions: dict[str, list[str]] = {}
     splits: dict[str, str | None] = {}
-    for row in chain.from_iterable(rows_of(file, layout) for file in files):
+    places: dict[str, tuple[Path, int | None]] = {}  # file and line
+    for file, row in ((source, row) for source in files for row in rows_of(source, layout)):
         if splits.get(row.image, row.split) != row.split:
             image, one, other = (shorten(Path(text or 'none')) for text in (row.image, splits[row.image], row.split))
-            raise ValueError(f'{files[0]}: {image} is in split {one} and in split {other}')
+            raise ValueError(f'{place(file, row.line)}: {image} is in split {other}, and before in split {one}')
         captions.setdefault(row.image, []).extend(map(storable, row.captions))
-        splits[row.image] = row.split
+        splits[row.image], places[row.image] = row.split, (file, row.line)
     if how != 'standard':
         splits = hash_split(list(captions), how if how != 'hash' else None)
     elif captions and not layout.published:
-        splits = completed(splits, files[0])
+        splits = completed(splits, files[0], places)
     chosen = [name for name in captions if ALSO_CALLED.get(splits[name]) == split]
     if not chosen:
         raise ValueError(f'{files[0]} lists no images of split {shorten(split)}: ' + (

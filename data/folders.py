@@ -53,14 +53,20 @@ def locked(*folders: str | os.PathLike):
 def run_folder(args: argparse.Namespace, *inner: str):
     """The output folder of a training script's options, which is this run's alone during the block.
 
-    `--dry_run` and `--store_teacher` write nothing there and take no lock.
+    `--dry_run` and `--store_teacher` write nothing there, leave no folder behind and take no lock.
 
     Args:
         inner: folders in it that are the run's as well.
     """
+    new = not os.path.isdir(args.output_dir)
     folder = make_output_dir(args.output_dir)
     if args.dry_run or args.store_teacher is not None:
-        yield folder
+        try:
+            yield folder
+        finally:
+            if new:
+                with suppress(OSError):  # another process of this machine may be faster
+                    folder.rmdir()
         return
     with locked(folder, *(make_output_dir(folder / name) for name in inner)):
         yield folder

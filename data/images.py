@@ -1,8 +1,9 @@
 """Image files and PIL images of any kind to upright 8-bit RGB: the one place where an image file is opened.
 
 Only raster formats are opened (`FORMATS`), by what a file holds and not by its name: Pillow's other readers include one
-that runs Ghostscript. Of a file with several frames or pages the first is read. Of the metadata only the orientation
-counts: the others are cut out of JPEG and PNG files or left unread, so that broken or very large ones do no harm.
+that runs Ghostscript. Of a file with several frames or pages the first is read. Of the metadata only EXIF's
+orientation counts, not XMP's: the others are cut out of JPEG and PNG files or left unread, so that broken or very large
+ones do no harm.
 """
 
 import errno
@@ -22,7 +23,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import functional as F
 
-from data.rgb import ORIENTATION, orientation, to_rgb
+from data.rgb import ORIENTATION, SAMPLE_FORMAT, SIGNED, orientation, to_rgb
 from utils import shorten
 
 FORMATS = ('JPEG', 'PNG', 'GIF', 'WEBP', 'AVIF', 'HEIF', 'TIFF', 'JPEG2000', 'BMP', 'PPM', 'ICO', 'TGA')
@@ -32,6 +33,8 @@ MEMORY = 1.0  # GiB that decoding one image may take
 DECODER_BYTES = {'WEBP': 13, 'AVIF': 10, 'HEIF': 12, 'JPEG2000': 24, 'TIFF': 8}  # of TIFF: compressed ones
 MODE_BYTES = {'1': 1, 'L': 1, 'P': 1, 'I;16': 2, 'I;16L': 2, 'I;16B': 2, 'I;16N': 2}  # all others: 4
 READ_WHOLE = ('JPEG', 'PNG', 'WEBP', 'AVIF', 'HEIF')  # formats whose files are held in memory
+UNKNOWN_PIXELS = 'unknown pixel mode'  # Pillow's words
+END = b'\xff\xd9'  # of a JPEG file
 MACHINE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # errors that are not the file's
 
 
@@ -49,8 +52,8 @@ class BrokenPicture(ValueError):
 
 # ---------------------------------------------------------------- metadata
 
-def plain_jpeg(data: bytes) -> tuple[bytes, bytes, bool]:
-    """A JPEG file -> (the file without metadata, its EXIF block, whether it has several scans)
+def plain_jpeg(data: bytes) -> tuple[bytes, bytes, bool, int]:
+    """A JPEG file -> (the file without metadata, its EXIF block, whether it has several scans, where the first begins)
 
     Pillow refuses a file for what stands in its metadata. What cannot be followed is left as it is.
     """
@@ -78,7 +81,23 @@ def plain_jpeg(data: bytes) -> tuple[bytes, bytes, bool]:
             if needed:
                 kept.append(segment)
             at += 2 + size
-    return b''.join([*kept, data[at:]]), exif, scans
+    head = b''.join(kept)
+    return head + data[at:], exif, scans, len(head)
+
+
+def end_jpeg(image: Image.Image) -> None:
+    """Add the end marker to an opened JPEG file that lacks nothing else: what then stands before it plays no part."""
+    data = image.fp.getvalue()
+    if data.rfind(END, image.info['scan']) >= 0:
+        return
+    data, looks = data.rstrip(b'\xff'), []
+    for more in (b'', bytes([0b10101010]) * 64):
+        with readers()['JPEG'][0](io.BytesIO(data + more + END), '') as look:
+            look.draft(None, (look.width // 8, look.height // 8))
+            looks.append(look.tobytes())
+    if looks[0] == looks[1]:
+        image.fp.seek(len(data))
+        image.fp.write(END)
 
 
 def plain_png(data: bytes) -> bytes:
@@ -146,18 +165,23 @@ def identified(file: BinaryIO, memory: float) -> Image.Image:
         file.seek(0)
         try:
             if kind == 'JPEG':
-                data, exif, scans = plain_jpeg(file.read())
+                data, exif, scans, scan = plain_jpeg(file.read())
                 image = reader(io.BytesIO(data), '')
-                image.info |= {'exif': exif, 'progressive': scans}
+                image.info |= {'exif': exif, 'progressive': scans, 'scan': scan}
                 return image
             image = reader(io.BytesIO(plain_png(file.read())) if kind == 'PNG' else file, '')
             if kind == 'TIFF':
+                if image.mode == 'L' and image.tag_v2.get(SAMPLE_FORMAT, (1,))[0] == SIGNED:
+                    raise SyntaxError(UNKNOWN_PIXELS)
                 forget_tags(image)
             return image
         except Exception as error:  # a reader may raise anything
             if is_machines(error):
                 raise
-            if accepts:  # TGA files have no signature
+            if UNKNOWN_PIXELS in str(error):
+                problem = problem or ValueError('pixels of this kind, such as numbers of 64 bits or colours of 32, '
+                                                'cannot be read: save it with 8 or 16 bits')
+            elif accepts:  # TGA files have no signature
                 error.kind, problem = 'damaged', problem or error
     if start[4:8] == b'ftyp' and start[8:12] in HEIF_BRANDS and 'HEIF' not in readers():
         raise ValueError('HEIC needs the package pillow-heif: pip install pillow-heif')
@@ -214,6 +238,8 @@ def opened(file: str | os.PathLike | BinaryIO, memory: float = MEMORY,
         with regular_file(file) if isinstance(file, str | os.PathLike) else nullcontext(file) as stream, \
                 identified(stream, memory) as image:
             scale, kind = least_scale(image, memory), 'damaged'
+            if image.format == 'JPEG':
+                end_jpeg(image)
             yield image, scale
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f'no image {name}') from None

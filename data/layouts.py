@@ -58,13 +58,13 @@ def read_flickr8k(path: Path) -> Iterator[Row]:
         raise ValueError(f'{path} needs all of Flickr_8k.{{train,dev,test}}Images.txt beside it, or none')
     splits = {name: split for split, files in lists.items() for file in files for name in read_text(file).split()}
     others = set()
-    for name, captions, _ in read_table(path) if path.name == 'captions.txt' else read_tokens(path):
+    for name, captions, _, line in read_table(path) if path.name == 'captions.txt' else read_tokens(path):
         image = re.sub(r'(\.jpe?g)\.\d+$', r'\1', name)
         split = splits.get(name, splits.get(image))
         there = split or not splits and (image == name or any(
             os.path.isfile(folder / image) for place in path.parents[:2] for folder in image_folders(place)))
         if there:
-            yield Row(image, captions, split)
+            yield Row(image, captions, split, line)
         else:
             others.add(name)
     if others:
@@ -78,7 +78,7 @@ def read_tokens(path: Path) -> Iterator[Row]:
         if not tab and text.strip():
             raise ValueError(f'{path}, line {line}: no tab between image and caption: {shorten(text)}')
         if tab:
-            yield Row(name.rpartition('#')[0] or name, [caption])
+            yield Row(name.rpartition('#')[0] or name, [caption], line=line)
 
 
 def read_coco(path: Path) -> Iterator[Row]:
@@ -97,8 +97,8 @@ def read_coco(path: Path) -> Iterator[Row]:
 
 def read_image_folder(path: Path) -> Iterator[Row]:
     """Hugging Face's: the names are relative to the table's folder; folders may be named by the split."""
-    for name, captions, split in read_table(path):
-        yield Row(str(path.parent / name), captions, split or split_of(Path(path.parent.name, name)))
+    for name, captions, split, line in read_table(path):
+        yield Row(str(path.parent / name), captions, split or split_of(Path(path.parent.name, name)), line)
 
 
 def read_results(path: Path) -> Iterator[Row]:
@@ -108,7 +108,7 @@ def read_results(path: Path) -> Iterator[Row]:
         if text.strip() and not bar:
             raise ValueError(f'{path}, line {line}: no bar between image and caption: {shorten(text)}')
         if bar and line > 1:
-            yield Row(name.strip(), [rest.strip().lstrip('0123456789').lstrip(' |').strip()])
+            yield Row(name.strip(), [rest.strip().lstrip('0123456789').lstrip(' |').strip()], line=line)
 
 
 def read_pairs(root: Path) -> Iterator[Row]:

@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -14,7 +15,8 @@ HDR = 64  # floats whose brightest are between 1 and this are taken for high dyn
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}  # EXIF orientation -> what makes the image upright
-ORIENTATION, BITS, PHOTOMETRIC, MAX_SAMPLE = 274, 258, 262, 281  # TIFF tags
+ORIENTATION, BITS, PHOTOMETRIC, MAX_SAMPLE, SAMPLE_FORMAT = 274, 258, 262, 281, 339  # TIFF tags
+SIGNED = 2  # a value of the last one
 
 
 def exif_orientation(exif: bytes) -> int:
@@ -53,14 +55,13 @@ def to_rgb(image: Image.Image, scale: int = 1) -> Image.Image:
     """
     image.load()
     turn, tags = orientation(image), getattr(image, 'tag_v2', {})
-    white = white_level(image, tags) if is_deep(image) else 0
-    inverted = white and tags.get(PHOTOMETRIC) == 0  # WhiteIsZero, which Pillow heeds for 8 bits only
+    levels = levels_of(image, tags) if is_deep(image) else None
     if scale == 1 and (image.width * image.height <= BAND or image.mode == 'RGB' and 'transparency' not in image.info):
-        rgb = as_rgb(image, white, inverted)
+        rgb = as_rgb(image, levels)
     else:
         rgb = Image.new('RGB', (-(-image.width // scale), -(-image.height // scale)))
         for top, band in bands(image, scale):
-            band = as_rgb(band, white, inverted)
+            band = as_rgb(band, levels)
             rgb.paste(band.reduce(scale) if scale > 1 else band, (0, top // scale))
     if turn in TURNS:
         rgb = rgb.transpose(TURNS[turn])
@@ -80,19 +81,44 @@ def bands(image: Image.Image, scale: int = 1) -> Iterator[tuple[int, Image.Image
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
-def white_level(image: Image.Image, tags: dict) -> float:
-    """The value that is white in a deep grey image: what its file says, or what its pixels suggest."""
-    bits = np.ravel(tags.get(BITS, 0))[0]
-    declared = np.ravel(tags.get(MAX_SAMPLE, 2 ** int(bits) - 1 if 8 < bits < 16 else 0))[0]
+class Levels(NamedTuple):
+    """How to read a deep grey image.
+
+    Attributes:
+        white: the value that is white.
+        inverted: 0 is white, and this value is black.
+        unsigned: 32 bits without a sign, which Pillow takes for signed ones.
+    """
+
+    white: float
+    inverted: bool
+    unsigned: bool
+
+    def values(self, image: Image.Image) -> np.ndarray:
+        pixels = np.asarray(image)
+        return pixels.view(np.uint32) if self.unsigned else pixels
+
+
+def levels_of(image: Image.Image, tags: dict) -> Levels:
+    """By what an image's file says and, where it says nothing, by its pixels."""
+    bits, signed = (int(np.ravel(tags.get(tag, 0))[0]) for tag in (BITS, SAMPLE_FORMAT))
+    # WhiteIsZero, which Pillow heeds for 8 bits only
+    levels = Levels(0, tags.get(PHOTOMETRIC) == 0, image.mode == 'I' and bits == 32 and signed != SIGNED)
+    white = white_level(image, levels, tags, bits)
+    return levels._replace(white=min(white, 2 ** 15 - 1) if bits == 16 and signed == SIGNED else white)
+
+
+def white_level(image: Image.Image, levels: Levels, tags: dict, bits: int) -> float:
+    declared = np.ravel(tags.get(MAX_SAMPLE, 2 ** bits - 1 if 8 < bits < 16 else 0))[0]
     stride = max(1, image.width * image.height // BAND)
-    parts = (np.asarray(band).ravel() for _, band in bands(image))
+    parts = (levels.values(band).ravel() for _, band in bands(image))
     if image.mode == 'F':  # resampling overshoots, and highlights may be of any value: the brightest but 0.5%
         brightest = np.percentile(np.concatenate([np.nan_to_num(part[::stride]) for part in parts]), 99.5) / 1.02
         if brightest < HDR:
             return max(1.0, brightest)
     else:
         brightest = max(int(part.max()) for part in parts)
-    return declared if brightest <= declared else first_white(brightest)
+    return declared if declared and brightest <= declared else first_white(brightest)
 
 
 def first_white(brightest: float) -> float:
@@ -100,11 +126,11 @@ def first_white(brightest: float) -> float:
     return next((white for white in WHITE if brightest <= white), brightest)
 
 
-def as_rgb(image: Image.Image, white: float, inverted: bool) -> Image.Image:
-    if white:
-        pixels = np.nan_to_num(np.asarray(image, dtype=np.float32)) * np.float32(255 / white)
+def as_rgb(image: Image.Image, levels: Levels | None) -> Image.Image:
+    if levels:
+        pixels = np.nan_to_num(levels.values(image).astype(np.float32)) * np.float32(255 / levels.white)
         pixels = pixels.clip(0, 255).round().astype(np.uint8)
-        return Image.fromarray(255 - pixels if inverted else pixels).convert('RGB')
+        return Image.fromarray(255 - pixels if levels.inverted else pixels).convert('RGB')
     if image.mode == 'La':  # premultiplied alpha
         image = image.convert('LA')
     if image.mode in ('RGBA', 'LA', 'PA', 'RGBa') or 'transparency' in image.info:

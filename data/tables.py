@@ -27,6 +27,7 @@ class Row(NamedTuple):
     image: str  # as the annotation names it
     captions: list[str]
     split: str | None = None
+    line: int | None = None  # of the annotation
 
 
 def encoding_of(path: str | os.PathLike) -> str:
@@ -63,14 +64,16 @@ def read_text(path: str | os.PathLike) -> str:
     return text
 
 
-def parse_json(text: str, path: str | os.PathLike, line: int = 1):
-    """Args: line: the number of the text's first line in the file.
+def parse_json(text: str, path: str | os.PathLike, line: int = 1, **options):
+    """Args:
+        line: the number of the text's first line in the file.
+        options: of `json.loads`.
 
     Raises:
         ValueError: no JSON; names file and line.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, **options)
     except json.JSONDecodeError as error:
         raise ValueError(f'{path}, line {line + error.lineno - 1}: not JSON ({error.msg} at column {error.colno})') \
             from None
@@ -117,7 +120,7 @@ def read_table(path: Path) -> Iterator[Row]:
                 raise ValueError(f'{path}, line {line}: {shorten(value)} is no text')
         if not name.strip():
             raise ValueError(f'{path}, line {line}: no image is named')
-        yield Row(name.strip(), texts, split and split.strip())
+        yield Row(name.strip(), texts, split and split.strip(), line)
 
 
 def as_list(value) -> list:
@@ -127,10 +130,12 @@ def as_list(value) -> list:
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict]]:
     for line, text in enumerate(read_text(path).split('\n'), 1):  # not splitlines: a JSON text may hold U+2028
         if text.strip():
-            record = parse_json(text, path, line)
-            if not isinstance(record, dict):
+            record = parse_json(text, path, line, object_pairs_hook=tuple)  # which may hold a name twice
+            if not isinstance(record, tuple):
                 raise ValueError(f'{path}, line {line}: not a JSON object but {shorten(text.strip())}')
-            yield line, {str(name).strip().lower(): value for name, value in record.items()}
+            names = [name.strip().lower() for name, _ in record]
+            check_once(names, f'{path}, line {line}')
+            yield line, dict(zip(names, (value for _, value in record), strict=True))
 
 
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -143,16 +148,23 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise ValueError(f'{path}, line 1: the header has no column {" and no column ".join(columns(header)[2])}; '
                          f'found {shown(header)}')
     header = headers[delimiter]
-    image, captions, _ = columns(header)
-    for name in (image, *captions, 'split'):
-        if header.count(name) > 1:
-            raise ValueError(f'{path}, line 1: the header has the column {shorten(name)} twice')
+    check_once(header, f'{path}, line 1')
     for number, (line, fields) in enumerate(csv_rows(text, delimiter, path)):
         if number and len(fields) != len(header):
             raise ValueError(f'{path}, line {line}: {len(fields)} fields, but the header has {len(header)}: text with '
                              f'{DELIMITERS[delimiter]} in it must be in quotation marks')
         if number:
             yield line, dict(zip(header, fields, strict=True))
+
+
+def check_once(names: list[str], place: str) -> None:
+    """Raises:
+        ValueError: the image, the split or a caption is there twice, in small letters or capitals.
+    """
+    image, captions, _ = columns(names)
+    for name in (image, *captions, 'split'):
+        if names.count(name) > 1:
+            raise ValueError(f'{place}: the column {shorten(name)} is there twice')
 
 
 def header_of(text: str, delimiter: str, path: Path) -> list[str]:

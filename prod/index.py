@@ -160,8 +160,9 @@ class PictureIndex:
                 scores[start:start + CHUNK] = torch.from_numpy(np.array(features[start:start + CHUNK])) @ query
             if len(self) < len(features):
                 scores[[row for row, path in enumerate(self._paths) if path is None]] = -torch.inf
-        best = scores.topk(min(k, len(scores)))
-        if not (best.values.abs() <= 1.01 * query.norm()).all():
+        best, zero = scores.topk(min(k, len(scores))), (scores == 0).nonzero()[:, 0]
+        lost = not features[zero if rows is None else rows[zero]].any(1).all()  # overwritten with zeros
+        if lost or not (best.values.abs() <= 1.01 * query.norm()).all():
             raise ValueError(f'the index {self.folder} is damaged (its features are no embeddings): delete it, and the '
                              f'next run makes it again')
         found = best.indices if rows is None else rows[best.indices]

@@ -287,12 +287,14 @@ def test_a_table_of_ones_own_beside_what_spreadsheets_leave(tmp_path, header, ro
     ('image,caption\n\na.jpg,"a\ncat"\nb.jpg,"a dog\nc.jpg,a bird\n', 'line 5: .*quotation marks in pairs'),
     ('image,words\n', "line 1: the header has no column caption; found 'image', 'words'"),
     ('a.jpg,a cat\n', "line 1: the header has no column image and no column caption; found 'a.jpg', 'a cat'"),
-    ('image,caption,Caption\n', "line 1: the header has the column 'caption' twice"),
+    ('image,caption,Caption\n', "line 1: the column 'caption' is there twice"),
     ('', 'line 1: the header has no column image and no column caption; found nothing'),
     ('image,caption\na.jpg,a\0cat\n', 'line 2: a NUL byte'),
     ('image,caption\n,a cat\n', 'line 2: no image is named'),
-    ('image,caption,split\na.jpg,a cat,held\n', "split 'held' of a.jpg is none of train, val, test"),
-    ('image,caption,split\na.jpg,a cat,train\na.jpg,a dog,test\n', 'a.jpg is in split train and in split test'),
+    ('image,caption,split\na.jpg,a cat,train\nb.jpg,a dog,\n', 'line 3: b.jpg has no split, which others have'),
+    ('image,caption,split\na.jpg,a cat,held\n', "line 2: split 'held' of a.jpg is none of train, val, test"),
+    ('image,caption,split\na.jpg,a cat,train\na.jpg,a dog,test\n',
+     'line 3: a.jpg is in split test, and before in split train'),
     (b'image,caption\na.jpg,caf\xe9\n', "line 2: .* is not UTF-8; in Windows-1252 it would be .*café"),
     ('image,caption\na.jpg,a cat\n'.encode('utf-16-le'), 'line 1: a NUL byte: .*UTF-16 without a byte-order mark')])
 def test_mistakes_in_a_csv_file_name_the_line(tmp_path, text, message):
@@ -305,6 +307,8 @@ def test_mistakes_in_a_csv_file_name_the_line(tmp_path, text, message):
 @pytest.mark.parametrize('line, message', [
     ('{"image": "a.jpg"}', "line 2: no caption; found 'image'"),
     ('{"image": 3, "caption": "a"}', 'line 2: 3 is no text'),
+    ('{"image": "a.jpg", "Image": "b.jpg", "caption": "a"}', "line 2: the column 'image' is there twice"),
+    ('{"image": "a.jpg", "caption": "a", "caption": "b"}', "line 2: the column 'caption' is there twice"),
     ('{"image": "a.jpg", "caption": ["a", 5]}', 'line 2: 5 is no text'),
     ('["a.jpg", "a"]', 'line 2: not a JSON object'),
     ('{"image": "a.jpg",', 'line 2: not JSON .*at column'), ('[' * 100_000, 'line 2: not readable as JSON')])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageCms, ImageFile
+from torchvision.transforms import functional as F
 
 from data import images, rgb
 from data.images import FORMATS, BrokenPicture, open_image, open_part, plain_jpeg
@@ -135,6 +136,42 @@ def test_deep_tiffs_show_their_range(bits, top, white_is_zero):
     assert np.abs(shades.astype(int) - (expected[::-1] if white_is_zero else expected)).max() <= 1
 
 
+def grey_tiff(kind: str, values: np.ndarray) -> bytes:
+    """One row of numpy's `kind`, such as '<i2'."""
+    order, code, size = kind[0], {'u': 1, 'i': 2, 'f': 3}[kind[1]], int(kind[2])
+    pixels = values.astype(kind).tobytes()
+    fields = {256: (3, len(values)), 257: (3, 1), 258: (3, 8 * size), 259: (3, 1), 262: (3, 1),
+              273: (4, 8 + 2 + 10 * 12 + 4), 277: (3, 1), 278: (3, 1), 279: (4, len(pixels)), 339: (3, code)}
+    entries = [entry(tag, kind, 1, value, order) for tag, (kind, value) in fields.items()]
+    return tiff(*entries, extra=pixels, order=order)
+
+
+@pytest.mark.parametrize('kind, top', [
+    ('<u4', 2 ** 32 - 1), ('<u4', 2 ** 31 - 1), ('<i4', 2 ** 31 - 1), ('<i2', 2 ** 15 - 1), ('>i2', 2 ** 15 - 1),
+    ('<i2', 4095), ('<f4', 1), ('>f4', 255), ('<i2', 0)])
+def test_tiffs_of_any_numbers_show_their_range(kind, top):
+    shades = np.asarray(open_image(io.BytesIO(grey_tiff(kind, np.linspace(0, top, 16)))))[0, :, 0]
+    assert np.abs(shades.astype(int) - np.arange(0, 256, 17) * bool(top)).max() <= 3
+
+
+@pytest.mark.parametrize('kind', ['<f8', '>f8', '<f2', '<u8', '>u4', '<i1', '>i1'])
+def test_other_tiffs_are_refused_by_their_kind(kind):
+    with pytest.raises(ValueError, match='not a readable image: pixels of this kind.*save it with 8 or 16 bits'):
+        open_image(io.BytesIO(grey_tiff(kind, np.linspace(0, 100, 16))))
+
+
+@pytest.mark.parametrize('progressive', [False, True])
+def test_a_jpeg_that_lacks_its_end_marker_alone_is_read(progressive):
+    data = saved(colours(200, 100), 'JPEG', progressive=progressive)
+    for cut in (data[:-2], data[:-1], data[:-2] + bytes(3)):
+        assert difference(open_image(io.BytesIO(cut)), open_image(io.BytesIO(data))) == 0
+        assert difference(F.to_pil_image(open_part(io.BytesIO(cut), lambda h, w: (0, 0, h, w), 999)),
+                          open_image(io.BytesIO(data))) == 0
+    for end in (0.5, 0.8):
+        with pytest.raises(ValueError, match='is truncated or damaged'):
+            open_image(io.BytesIO(data[:int(end * len(data))]))
+
+
 # ---------------------------------------------------------------- metadata
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -203,7 +240,7 @@ def test_a_tiff_with_broken_tags(odd):
 def test_jpegs_are_stripped_of_metadata_alone():
     exif = tiff(entry(274, 3, 1, 3))
     data = saved(colours(), 'JPEG', exif=b'Exif\0\0' + exif, icc_profile=b'p' * 200_000, comment=b'c' * 60_000)
-    plain, found, scans = plain_jpeg(data)
+    plain, found, scans, _ = plain_jpeg(data)
     assert found == b'Exif\0\0' + exif and not scans and len(plain) < len(data) - 250_000
     assert difference(Image.open(io.BytesIO(plain)), Image.open(io.BytesIO(data))) == 0
     assert plain_jpeg(saved(colours(), 'JPEG', progressive=True))[2]

@@ -295,6 +295,11 @@ def test_damaged_files(tmp_path, caplog):
     file.write_bytes(np.random.default_rng(0).bytes(len(content)))
     with pytest.raises(ValueError, match='its features are no embeddings'):
         PictureIndex(place, PROBE).search(PROBE, 1)
+    for zeros in (bytes(len(content)), content[:-80] + bytes(80)):
+        file.write_bytes(zeros)
+        for approximate in (False, True):
+            with pytest.raises(ValueError, match='its features are no embeddings.*the next run makes it again'):
+                PictureIndex(place, PROBE).search(PROBE, 9, approximate=approximate)
     file.write_bytes(content[:-40])  # one row and a part of another are lost
     index = PictureIndex(place, PROBE)
     assert len(index) == 7 and 'lost the end of its features' in caplog.text

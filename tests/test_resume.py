@@ -252,6 +252,11 @@ def test_queues_without_the_teachers_features_are_not_used(pretrained, scenes, t
     run(pretrain_dlip, config, tmp_path / 'out', *settings, 'loss.image_feat=1.0')
     pretrain_dlip.main(next_stage)
     assert 'queues taken over (20' in capsys.readouterr().out
+    other = shutil.copy(teacher / 'last.pth', tmp_path / 'other.pth')
+    settings = (f'teacher.weights={teacher / "last.pth"}', 'loss.ita_soft=1.0')
+    run(pretrain_dlip, config, tmp_path / 'soft', *settings, 'train.epochs=1')
+    with pytest.raises(ValueError, match='differs in the teacher whose features its queues hold .*other.pth'):
+        run(pretrain_dlip, config, tmp_path / 'soft', *settings, f'teacher.weights={other}')
 
 
 def test_another_batch_size_goes_on_where_a_batch_of_it_ends(pretrained, tmp_path, monkeypatch):

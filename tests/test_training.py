@@ -271,12 +271,15 @@ def test_a_dry_run_measures_and_writes_nothing(pretrained, scenes, tmp_path, cap
     for line in ('student 0.1M, momentum twin', '8 x 1 processes = 8 pairs', '7 x 2 epochs = 14', 'GiB free',
                  'GiB kept for the backward pass of a batch'):
         assert line in printed
-    assert re.search(r'the whole run +[\d.]+ hours', printed) and not list(out.iterdir())
+    assert re.search(r'the whole run +[\d.]+ hours', printed) and not out.exists()
     for script, name in ((train_dlip_retrieval_flickr, 'retrieval_flickr'),
                          (train_dlip_caption_flickr, 'caption_flickr')):
         path = write_config(tmp_path, name, scenes)
         script.main(['--config', str(path), '--output_dir', str(out), '--device', 'cpu', '--dry_run'])
-        assert 'nothing was written' in capsys.readouterr().out and not list(out.iterdir())
+        assert 'nothing was written' in capsys.readouterr().out and not out.exists()
+    with pytest.raises(SystemExit):
+        pretrain_dlip.main(['--config', str(config), '--store_teacher', '2', '--dry_run'])
+    assert 'argument --dry_run: not allowed with argument --store_teacher' in capsys.readouterr().err
     monkeypatch.setattr('models.engine.dry_run.shutil.disk_usage',
                         lambda path: SimpleNamespace(total=2 ** 40, free=2 ** 10))
     with pytest.raises(ValueError, match='has 0.0 GiB free, the run needs .* lower train.keep_checkpoints'):

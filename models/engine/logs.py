@@ -174,6 +174,13 @@ def append_log(path: Path, record: dict) -> None:
         file.write(json.dumps(record) + '\n')
 
 
+def log_test(path: Path, record: dict) -> None:
+    """Append the test figures to `log.txt`, in place of those of an earlier launch."""
+    rows = [row for row in read_log(path) if any(name.startswith('train_') for name in row)]
+    with atomic_write(path) as file:
+        file.writelines(json.dumps(row) + '\n' for row in [*rows, record])
+
+
 def read_log(path: Path) -> list[dict]:
     """The records of a JSON-lines file, less a last line that was cut off; an absent file has none."""
     if not path.exists():

@@ -31,9 +31,13 @@ def compare(path: Path, state: dict, config: dict, **now) -> None:
     """
     before = dict(with_new_names(flatten(state['config']), shorten(path)))
     changed, differ = changed_settings(before, dict(flatten(config))), differences(state, **now)
-    if 'momentum.teacher_image_queue' in now['kept'] and config['loss']['ita_soft'] and \
-            not asks_for_features(state['config']):
-        differ.append("the queues of the teacher's features, which it never filled (loss.ita_soft was 0)")
+    if 'momentum.teacher_image_queue' in now['kept'] and config['loss']['ita_soft']:
+        if not asks_for_features(state['config']):
+            differ.append("the queues of the teacher's features, which it never filled (loss.ita_soft was 0)")
+        old, new = before.get('teacher.weights'), config['teacher']['weights']
+        if old and new and old != new:
+            differ.append(f'the teacher whose features its queues hold (teacher.weights {shorten(old)}, now '
+                          f'{shorten(new)})')
     if differ:
         raise ValueError(f'{path} is of a run that differs in {", ".join(differ)}: resume it with its own settings or '
                          f'choose another --output_dir; its settings differ in {"; ".join(changed) or "nothing"}')

@@ -15,7 +15,7 @@ from models.distill.objective import Objective
 from models.distill.terms import TERMS
 from models.distill.update import MicroBatch
 from models.engine.checkpoint_manager import Keeper
-from models.engine.logs import Board, Clock, Meters, append_log, forget_after, memory_used, plot_curves
+from models.engine.logs import Board, Clock, Meters, append_log, forget_after, log_test, memory_used, plot_curves
 from models.engine.optim import build_optimizer, learning_rate, load_optimizer, parallel, set_lr, starts_pretrained
 from models.engine.resume import compare, place_in_epoch
 from models.engine.self_critical import SelfCritical
@@ -317,5 +317,5 @@ class Run:
         """Append the test figures to `log.txt` and draw them."""
         if is_main():
             log = self.output_dir / 'log.txt'
-            append_log(log, {**test, 'epoch': self.config['train']['epochs'] - 1})
+            log_test(log, {**test, 'epoch': self.config['train']['epochs'] - 1})
             plot_curves([self.output_dir / 'steps.txt', log], self.output_dir / 'curves.png')

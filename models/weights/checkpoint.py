@@ -52,6 +52,8 @@ def read_checkpoint(source: str | os.PathLike, mmap: bool = True) -> dict:
         ValueError: truncated, no torch file, no weights inside, a pickle that would need code, or a part of it is of
             the wrong kind.
     """
+    if not os.fspath(source).strip():
+        raise ValueError('the name of the checkpoint is empty: give a file, URL, folder or name on the hub')
     if not names_a_file(source):
         checkpoint = read_folder(source)
     else:
