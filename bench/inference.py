@@ -8,7 +8,8 @@ sides:
 - transformers: `BlipForConditionalGeneration` / `BlipForImageTextRetrieval` base, float32, as loaded;
 - original: DLIP's student decoded as dlip-v2 does, the image's keys and values projected again at every step and for
   every beam, with autograd on and torch's own linear maps;
-- DLIP: this repository's student, at each precision and backend of DLIPProd, with its output error beside it.
+- DLIP: this repository's student, at each precision and backend of DLIPProd, with its output error beside it; those of
+  ONNX are exported first.
 
 At the end the image encoder's share of the fastest matrix product that this machine was seen to do, in either library:
 how much of it is left to gain.
@@ -22,8 +23,11 @@ if __name__ == '__main__':  # before the slow imports; run by its path, a script
     end_at_once()
 
 import argparse
+import atexit
 import copy
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -41,11 +45,14 @@ from models.generation import generate_ids
 from models.linear import FLOPS, Linear
 from models.tokenizer import DEC, ENC, Tokenizer
 from models.weights.checkpoint import architecture
+from prod.onnx_backend import ONNXBLIP
+from prod.onnx_export import export_onnx
 from prod.openvino_backend import HINTS, core
-from prod.precision import BACKENDS, for_inference
+from prod.precision import for_inference
 from utils import ROOT, clean_exit, progress
 
 SERVED = (('fp32', 'torch'), ('bf16', 'torch'), ('fp32', 'openvino'), ('bf16', 'openvino'), ('int8', 'openvino'))
+EXPORTED = ('fp32', 'int8')  # to ONNX
 NEW_TOKENS = 20
 SIDE = 2048  # of the matrices whose product counts as this machine's peak
 TEXT = 'two brown dogs run after a red ball on a long sandy beach while people watch'  # 18 tokens with its ends
@@ -196,6 +203,13 @@ def product(precision: str, backend: str) -> Callable:
     return lambda: request.infer([a.numpy()])
 
 
+def exported(model: BLIP, tokenizer: Tokenizer, precision: str) -> ONNXBLIP:
+    folder = Path(tempfile.mkdtemp(prefix='dlip-onnx'))
+    atexit.register(shutil.rmtree, folder)  # its graphs are loaded as they are used
+    export_onnx(folder, model, tokenizer, {}, precision)
+    return ONNXBLIP(folder)
+
+
 def report_peak(nets: dict[str, object], image_size: int, batch: int, rounds: int) -> None:
     """Print the image encoders' operations a second beside those of a large matrix product."""
     images = torch.randn(batch, 3, image_size, image_size)
@@ -212,7 +226,7 @@ def report_peak(nets: dict[str, object], image_size: int, batch: int, rounds: in
     for side in nets:
         if side in seconds:
             precision = side.split()[1]
-            peak = max(2 * SIDE ** 3 / seconds[f'{precision} {backend}'] for backend in BACKENDS)
+            peak = max(2 * SIDE ** 3 / seconds[f'{precision} {backend}'] for backend in ('torch', 'openvino'))
             rate = flops / seconds[side]
             print(f'| {side} | {rate / 1e9:.0f} | {rate / peak:.0%} of {peak / 1e9:.0f} |')
 
@@ -233,6 +247,7 @@ def main(argv: list[str] | None = None) -> None:
         plain = with_plain_linear_maps(student)
         nets = {f'DLIP {precision} {backend}': for_inference(student, precision, backend)
                 for precision, backend in SERVED}
+        nets |= {f'DLIP {precision} onnx': exported(student, tokenizer, precision) for precision in EXPORTED}
         for batch in args.batch:
             images = torch.randn(batch, 3, image_size, image_size)
             sides = {'transformers base': transformers_work(*theirs, tokenizer, images),

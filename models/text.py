@@ -94,7 +94,7 @@ class Attention(nn.Module):
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
         """[R, T, width] -> [R, heads, T, D]"""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.reshape(*x.shape[:-1], self.heads, -1).transpose(1, 2)
 
     def keys_values(self, memory: torch.Tensor, texts: Packed | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         return self.split(pad(self.self.key(memory), texts)), self.split(pad(self.self.value(memory), texts))

@@ -35,7 +35,6 @@ from PIL import Image
 
 from configs.rules import whole
 from data.json_lines import JsonLines, encoded
-from models.weights.checkpoint import fingerprint
 from prod import DLIPProd
 from prod.caption_files import Captions, listed, shared_sidecars, sidecar, write_sidecar
 from prod.images import find_pictures, is_excluded, read_image
@@ -117,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
             captions = Captions(args.out)
             held.enter_context(captions.lines.writing())
             done = captions.resume(captioner.generation | options | {
-                'prompt': captioner.prompt, 'precision': args.precision, 'weights': fingerprint(captioner.net)},
+                'prompt': captioner.prompt, 'precision': args.precision, 'weights': captioner.fingerprint},
                 args.overwrite)
         left = [path for path in paths if path in errors or os.path.realpath(path) not in done]
         logger.info('%d images, %d of them captioned already', len(paths), len(paths) - len(left))

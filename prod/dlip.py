@@ -1,5 +1,6 @@
 """DLIPProd: a trained checkpoint as a captioner or a retriever. Every method, with examples: prod/README.md."""
 
+import math
 import os
 from pathlib import Path
 
@@ -10,14 +11,13 @@ from data.transforms import eval_transform
 from models.engine.launch import choose_device
 from models.generation import generate
 from models.tokenizer import DEC, ENC
-from models.weights.checkpoint import load_model
 from models.weights.originals import VOCABULARY
 from models.weights.transformers_format import write_folder
 from prod.arguments import checked
 from prod.batches import NEEDS, Batches
 from prod.defaults import on_its_own_devices
 from prod.index import PictureIndex
-from prod.precision import for_inference
+from prod.precision import net_fingerprint, served
 from prod.run_settings import MAX_NEW, MIN_NEW, run_settings
 from prod.texts import checked_texts
 from utils import shorten
@@ -47,14 +47,16 @@ class DLIPProd(Batches):
         device: 'cpu', 'cuda', 'cuda:1', 'mps', 'auto' (the best one there is), or a torch.device.
         tokenizer: vocabulary of an original file: a hub name, a folder or a vocab.txt.
         precision: 'fp32'; 'bf16' (features then differ by about 1%), which is fp32 on a device without instructions for
-            it; 'int8' is bf16 with all matrices in 8 bits (backend openvino; by about 2%).
-        backend: 'torch', or 'openvino': on a CPU about twice as fast; each function is compiled at its first use, which
-            takes a second or two.
+            it; 'int8' is bf16 with all matrices in 8 bits (backend openvino; by about 2%). Of graphs it is what they
+            were exported with.
+        backend: 'torch'; 'openvino': on a CPU about twice as fast; each function is compiled at its first use, which
+            takes a second or two; 'onnx': `weight` is a folder that `prod/export.py --format onnx` wrote, run by
+            onnxruntime on the CPU.
         memory: GiB that the pictures of one batch may take at work; sets the batch size where a call does not.
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ImportError: backend 'openvino' without the package.
+        ImportError: backend 'openvino' or 'onnx' without its package.
         ValueError: unknown name, absent device, or a checkpoint that is damaged or lacks what `name` needs.
 
     >>> dlip = DLIPProd(None, 'data/demo_teacher.pth')   # the demo's teacher: 64-pixel pictures of coloured shapes
@@ -68,8 +70,7 @@ class DLIPProd(Batches):
         if not memory > 0:
             raise ValueError(f'memory must be a positive number of GiB, got {memory}')
         self.name, self.weight, self.device, self.memory = name, str(weight), choose_device(device), memory
-        self.net, self.tokenizer, self.info = load_model(weight, self.device, tokenizer=tokenizer)
-        self.model = for_inference(self.net, precision, backend)
+        self.net, self.model, self.tokenizer, self.info = served(weight, self.device, tokenizer, precision, backend)
         self.prompt, self.max_tokens, generation = run_settings(self.info, self.model.config.max_positions, weight)
         self.prompt_ids = self.tokenizer([self.prompt], self.model.config.max_positions, DEC)[0][0, :-1]
         self.generation = {'num_beams': 3, 'max_length': len(self.prompt_ids) + MAX_NEW,
@@ -86,7 +87,14 @@ class DLIPProd(Batches):
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write a folder that `from_pretrained` gives back bit for bit, with a model card; transformers' BLIP classes
         load it too. To publish it: `hf upload USER/NAME FOLDER`."""
+        if self.net is None:
+            raise ValueError(f'{self.weight} holds graphs: save the checkpoint that they were exported from')
         write_folder(folder, self.net, self.tokenizer, self.info)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the weights: equal for equal nets, wherever their files lie."""
+        return net_fingerprint(self.net, self.info)
 
     # ------------------------------------------------------------ captions
 
@@ -285,6 +293,8 @@ class DLIPProd(Batches):
         """
         if k < 1 or rerank < 0:
             raise ValueError(f'k must be at least 1 and rerank at least 0, got {k} and {rerank}')
+        if min_score is not None and math.isnan(min_score):
+            raise ValueError('min_score must be a number, got nan')
         feature = self.get_text_feat(query) if isinstance(query, str) else self.get_image_feat(query)
         wanted = count = max(k, rerank)
         hits = index.search(feature[0], count, approximate=approximate)

@@ -38,13 +38,15 @@ def core():
 
 
 class TracedCache:
-    """A cache [layers, 2, R, heads, T, D] that comes in as an input; what is new goes out."""
+    """A cache [layers, 2, R, heads, T, D], or None, that comes in as an input; what is new goes out."""
 
-    def __init__(self, past: torch.Tensor):
-        self.past, self.length, self.fresh = past, past.shape[4], []
+    def __init__(self, past: torch.Tensor | None):
+        self.past, self.length, self.fresh = past, 0 if past is None else past.shape[4], []
 
     def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         self.fresh.append(torch.stack([k, v]))
+        if self.past is None:
+            return k, v
         return torch.cat([self.past[layer, 0], k], 2), torch.cat([self.past[layer, 1], v], 2)
 
 

@@ -18,8 +18,10 @@ from utils import shorten
 
 def net_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--device', default='auto', help='auto, cpu, cuda or mps (default: %(default)s)')
-    parser.add_argument('--precision', default='fp32', help='fp32, bf16 or int8 (default: %(default)s)')
-    parser.add_argument('--backend', default='torch', help='torch or openvino (default: %(default)s)')
+    parser.add_argument('--precision', default='fp32', help='fp32, bf16, int8; of ONNX graphs, what they were '
+                        'exported with (default: %(default)s)')
+    parser.add_argument('--backend', default='torch', help='torch, openvino, or onnx for a folder of '
+                        'ONNX graphs (default: %(default)s)')
     parser.add_argument('--memory', type=Number(0, 10_000, above=True), default=1.0, metavar='GIB', help='for a batch '
                         'at work, and for decoding an image; larger images are left out (default: %(default)s)')
 

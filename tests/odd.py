@@ -629,11 +629,11 @@ LIKELY = (1, 2, 3, 7, 40, 600, 10 ** 6, 2 ** 63, 0.0, 0.3, 0.9, 1.0, 1.7, 1e-30,
           True, False)
 OPTIONS = {
     'generate': ('sample', 'num_beams', 'max_length', 'min_length', 'top_k', 'top_p', 'temperature',
-                 'repetition_penalty', 'length_penalty', 'early_stopping', 'num_captions', 'seed', 'batch_size', 'bgr',
-                 'on_error'),
+                 'repetition_penalty', 'no_repeat_ngram_size', 'length_penalty', 'early_stopping', 'num_captions',
+                 'prefix', 'forbid', 'scores', 'seed', 'batch_size', 'bgr', 'on_error'),
     'get_image_feat': ('batch_size', 'bgr', 'on_error'), 'get_text_feat': ('batch_size',),
     'similarity': ('bgr',), 'match': ('batch_size', 'bgr', 'on_error'), 'caption_scores': ('batch_size', 'bgr'),
-    'search': ('k', 'rerank', 'query', 'approximate'), 'index': ('pictures', 'folder', 'batch_size'),
+    'search': ('k', 'rerank', 'min_score', 'query', 'approximate'), 'index': ('pictures', 'folder', 'batch_size'),
     'DLIPProd': ('name', 'weight', 'device', 'precision', 'backend', 'memory'), 'save_pretrained': ('folder',)}
 
 
