@@ -16,10 +16,12 @@ if __name__ == '__main__':  # before the slow imports; run by its path, a script
 
 import argparse
 import contextlib
+import csv
 import logging
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -61,6 +63,24 @@ def captions(place: Path, world: World, printed: str) -> list:
     return sorted((line['path'], line['caption']) for line in JsonLines(place / 'captions.jsonl').read())
 
 
+def texts_beside(place: Path, world: World) -> list:
+    if not (place / 'images').exists():
+        shutil.copytree(images(world) / 'few', place / 'images')
+    return ['-m', 'prod.caption', place / 'images', '--weight', world.weight, '--out', place / 'images/metadata.csv',
+            '--sidecar', '--existing', 'append', '--num_captions', '2', '--no_repeat_ngram_size', '3', '--forbid', 'a',
+            '--device', 'cpu', '--batch_size', '2']
+
+
+def texts_and_table(place: Path, world: World, printed: str) -> tuple:
+    with open(place / 'images/metadata.csv', newline='', encoding='utf-8') as file:
+        table = [row[:2] for row in csv.reader(file)]  # the rounding of scores depends on their batch
+    return sorted(table), {path.name: path.read_bytes() for path in (place / 'images').glob('*.txt')}
+
+
+def exporting(place: Path, world: World) -> list:
+    return ['-m', 'prod.export', world.weight, place / 'onnx', '--format', 'onnx']
+
+
 def searching(place: Path, world: World) -> list:
     return ['-m', 'prod.search', images(world), 'a red star', '--weight', world.weight, '--index', place / 'index',
             '--device', 'cpu']
@@ -84,11 +104,13 @@ def rendering(place: Path, world: World) -> list:
 
 def contents(place: Path, world: World, printed: str) -> dict[str, bytes]:
     return {str(path.relative_to(place)): path.read_bytes() for path in sorted(place.rglob('*'))
-            if path.is_file() and path.suffix not in ('.png', '.lock') and path.name != '.lock'}
+            if path.is_file() and path.suffix not in ('.png', '.lock') and path.name != '.lock'
+            and '.tmp' not in path.suffix}  # a SIGKILL leaves it
 
 
 TOOLS: dict[str, tuple[Callable, Callable]] = {
-    'prod.caption': (captioning, captions), 'prod.search': (searching, hits), 'json_dataset': (listing, contents),
+    'prod.caption': (captioning, captions), 'prod.caption, texts': (texts_beside, texts_and_table),
+    'prod.search': (searching, hits), 'prod.export, onnx': (exporting, contents), 'json_dataset': (listing, contents),
     'scene_layouts': (rendering, contents)}
 
 

@@ -124,16 +124,18 @@ def write_sidecar(image: str, captions: list[str], existing: str) -> dict[str, s
     Raises:
         OSError: the disk is full.
     """
-    path, before = Path(sidecar(image)), []
+    path, before = Path(sidecar(image)), b''
     try:
         if os.path.lexists(path) and existing != 'overwrite':
             if existing == 'skip':
                 return {}
-            before = path.read_bytes().splitlines()
-        lines = list(dict.fromkeys([*before, *(caption.encode() for caption in captions)]))
-        if lines != before:
+            before = path.read_bytes()
+            before += b'\n' if before and not before.endswith(b'\n') else b''
+        said = before.splitlines()
+        new = [line for line in dict.fromkeys(caption.encode() for caption in captions) if line not in said]
+        if new:
             with atomic_write(path, 'wb') as file:
-                file.write(b'\n'.join(lines) + b'\n')
+                file.write(before + b'\n'.join(new) + b'\n')
     except OSError as error:
         if error.errno in FULL:
             raise
@@ -142,10 +144,10 @@ def write_sidecar(image: str, captions: list[str], existing: str) -> dict[str, s
 
 
 def shared_sidecars(images: list[str]) -> dict[str, str]:
-    """Image -> what is wrong with it, as another one of the same name and another ending comes before it."""
-    first, shared = {}, {}
+    """Image -> what is wrong with it, if its text file is that of an image before it, or an image."""
+    taken, wrong = {image: image for image in images}, {}
     for image in images:
-        other = first.setdefault(sidecar(image), image)
-        if other != image:
-            shared[image] = f'{image} shares its text file with {other}: rename one of them'
-    return shared
+        other = taken.setdefault(sidecar(image), image)
+        if other != image or sidecar(image) == image:
+            wrong[image] = f'{image} shares {sidecar(image)} with {other}: rename one of them'
+    return wrong

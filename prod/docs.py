@@ -44,6 +44,7 @@ COMMANDS = '''## Commands
 | `python prod/shards.py SHARDS --out DIR --caption W --retrieval W --min_itm 0.5` | captions, scores, embeds and \
 filters img2dataset's tars: BLIP's CapFilt on Ray |
 | `python -m prod.export W TARGET` | a checkpoint as one file, or a folder for the Hugging Face hub |
+| `python -m prod.export W FOLDER --format onnx` | a checkpoint as ONNX graphs |
 
 Each says more with `--help`.
 '''

@@ -11,10 +11,12 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from data.json_lines import JsonLines
 from data.transforms import MEAN, STD
 from models.blip import BLIP
 from models.tokenizer import Tokenizer
@@ -114,6 +116,7 @@ def export_onnx(folder: str | os.PathLike, model: BLIP, tokenizer: Tokenizer, in
 
     Raises:
         ImportError: onnx, or for int8 onnxruntime, is not installed.
+        PermissionError, ValueError: the folder cannot be written, or another process is writing it.
     """
     try:
         import onnx  # noqa: F401
@@ -121,7 +124,11 @@ def export_onnx(folder: str | os.PathLike, model: BLIP, tokenizer: Tokenizer, in
             import onnxruntime.quantization  # noqa: F401
     except ImportError:
         raise ImportError('the format onnx needs two packages: pip install onnx onnxruntime') from None
-    folder = make_output_dir(folder)
+    with JsonLines(os.path.normpath(folder)).writing():
+        write_graphs(make_output_dir(folder), model, tokenizer, info, precision)
+
+
+def write_graphs(folder: Path, model: BLIP, tokenizer: Tokenizer, info: dict, precision: str) -> None:
     (folder / 'config.json').unlink(missing_ok=True)  # a folder without it is none, until all is written
     change = {'fp32': lambda graph: graph, 'fp16': halved, 'int8': quantised}[precision]
     made = {name: change(graph.traced()) for name, graph in graphs(model).items()}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from processes import Python
 
+from data.json_lines import JsonLines
 from prod import DLIPProd
 from prod import export as export_tool
 from prod.images import find_pictures
@@ -106,6 +107,8 @@ def test_what_is_no_folder_of_graphs(folder, graphs, tmp_path):
     with pytest.raises(ValueError, match='image_encoder.onnx cannot be loaded') as caught:
         DLIPProd(None, tmp_path, backend='onnx').get_image_feat(Image.new('L', (9, 9)))
     assert '\n' not in explanation(caught.value)
+    with JsonLines(tmp_path / 'busy').writing(), pytest.raises(ValueError, match='another process is writing .*busy'):
+        export_tool.main([str(folder / 'save/last.pth'), str(tmp_path / 'busy'), '--format', 'onnx'])
     with pytest.raises(ValueError, match='--precision int8 needs --format onnx'):
         export_tool.main([str(folder / 'save/last.pth'), str(tmp_path / 'x.pth'), '--precision', 'int8'])
 

@@ -233,20 +233,20 @@ def test_tables_of_captions(command, caption, pictures, tmp_path, ending):
 def test_a_text_file_beside_each_image(command, caption, pictures, capsys):
     beside = [*command[:3], '--device', 'cpu', '--sidecar', '--num_beams', '1']
     said = {name: caption.generate(pictures / name, num_beams=1)[0] for name in ('0.png', '1.png', 'more/5.png')}
-    (pictures / '0.txt').write_bytes(b'mine \xe9')
+    (pictures / '0.txt').write_bytes(b'\r\n\r\nmine \xe9')
     (pictures / '2.bmp').write_bytes((pictures / '2.png').read_bytes())
     (pictures / 'more/6.txt').mkdir()
     odd = pictures / os.fsdecode(b'caf\xe9.png')
     Image.new('RGB', (9, 9)).save(odd)
     for _ in range(2):
         assert caption_tool.main([*beside, '--existing', 'skip']) == 1
-        assert (pictures / '0.txt').read_bytes() == b'mine \xe9'
+        assert (pictures / '0.txt').read_bytes() == b'\r\n\r\nmine \xe9'
         assert (pictures / 'more/5.txt').read_text() == said['more/5.png'] + '\n'
         printed = capsys.readouterr().out
-        assert '2.png shares its text file with ' in printed and not list(pictures.rglob('*.tmp*'))
+        assert '2.png shares ' in printed and not list(pictures.rglob('*.tmp*'))
     for _ in range(2):
         assert caption_tool.main([*beside, '--existing', 'append']) == 1
-        assert (pictures / '0.txt').read_bytes() == b'mine \xe9\n' + said['0.png'].encode() + b'\n'
+        assert (pictures / '0.txt').read_bytes() == b'\r\n\r\nmine \xe9\n' + said['0.png'].encode() + b'\n'
         assert (pictures / '1.txt').read_text() == said['1.png'] + '\n'
         assert '6.txt cannot be written: Is a directory' in capsys.readouterr().out
     (pictures / 'more/6.txt').rmdir()
