@@ -182,6 +182,12 @@ def quantised(graph):
     """A graph that multiplies with matrices of 8 bits."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
+    tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
+    for node in graph.graph.node:
+        if node.op_type == 'Gemm' and sum(node.input[1] in other.input for other in graph.graph.node) > 1:
+            # The quantiser turns the matrix in place, and with it the word embedding that it is.
+            graph.graph.initializer.add().CopyFrom(tensors[node.input[1]])
+            graph.graph.initializer[-1].name = node.input[1] = f'{node.name}_matrix'
     level = logging.root.level
     with tempfile.TemporaryDirectory() as place:
         logging.root.setLevel(logging.ERROR)  # it advises a step that is of no use here
