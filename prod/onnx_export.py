@@ -140,8 +140,10 @@ def write_graphs(folder: Path, model: BLIP, tokenizer: Tokenizer, info: dict, pr
         with atomic_write(folder / f'{name}.onnx', 'wb') as file:
             file.write(graph.SerializeToString())
     tokenizer.save(folder)
+    exact = fingerprint(model)
     description = {'format': FORMAT, 'precision': precision, 'architecture': model.config.to_dict(),
-                   'fingerprint': fingerprint(model), 'image': {'mean': MEAN, 'std': STD},
+                   'fingerprint': exact if precision == 'fp32' else f'{exact}-{precision}',
+                   'image': {'mean': MEAN, 'std': STD},
                    **{key: info[key] for key in ('config', 'metrics') if info.get(key)}}
     with atomic_write(folder / 'config.json') as file:
         json.dump(description, file, indent=2)
