@@ -97,7 +97,8 @@ def test_openvino_gives_what_torch_gives(folder, picture):
     assert torch.allclose(other.get_image_feat(pictures), torch_net.get_image_feat(pictures), atol=1e-5)
     assert torch.allclose(other.get_text_feat(texts), torch_net.get_text_feat(texts), atol=1e-5)
     assert torch.allclose(other.match(pictures, texts), torch_net.match(pictures, texts), atol=1e-4)
-    for settings in ({'num_beams': 1, 'min_length': 5}, {'num_beams': 3, 'min_length': 5}, {'num_beams': 2}):
+    for settings in ({'num_beams': 1, 'min_length': 5}, {'num_beams': 3, 'min_length': 5}, {'num_beams': 2},
+                     {'no_repeat_ngram_size': 2, 'forbid': 'dog', 'prefix': 'a red'}):
         assert other.generate(pictures, **settings) == torch_net.generate(pictures, **settings)
     assert other.generate(picture) == torch_net.generate(picture)
     half = DLIPProd('retrieval', folder / 'save/dlip_retrieval_flickr.pth', precision='bf16', backend='openvino')
