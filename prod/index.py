@@ -25,7 +25,7 @@ from prod.defaults import on_its_own_devices
 from prod.images import find_pictures
 from utils import atomic_write, logger, progress, shown
 
-CHUNK = 1 << 16  # rows a matrix product
+CHUNK = 1 << 16  # rows copied at once
 CANDIDATES = 20  # of faiss for every hit asked for; their exact cosines decide
 GROWTH = 1.1  # faiss's file is made again when the index has outgrown it by this factor
 UNUSED = 1000  # rows of no further use that are always tolerated
@@ -155,9 +155,8 @@ class PictureIndex:
             rows = torch.tensor(near, dtype=torch.long, device='cpu')
             scores = torch.from_numpy(features[near]) @ query
         else:
-            rows, scores = None, torch.empty(len(features), dtype=torch.float32, device='cpu')
-            for start in range(0, len(features), CHUNK):
-                scores[start:start + CHUNK] = torch.from_numpy(np.array(features[start:start + CHUNK])) @ query
+            # numpy reads the mapped file where it is, torch would want a copy
+            rows, scores = None, torch.from_numpy(np.dot(np.asarray(features), query.numpy()))
             if len(self) < len(features):
                 scores[[row for row, path in enumerate(self._paths) if path is None]] = -torch.inf
         best, zero = scores.topk(min(k, len(scores))), (scores == 0).nonzero()[:, 0]
