@@ -39,10 +39,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.rules import whole
 from data.captions import PROMPT
-from models import generation
 from models.blip import BLIP
-from models.constraints import Constraints
-from models.generation import generate_ids
+from models.generation import generate_ids, search
+from models.generation.constraints import Constraints
 from models.linear import FLOPS, Linear
 from models.tokenizer import DEC, ENC, Tokenizer
 from models.weights.checkpoint import architecture
@@ -74,7 +73,7 @@ class GrowingCache:
         self.kv = {layer: (k[rows], v[rows]) for layer, (k, v) in self.kv.items()}
 
 
-class OriginalDecoder(generation.Decoder):
+class OriginalDecoder(search.Decoder):
     """dlip-v2's decoding: every step projects the image of every row again."""
 
     def __init__(self, model: BLIP, image_tokens: torch.Tensor, capacity: int, copies: int = 1):
@@ -122,17 +121,17 @@ def original_work(model: BLIP, tokenizer: Tokenizer, images: torch.Tensor) -> di
     constraints = Constraints(tokenizer.sep_id, min_length=length)
 
     def caption(beams: int) -> torch.Tensor:
-        ours, generation.Decoder = generation.Decoder, OriginalDecoder
+        ours, search.Decoder = search.Decoder, OriginalDecoder
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 tokens = model.encode_image(images)
                 if beams == 1:
-                    return generation.extend(model, tokens, prompt, tokenizer.pad_id, length, lambda x: x.argmax(-1),
+                    return search.extend(model, tokens, prompt, tokenizer.pad_id, length, lambda x: x.argmax(-1),
                                              constraints)[0]
-                return generation.beam_search(model, tokens, prompt, tokenizer.pad_id, beams, length, 1.0,
+                return search.beam_search(model, tokens, prompt, tokenizer.pad_id, beams, length, 1.0,
                                               constraints)[0]
         finally:
-            generation.Decoder = ours
+            search.Decoder = ours
 
     return {'greedy caption': lambda: caption(1), 'beam-3 caption': lambda: caption(3)}
 

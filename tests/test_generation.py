@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from test_model import load
 from transformers import NoBadWordsLogitsProcessor, NoRepeatNGramLogitsProcessor
 
-from models.constraints import Constraints, Forbidden
 from models.generation import beam_search, filter_top, generate, generate_ids, generate_scored
+from models.generation.constraints import Constraints, Forbidden
 from models.tokenizer import Tokenizer
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from utils import ROOT
 
 # Each folder may import from itself and from those before it; `scripts` are the files of the repository's root.
-ORDER = ('utils', 'configs', 'data', 'models', 'models/weights', 'models/distill', 'models/engine', 'eval', 'scripts')
+ORDER = ('utils', 'configs', 'data', 'models', 'models/generation', 'models/weights', 'models/distill', 'models/engine',
+         'eval', 'scripts')
 OPTIONAL = {'openvino', 'onnx', 'onnxruntime', 'gradio', 'ray'}
 
 

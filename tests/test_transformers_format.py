@@ -21,8 +21,8 @@ from transformers import BlipForConditionalGeneration
 from bench.equality import compare_caption, compare_retrieval, ended, random_net, random_pictures
 from data.transforms import eval_transform
 from models.blip import BLIP, BLIPConfig
-from models.constraints import Forbidden
 from models.generation import generate_ids
+from models.generation.constraints import Forbidden
 from models.tokenizer import DEC
 from models.weights.build import build_teacher
 from models.weights.checkpoint import load_model
