@@ -174,7 +174,8 @@ def interrupted(dice: random.Random, place: Path, world: World) -> None:
             process.kill()
         name = f'{tool}, {signal.Signals(number).name}'
         # what is stopped before its first line is Python's to end
-        assert not ('Traceback' in said and f'{tool.split(",")[0].replace(".", "/")}.py' in said), f'{name}: {said[-300:]}'
+        file = f'{tool.split(",")[0].replace(".", "/")}.py'
+        assert not ('Traceback' in said and file in said), f'{name}: {said[-300:]}'
         end = time.monotonic() + 20
         while time.monotonic() < end and any(os.path.exists(f'/proc/{child}') for child in left):
             time.sleep(0.05)
