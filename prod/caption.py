@@ -50,9 +50,10 @@ def given_images(source: str, exclude: list[str]) -> list[str]:
     """
     if source != '-':
         return find_pictures(source, exclude)
-    names = sys.stdin.buffer.read() if sys.stdin is not None else b''
-    names = [os.fsdecode(name) for name in names.split(b'\0' if b'\0' in names else b'\n') if name]
-    images = [name for name in dict.fromkeys(names) if not is_excluded(name, exclude)]
+    said = sys.stdin.buffer.read() if sys.stdin is not None else b''
+    names = said.split(b'\0') if b'\0' in said else [name.removesuffix(b'\r') for name in said.split(b'\n')]
+    names = [os.fsdecode(name) for name in dict.fromkeys(names) if name]
+    images = [name for name in names if not is_excluded(name, exclude)]
     if not images:
         raise FileNotFoundError(f'no path {"of an image that --exclude leaves " if names else ""}on standard input')
     return images

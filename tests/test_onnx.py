@@ -1,6 +1,7 @@
 """A net as ONNX graphs: what torch gives, at sizes of all kinds; weights once; faults."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -119,7 +120,7 @@ def test_what_is_no_folder_of_graphs(folder, graphs, tmp_path):
 def test_an_export_that_is_stopped_leaves_no_folder_of_graphs(folder, graphs, tmp_path):
     target = tmp_path / 'graphs'
     command = ['-m', 'prod.export', folder / 'save/last.pth', target, '--format', 'onnx']
-    assert Python(*command).wait().returncode == 0
+    shutil.copytree(graphs, target)
     process = Python(*command)
     while (target / 'config.json').exists():
         time.sleep(0.01)

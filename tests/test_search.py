@@ -274,7 +274,7 @@ def test_a_full_disk_leaves_no_part_of_a_text_file(command, pictures, monkeypatc
                 and path.suffix not in ('.png', '.jpg', '')]
 
 
-@pytest.mark.parametrize('separator', [b'\n', b'\0'])
+@pytest.mark.parametrize('separator', [b'\n', b'\r\n', b'\0'])
 def test_captions_in_a_pipe(command, caption, pictures, monkeypatch, capsys, separator):
     odd = pictures / os.fsdecode(b'caf\xe9.png')
     Image.new('RGB', (9, 9)).save(odd)
