@@ -43,6 +43,7 @@ class Graph(torch.nn.Module):
                  outputs: dict[str, str]):
         super().__init__()
         self.model, self.function, self.inputs, self.outputs = model, function, inputs, outputs
+        self.train(model.training)  # torch's exporter leaves a net in the mode that its outermost module had
 
     def forward(self, *inputs):
         return self.function(*inputs)

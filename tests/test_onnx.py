@@ -19,6 +19,7 @@ from models.weights.checkpoint import load_model
 from prod import DLIPProd
 from prod import export as export_tool
 from prod.images import find_pictures
+from prod.onnx_export import export_onnx
 from utils import ROOT, explanation
 
 TEACHER = ROOT / 'data/demo_teacher.pth'
@@ -72,7 +73,9 @@ def test_weights_are_there_once_and_a_browser_has_the_operators(pair, graphs):
 
 
 def test_a_captioners_graphs(folder, tmp_path):
-    export_tool.main([str(folder / 'save/dlip_caption_flickr.pth'), str(tmp_path), '--format', 'onnx'])
+    net, tokenizer, info = load_model(folder / 'save/dlip_caption_flickr.pth')
+    export_onnx(tmp_path, net, tokenizer, info)
+    assert not any(part.training for part in net.modules())
     assert {path.stem for path in tmp_path.glob('*.onnx')} == {'image_encoder', 'keys_values', 'prefill', 'step'}
     captioner = DLIPProd('caption', tmp_path, backend='onnx')
     assert captioner.generate(Image.new('L', (9, 9)))
