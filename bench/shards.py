@@ -14,6 +14,7 @@ import argparse
 import io
 import json
 import random
+import statistics
 import sys
 import tarfile
 import tempfile
@@ -28,16 +29,20 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 
+from bench.ablation import launch, measure
+from bench.ablation_plan import NO_TEACHER, SCRATCH
 from bench.inference import NEW_TOKENS, transformers_base
+from configs.rules import SHARE, whole
 from data.scene_captions import captions
 from data.scenes import render, sample_split
-from data.tars import caption_of, image_suffix, read_samples
+from data.shards import list_shards
+from data.tars import caption_of, count_images, image_suffix, read_samples
 from models.blip import BLIP
 from models.generation import PROMPT
 from models.tokenizer import DEC, Tokenizer
 from models.weights.checkpoint import architecture, save_checkpoint
 from prod import shards
-from utils import ROOT, progress
+from utils import ROOT, clean_exit, progress
 
 SIZES = {'1 M': 10 ** 6, '100 M': 10 ** 8, '5 B': 5 * 10 ** 9}  # images
 STUDENT = 'output/demo/pretrain/last.pth'
@@ -168,17 +173,22 @@ def rates(args: argparse.Namespace) -> None:
 
 
 def costs(measured: dict[tuple[str, str], float]) -> None:
-    """Print what sets of images take at the best rate of a core, and at that of a GPU where bench/gpu.json has it."""
+    """Print what sets of images take: at the best rate of a core, and at a GPU's where bench/gpu.json has it."""
     best = {task: max(rate for (of, _), rate in measured.items() if of == task) for task in ('caption', 'retrieval')}
-    machines = {'a CPU core': best, '8 CPU cores': {task: 8 * rate for task, rate in best.items()}}
+    machines = {'a CPU core': best, '8 CPU cores, if they are 8 times one': {x: 8 * rate for x, rate in best.items()}}
     gpu = ROOT / 'bench' / 'gpu.json'
     if gpu.exists():
-        machines['an H100'] = json.loads(gpu.read_text())['shards']
+        found = json.loads(gpu.read_text())
+        largest = max(row['batch'] for row in found['inference'])
+        machines[f'{found["device"]}, the net alone'] = {
+            task: 1000 * largest / next(row['ms']['DLIP, bf16'] for row in found['inference']
+                                        if (row['work'], row['batch']) == (work, largest))
+            for task, work in (('caption', 'beam-3 caption'), ('retrieval', 'image embedding'))}
     print(f'\n| work | machine | images/s | {" | ".join(SIZES)} |\n|---|---|---:|{"---:|" * len(SIZES)}')
     for task in best:
-        for machine, of in machines.items():
-            hours = [size / of[task] / 3600 for size in SIZES.values()]
-            print(f'| {task} | {machine} | {of[task]:.1f} | '
+        for machine, rates_of in machines.items():
+            hours = [size / rates_of[task] / 3600 for size in SIZES.values()]
+            print(f'| {task} | {machine} | {rates_of[task]:.1f} | '
                   f'{" | ".join(f"{h:,.1f} h" if h < 48 else f"{h / 24:,.0f} days" for h in hours)} |')
 
 
@@ -208,3 +218,57 @@ def filter_swapped(args: argparse.Namespace) -> None:
               f'| a pair is dropped where | precision | recall |\n|---|---:|---:|')
         for score, least in (('itm', 0.1), ('itm', 0.5), ('itm', 0.9)):
             print(f'| {score} < {least} | {" | ".join(f"{x:.1%}" for x in found(rows, swapped, score, least))} |')
+
+
+# ---------------------------------------------------------------- training on what it keeps
+
+def training(args: argparse.Namespace) -> None:
+    """The demo's pre-training without a teacher, from scratch, on all pairs and on those that the filter keeps."""
+    with tempfile.TemporaryDirectory() as place:
+        place = Path(place)
+        swapped = write_scenes(place / 'swapped', args.shards, args.each, args.swapped, seed=7)
+        filters = {'the pairs that pass': ('--keep', 'web'),
+                   'and new captions that pass': ('--keep', 'all', '--caption', args.student)}
+        sets = {'all pairs': place / 'swapped'}
+        for name, arguments in filters.items():
+            sets[name] = place / name / 'filtered'
+            run(place / 'swapped', place / name, args.student, '--min_itm', 0.5, *arguments)
+        print(f'{args.shards * args.each} pairs, {len(swapped)} of them swapped; {args.epochs} epochs, seeds '
+              f'{args.seeds}; filter: {args.student}\n')
+        for i, (name, tars) in enumerate(sets.items()):
+            results = []
+            for seed in args.seeds:
+                folder = place / f'{i} {seed}'
+                folder.mkdir()
+                launch('pretrain_dlip.py', 'pretrain', folder, seed, [
+                    f'data.train={tars}', 'data.val_fraction=0', f'train.epochs={args.epochs}', 'train.batch_size=8',
+                    'optim.lr_scheduler=cosine', *NO_TEACHER, *SCRATCH])
+                results.append(measure(folder / 'last.pth', matching=True))
+            if not i:
+                print(f'| trained on | pairs | {" | ".join(results[0])} |\n|---|---:|{"---:|" * len(results[0])}')
+            pairs = sum(map(count_images, list_shards(str(tars))))
+            means = (statistics.mean(result[figure] for result in results) for figure in results[0])
+            print(f'| {name} | {pairs} | {" | ".join(f"{mean:.1f}" for mean in means)} |', flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('part', choices=('rates', 'filter', 'training'))
+    parser.add_argument('--shards', type=whole(2), default=10, help='default: %(default)s')
+    parser.add_argument('--each', type=whole(1), help='images of a shard (default: 32; filter: 200; training: 600)')
+    parser.add_argument('--their_shards', type=whole(2), default=3, help='for transformers (default: %(default)s)')
+    parser.add_argument('--batch_size', type=whole(1), default=16, help='default: %(default)s')
+    parser.add_argument('--image_size', type=whole(32), default=224, help='default: %(default)s')
+    parser.add_argument('--student', default=STUDENT, help='what filters (default: %(default)s)')
+    parser.add_argument('--swapped', type=SHARE, default=0.2, help='share of the captions (default: %(default)s)')
+    parser.add_argument('--epochs', type=whole(1), default=2, help='default: %(default)s')
+    parser.add_argument('--seeds', type=whole(0), nargs='+', default=[1, 2], help='default: 1 2')
+    args = parser.parse_args(argv)
+    args.each = args.each or {'rates': 32, 'filter': 200, 'training': 600}[args.part]
+    {'rates': rates, 'filter': filter_swapped, 'training': training}[args.part](args)
+
+
+if __name__ == '__main__':
+    from bench import shards as bench  # by its name, by which Ray's workers import it
+    with clean_exit():
+        bench.main()

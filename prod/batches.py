@@ -1,6 +1,7 @@
 """How DLIPProd's inputs become batches of its net."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -8,9 +9,19 @@ from models.tokenizer import DEC
 from prod.images import named_images, read_image
 from prod.memory import check_batch_size, fitting, pair_bytes, picture_bytes
 from prod.texts import checked_texts
-from utils import shorten
+from utils import shorten, to_device
 
 NEEDS = {'caption': 'text_decoder', 'retrieval': 'text_encoder'}
+
+
+class Prepared(NamedTuple):
+    """Images that `DLIPProd.transform` has made ready, in the place of images: for callers that decode elsewhere.
+
+    Attributes:
+        pixels: [N, 3, S, S].
+    """
+
+    pixels: torch.Tensor
 
 
 class Batches:
@@ -34,6 +45,10 @@ class Batches:
         check_batch_size(batch_size)
         if on_error not in ('raise', 'skip'):
             raise ValueError(f'on_error is {shorten(on_error)}: raise or skip')
+        if isinstance(images, Prepared):
+            for part in images.pixels.split(batch_size):
+                yield [True] * len(part), to_device(part, self.device)
+            return
         read, pixels = [], []
 
         def batch():

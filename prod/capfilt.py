@@ -26,15 +26,17 @@ from data.captions import clean_caption, is_empty, storable
 from data.images import is_machines, open_image
 from data.tars import SCHEME, caption_of, image_suffix, one_line_of, read_samples
 from models.engine.launch import setup_process
-from models.generation import generate
 from models.tokenizer import ENC
 from prod import DLIPProd
+from prod.batches import Prepared
+from prod.caption_files import listed
 from utils import atomic_write, explanation, shorten, to_device
 
 ATTEMPTS = 4  # at a shard whose worker dies: it may be the shard that kills it
 TEXT, SCORE = pa.string(), pa.float32()
-CAPTIONS = pa.schema({'key': TEXT, 'url': TEXT, 'caption': TEXT, 'caption_dlip': pa.list_(TEXT), 'cosine': SCORE,
-                      'itm': SCORE, 'cosine_dlip': pa.list_(SCORE), 'itm_dlip': pa.list_(SCORE), 'error': TEXT})
+CAPTIONS = pa.schema({'key': TEXT, 'url': TEXT, 'caption': TEXT, 'caption_dlip': pa.list_(TEXT),
+                      'log_probability_dlip': pa.list_(SCORE), 'cosine': SCORE, 'itm': SCORE,
+                      'cosine_dlip': pa.list_(SCORE), 'itm_dlip': pa.list_(SCORE), 'error': TEXT})
 METADATA = pa.schema({'image_path': TEXT, 'caption': TEXT, 'url': TEXT})
 
 
@@ -45,7 +47,7 @@ class Sample:
     Attributes:
         parts: {suffix: content}, as `read_samples` gives them.
         pixels: {image size: [3, S, S]}; none where the image cannot be read.
-        captions: new ones.
+        captions, log_probability: new ones, with the mean of their tokens.
         cosine, itm: of the web text and of each new caption; None for a text without a word.
     """
 
@@ -55,6 +57,7 @@ class Sample:
     error: str | None = None
     pixels: dict[int, torch.Tensor] = field(default_factory=dict)
     captions: list[str] = field(default_factory=list)
+    log_probability: list[float] = field(default_factory=list)
     cosine: list[float | None] = field(default_factory=lambda: [None])
     itm: list[float | None] = field(default_factory=lambda: [None])
 
@@ -69,10 +72,10 @@ class Sample:
     def row(self) -> dict:
         """Of `CAPTIONS`."""
         url = self.record.get('url')
-        return {'key': self.key.encode('utf-8', 'backslashreplace').decode(),
-                'url': storable(url) if isinstance(url, str) else None, 'caption': storable(self.web),
-                'caption_dlip': self.captions, 'cosine': self.cosine[0], 'itm': self.itm[0],
-                'cosine_dlip': self.cosine[1:], 'itm_dlip': self.itm[1:], 'error': self.error}
+        return {'key': self.key.encode('utf-8', 'backslashreplace').decode(), 'caption': storable(self.web),
+                'url': storable(url) if isinstance(url, str) else None, 'error': self.error,
+                'caption_dlip': self.captions, 'log_probability_dlip': self.log_probability, 'cosine': self.cosine[0],
+                'itm': self.itm[0], 'cosine_dlip': self.cosine[1:], 'itm_dlip': self.itm[1:]}
 
 
 class Unreadable(Exception):
@@ -177,19 +180,17 @@ class ShardWorker:
     def assess(self, samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Fill in captions and scores of readable samples -> embeddings [N, D] of images and web texts, if wanted."""
         def pixels(net: DLIPProd) -> torch.Tensor:
-            size = net.model.config.image_size
-            return to_device(torch.stack([sample.pixels[size] for sample in samples]), net.device)
+            return torch.stack([sample.pixels[net.model.config.image_size] for sample in samples])
 
         if net := self.nets.get('caption'):
-            count = self.options.num_captions
-            said = generate(net.model, net.tokenizer, pixels(net), net.prompt,
-                            **net.generation | self.options.generation)
-            for i, sample in enumerate(samples):
-                sample.captions = said[i * count:(i + 1) * count]
+            said = net.generate(Prepared(pixels(net)), scores=True, batch_size=self.options.batch_size,
+                                **self.options.generation)
+            for sample, own in zip(samples, said, strict=True):
+                sample.captions, sample.log_probability = map(list, zip(*listed(own), strict=True))
         if net := self.nets.get('retrieval'):
             texts = [[clean_caption(text, net.max_tokens) for text in (storable(sample.web), *sample.captions)]
                      for sample in samples]
-            image_feat, text_feat, cosine, itm = scores(net, pixels(net), texts)
+            image_feat, text_feat, cosine, itm = scores(net, to_device(pixels(net), net.device), texts)
             for sample, own, *values in zip(samples, texts, cosine.tolist(), itm.tolist(), strict=True):
                 sample.cosine, sample.itm = ([None if is_empty(text) else score for text, score in
                                               zip(own, row, strict=True)] for row in values)

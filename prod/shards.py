@@ -8,9 +8,10 @@
 SOURCE is what pretrain_dlip.py takes as data.train: a pattern, a folder of tars, several of them joined by `::`,
 `s3://` and other addresses, `pipe:COMMAND`. OUT holds, for every shard:
 
-    captions/NAME.parquet                                      every sample: key, url, caption; caption_dlip (a list);
-                                                               cosine and itm of the caption, cosine_dlip and itm_dlip
-                                                               of the new ones; error, where the image cannot be read
+    captions/NAME.parquet                                      every sample: key, url, caption; the new caption_dlip
+                                                               with log_probability_dlip (lists); cosine and itm of the
+                                                               caption, cosine_dlip and itm_dlip of the new ones;
+                                                               error, where the image cannot be read
     img_emb/img_emb_NAME.npy, text_emb/text_emb_NAME.npy,      embeddings of the readable images and their captions in
     metadata/metadata_NAME.parquet                             clip-retrieval's layout, float16
     filtered/NAME.tar, filtered/NAME_stats.json                with --min_itm or --min_cosine: the pairs that pass
@@ -42,6 +43,7 @@ if __name__ == '__main__':  # run by its path, a script finds its own folder fir
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from configs.rules import Number, whole
 from data.folders import locked
@@ -52,7 +54,7 @@ from models.engine.stopping import STOP
 from models.weights.checkpoint import fingerprint
 from prod import DLIPProd
 from prod.capfilt import ShardWorker
-from prod.options import net_options
+from prod.options import generate_options, generate_settings, net_options
 from utils import ROOT, atomic_write, clean_exit, logger, make_output_dir, progress, shorten
 
 TEMPORARY = ('*/*.attempts', f'*/*.tmp{"[0-9a-f]" * 12}')  # names of what killed workers leave
@@ -105,6 +107,7 @@ def prepared(options: argparse.Namespace) -> Path:
         net = DLIPProd(task, weight)
         settings[task] = fingerprint(net.net)
         if task == 'caption':
+            net.generate(Image.new('L', (9, 9)), **options.generation)  # a bad setting ends it here
             settings = net.generation | {'prompt': net.prompt} | settings
     with suppress(FileNotFoundError):
         if beside.read_text(encoding='utf-8') != json.dumps(settings, indent=1):
@@ -132,6 +135,7 @@ def started_ray(cpus: int | None):
     """
     os.environ['RAY_USAGE_STATS_ENABLED'] = '0'
     os.environ.setdefault('RAY_BACKEND_LOG_LEVEL', 'fatal')
+    os.environ.setdefault('RAY_enable_output_error_log_if_still_retry', '0')
     local = not os.environ.get('RAY_ADDRESS')
     if local:
         os.environ['RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER'] = '0'  # on Linux, too, its addresses are then 127.0.0.1
@@ -181,8 +185,6 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--retrieval', metavar='WEIGHT', help='a retriever, maybe the same checkpoint')
     net_options(parser)
     parser.add_argument('--batch_size', type=whole(1), default=32, help='images at once (default: %(default)s)')
-    parser.add_argument('--num_captions', type=whole(1), default=1, help='new captions an image (default: %(default)s)')
-    parser.add_argument('--num_beams', type=whole(1), help="default: the checkpoint's own, or 3")
     parser.add_argument('--min_itm', type=Number(0, 1), help='filter: least matching probability of a pair')
     parser.add_argument('--min_cosine', type=Number(-1, 1), help='filter: least cosine of a pair')
     parser.add_argument('--keep', choices=('all', 'best', 'web'), default='all', help='of the texts that pass: all, '
@@ -191,6 +193,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--cores', type=whole(1), default=1, help='of a worker (default: %(default)s)')
     parser.add_argument('--gpus', type=Number(0, 1024, above=True), default=1.0, help='of a worker on GPUs; a share is '
                         'possible (default: %(default)s)')
+    generate_options(parser)
     args = parser.parse_args(argv)
     args.weights = {task: weight for task in ('caption', 'retrieval') if (weight := getattr(args, task))}
     args.filtering = args.min_itm is not None or args.min_cosine is not None
@@ -199,7 +202,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
         parser.error('--retrieval is needed for a filter' if args.weights else '--caption or --retrieval is needed')
     args.served = {'precision': args.precision, 'backend': args.backend, 'memory': args.memory}
     args.folder = os.getcwd()
-    args.generation = {'num_captions': args.num_captions} | ({'num_beams': args.num_beams} if args.num_beams else {})
+    args.generation = generate_settings(args)
     return args
 
 
