@@ -10,6 +10,13 @@ after each worker's first, within which nets are loaded and compiled. `filter` a
 of whose captions are another scene's.
 """
 
+if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+    import os
+    import sys
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    from signals import end_at_once
+    end_at_once()
+
 import argparse
 import io
 import json
@@ -21,9 +28,6 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-
-if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 import pyarrow.parquet as pq

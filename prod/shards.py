@@ -24,6 +24,13 @@ Without RAY_ADDRESS, Ray runs on this machine alone and listens to nobody else. 
 packages and OUT at the same paths on every node.
 """
 
+if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+    import os
+    import sys
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    from signals import end_at_once
+    end_at_once()
+
 import argparse
 import json
 import logging
@@ -37,9 +44,6 @@ from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
-if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -50,11 +54,11 @@ from data.folders import locked
 from data.shards import list_shards
 from data.tars import TAR
 from models.engine.launch import setup_process
-from models.engine.stopping import STOP
 from models.weights.checkpoint import fingerprint
 from prod import DLIPProd
 from prod.capfilt import ShardWorker
 from prod.options import generate_options, generate_settings, net_options
+from signals import interrupting
 from utils import ROOT, atomic_write, clean_exit, logger, make_output_dir, progress, shorten
 
 TEMPORARY = ('*/*.attempts', f'*/*.tmp{"[0-9a-f]" * 12}')  # names of what killed workers leave
@@ -157,7 +161,6 @@ def started_ray(cpus: int | None):
 def reports(shards: dict[str, str], options: argparse.Namespace, device: str) -> Iterator[dict]:
     """What Ray's actors say of each shard, as they finish it."""
     ray = started_ray(options.workers and options.workers * options.cores)
-    STOP.listen()  # Ray has taken SIGTERM
     try:
         has = ray.cluster_resources()
         gpus = options.gpus if device.startswith('cuda') or device == 'auto' and has.get('GPU') else 0
@@ -167,11 +170,12 @@ def reports(shards: dict[str, str], options: argparse.Namespace, device: str) ->
             raise ValueError(f'no worker of {options.cores} cores and {gpus:g} GPUs fits on the machines that Ray has')
         rows = ray.data.from_items([{'name': name, 'url': os.fsencode(url)} for name, url in shards.items()],
                                    override_num_blocks=len(shards))
-        yield from (json.loads(row['report']) for row in rows.map_batches(
-            ShardWorker, fn_constructor_args=(options,), batch_size=1, num_cpus=options.cores, num_gpus=gpus,
-            compute=ray.data.ActorPoolStrategy(
-                min_size=1, max_size=workers, initial_size=min(workers, len(shards)),
-                max_tasks_in_flight_per_actor=1)).iter_rows())
+        rows = rows.map_batches(ShardWorker, fn_constructor_args=(options,), batch_size=1, num_cpus=options.cores,
+                                num_gpus=gpus, compute=ray.data.ActorPoolStrategy(
+                                    min_size=1, max_size=workers, initial_size=min(workers, len(shards)),
+                                    max_tasks_in_flight_per_actor=1))
+        with interrupting():  # Ray has taken SIGTERM
+            yield from (json.loads(row['report']) for row in rows.iter_rows())
     finally:
         ray.shutdown()
 
@@ -208,7 +212,6 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 1 if a shard could not be read."""
-    STOP.listen()
     args = parsed(argv)
     setup_process('cpu')
     shards = named(list_shards(args.source, 'SOURCE'))
