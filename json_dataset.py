@@ -30,7 +30,6 @@ import pyarrow.parquet as pq
 from configs.rules import output_path, whole
 from data.downloads import Part, find_shards, read_shard, read_visual_genome
 from data.folders import locked
-from data.text_columns import utf8
 from utils import WORKERS, as_worker, atomic_write, clean_exit, make_output_dir, progress, shorten
 
 SOURCES = {'cc3m': 'cc3m.json', 'mscoco': 'coco.json', 'sbu': 'sbu.json', 'vgo': 'vgo.json'}
@@ -46,21 +45,22 @@ class PairWriter:
     def __init__(self, file):
         self.file, self.count = file, 0
 
-    def write(self, text: memoryview, count: int) -> None:
+    def write(self, text: pa.Buffer, count: int) -> None:
         """`count` records as `numbered` from `self.count` on."""
-        if count and not self.count:
-            text = b'[' + text[len('},'):]
-        self.file.write(text)
-        self.count += count
+        if count:
+            self.file.write(b',\n' if self.count else b'[\n')
+            self.file.write(text)
+            self.count += count
 
     def close(self) -> None:
-        self.file.write(b'}\n]\n' if self.count else b'[]\n')
+        self.file.write(b'\n]\n' if self.count else b'[]\n')
 
 
-def numbered(records: pa.StringArray, first: int) -> memoryview:
-    """The records, each with its number behind it, as one text in UTF-8."""
-    numbers = pa.array(np.arange(first, first + len(records))).cast(pa.string())
-    return memoryview(utf8(pc.binary_join_element_wise(records, numbers, ''))[1])
+def numbered(records: pa.StringArray, first: int) -> pa.Buffer:
+    """The records with their ids, which their places decide, in UTF-8."""
+    ids = pa.array(np.arange(first, first + len(records))).cast(pa.string())
+    records = pc.binary_join_element_wise(records, ids, '}', '')
+    return pc.binary_join(pa.ListArray.from_arrays([0, len(records)], records), ',\n')[0].as_buffer()
 
 
 class Seen:

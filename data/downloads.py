@@ -35,8 +35,7 @@ class Part:
     """The usable pairs of a part, and what became of the others.
 
     Attributes:
-        records: JSON of each pair from the end of the one before it ('},') to the id, which its place in the whole
-            decides.
+        records: JSON of each pair up to its id.
         identity: uint64 [N]; equal for the same caption of the same address (img2dataset) or picture (Visual Genome).
         words: int [N], words of the captions.
         sides: int [N, 2], shorter side of the picture as stored and as published, in pixels; 0: not recorded.
@@ -65,7 +64,7 @@ def make_part(captions: pa.StringArray, pictures: pa.StringArray, addresses: pa.
               sides: np.ndarray | None = None, failed: tuple[pa.StringArray, pa.StringArray] = (NONE, NONE),
               note: str = '') -> Part:
     """Args: addresses: what of a pair is compared, beside the caption, to find duplicates; failed: url, caption."""
-    records = pc.binary_join_element_wise('},\n{"caption": "', quoted(captions), '", "image_root": "', quoted(pictures),
+    records = pc.binary_join_element_wise('{"caption": "', quoted(captions), '", "image_root": "', quoted(pictures),
                                           '", "id": ', '')
     return Part(records, identities(addresses, captions), 1 + pc.count_substring(captions, ' ').to_numpy(),
                 np.zeros((len(captions), 2), int) if sides is None else sides, dropped,

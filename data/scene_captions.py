@@ -1,6 +1,5 @@
 """Five phrasings of a scene, the parser that reads them back, and the vocabulary they use."""
 
-import random
 import re
 from dataclasses import dataclass
 
@@ -138,15 +137,6 @@ def slots_match(text: str, scene: Scene) -> bool:
                     for said, is_ in zip(reading.things, scene.things, strict=True)))
 
 
-def oracle_recall(scenes: list[Scene]) -> float:
-    """Best possible text-to-image R@1 in per cent: of the scenes of the set that a caption fits, one is right."""
-    fits = 0.0
-    for scene in scenes:
-        for text in captions(scene):
-            fits += 1 / sum(slots_match(text, other) for other in scenes)
-    return 100 * fits / (len(scenes) * STYLES)
-
-
 def vocabulary() -> list[str]:
     """WordPiece vocabulary: special tokens, pieces that can spell any word, and the words of the grammar."""
     characters = [*'abcdefghijklmnopqrstuvwxyz', ',', "'", '-']
@@ -158,7 +148,3 @@ def vocabulary() -> list[str]:
     words.update(SHAPES, COLOURS, BACKGROUNDS, FILLS, SIZES, NUMBERS.values(), ('a', 'an'))
     return ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', '[DEC]', '[ENC]', *characters,
             *(f'##{c}' for c in characters[:26]), *sorted(words - set(characters))]
-
-
-def shuffled_styles(rng: random.Random) -> list[int]:
-    return rng.sample(range(STYLES), STYLES)

@@ -46,11 +46,6 @@ from utils import clean_exit, gather_objects, is_main, logger, make_output_dir
 CONFIG = 'configs/caption_flickr.yaml'
 
 
-def caption_dataset(model: BLIP, tokenizer: Tokenizer, dataset, **settings) -> list[str]:
-    """One caption per picture: the best of `n_best`."""
-    return [best for best, *_ in n_best(model, tokenizer, dataset, **settings)]
-
-
 def n_best(model: BLIP, tokenizer: Tokenizer, dataset, *, device: torch.device | str = 'cpu', prompt: str = PROMPT,
            num_beams: int = 3, max_length: int = 30, min_length: int = 10, batch_size: int = 64,
            workers: int = 0) -> list[list[str]]:

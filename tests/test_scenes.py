@@ -16,7 +16,7 @@ from PIL import Image
 
 from data import scene_layouts
 from data.captions import PROMPT
-from data.scene_captions import captions, oracle_recall, parse, slots_match, vocabulary
+from data.scene_captions import captions, parse, slots_match, vocabulary
 from data.scenes import ARRANGEMENTS, BACKGROUNDS, COLOURS, FILLS, SHAPES, SIZES, Scene, render, sample_split
 from data.transforms import swap_left_right
 from models.tokenizer import Tokenizer
@@ -133,7 +133,10 @@ def test_other_texts_are_not_parsed(text):
 
 
 def test_captions_tell_held_out_scenes_apart():
-    assert oracle_recall(sample_split('test', 300, seed=5, distinct=True)) >= 97
+    """Drawn at random from the scenes that it fits, a caption's own is found in 97% of the draws."""
+    scenes = sample_split('test', 300, seed=5, distinct=True)
+    fits = [1 / sum(slots_match(text, other) for other in scenes) for scene in scenes for text in captions(scene)]
+    assert sum(fits) / len(fits) >= 0.97
 
 
 def test_vocabulary_covers_every_caption(scenes):
