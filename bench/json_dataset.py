@@ -166,9 +166,9 @@ def measure_memory(root: Path, shards: int, workers: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--shards', type=whole(1), default=20, help='of the timed set (default: %(default)s)')
+    parser.add_argument('--shards', type=whole(0), default=20, help='of the timed set (default: %(default)s)')
     parser.add_argument('--rounds', type=whole(1), default=5)
-    parser.add_argument('--large_shards', type=whole(1), default=500, help='of the set whose memory is measured '
+    parser.add_argument('--large_shards', type=whole(0), default=500, help='of the set whose memory is measured '
                         '(default: %(default)s)')
     parser.add_argument('--workers', type=whole(1), default=os.cpu_count())
     args = parser.parse_args(argv)

@@ -103,17 +103,16 @@ def read_shard(shard: Path) -> Part:
         files = set(os.listdir(shard))
     except OSError as error:
         files, note = set(), f'{shard} cannot be read ({error.strerror}): its images are missing'
-    stems, extensions = zip(*(os.path.splitext(name) for name in sorted(files) if name.endswith(IMAGES)), strict=True) \
-        if any(name.endswith(IMAGES) for name in files) else ((), ('',))
+    key, ending = os.path.splitext(min((name for name in files if name.endswith(IMAGES)), default=''))
     try:
-        table = read_parquet(shard.with_suffix('.parquet'), len(stems[0]) if stems else 0)
+        table = read_parquet(shard.with_suffix('.parquet'), len(key))
     except FileNotFoundError:
         table = read_side_files(shard, files, dropped)
     except (pa.ArrowException, OSError) as error:
         table = read_side_files(shard, files, dropped)
         note = f'{shard}.parquet is broken ({str(error)[:60]}): the .json and .txt files of {shard.name} were read'
     prefix = f'{shard}{os.sep}'
-    names = pc.binary_join_element_wise(table['key'].fill_null(''), extensions[0], '')  # all have the same
+    names = pc.binary_join_element_wise(table['key'].fill_null(''), ending, '')  # all have the same
     captions, urls = one_lines(table['caption']), table['url'].fill_null('')
     there = np.fromiter(map(files.__contains__, names.to_pylist()), bool, len(names))
     said, known = (pc.binary_length(texts).to_numpy() > 0 for texts in (captions, urls))

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -176,9 +177,8 @@ def append_log(path: Path, record: dict) -> None:
 
 def log_test(path: Path, record: dict) -> None:
     """Append the test figures to `log.txt`, in place of those of an earlier launch."""
-    rows = [row for row in read_log(path) if any(name.startswith('train_') for name in row)]
-    with atomic_write(path) as file:
-        file.writelines(json.dumps(row) + '\n' for row in [*rows, record])
+    rewrite_log(path, lambda row: any(name.startswith('train_') for name in row))
+    append_log(path, record)
 
 
 def read_log(path: Path) -> list[dict]:
@@ -192,10 +192,14 @@ def read_log(path: Path) -> list[dict]:
 def forget_after(folder: Path, epoch: int, position: float) -> None:
     """Drop from a run's logs what a resumed run will do again: steps after `position`, epochs from `epoch` on."""
     for name in ('steps.txt', 'log.txt'):
-        rows = [row for row in read_log(folder / name)
-                if (row['progress'] <= position + 1e-9 if 'progress' in row else row['epoch'] < epoch)]
-        with atomic_write(folder / name) as file:
-            file.writelines(json.dumps(row) + '\n' for row in rows)
+        rewrite_log(folder / name, lambda row: (
+            row['progress'] <= position + 1e-9 if 'progress' in row else row['epoch'] < epoch))
+
+
+def rewrite_log(path: Path, wanted: Callable[[dict], bool]) -> None:
+    rows = [json.dumps(row) + '\n' for row in read_log(path) if wanted(row)]
+    with atomic_write(path) as file:
+        file.writelines(rows)
 
 
 def plot_curves(logs: list[Path], png: Path) -> None:
