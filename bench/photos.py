@@ -1,7 +1,7 @@
 """Photographs: which settings train a teacher on one small data set, and what its student should learn from it.
 
     python -m bench.photos run SOURCE --jobs 4       # train and measure every run of bench/photos_plan.py, resumable
-    python -m bench.photos table                     # their figures -> bench/photos.json and bench/photos.md
+    python -m bench.photos table                     # the figures of those that have ended
 
 SOURCE holds flickr8k_images.tar, flickr8k_captions.csv (image,caption,split), vit_small_patch14_224.safetensors (timm's
 names) and minilm/ (a BERT in the layout of transformers). Data, start weights and runs lie in photos/, which is not
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 import pretrain_dlip
-from bench.photos_plan import CAUSES, NETS, RECIPES, STUDENTS, Run, plan
+from bench.photos_plan import NETS, STUDENTS, Run, plan
 from data.datasets import ImageTextEval
 from data.images import open_part
 from data.transforms import eval_transform, normalise, train_transform
@@ -42,7 +42,7 @@ from models.weights.checkpoint import architecture, load_model
 from models.weights.inherit import cut_vision, load_timm
 from utils import clean_exit, logger, replacing
 
-ROOT, PAGE = Path('photos'), Path(__file__).with_suffix('.md')
+ROOT = Path('photos')
 DATA, TEACHER, VISION = ROOT / 'data', ROOT / 'teacher.pth', ROOT / 'vision_4.safetensors'
 SIDE = 112  # px
 
@@ -204,74 +204,53 @@ def run_all(jobs: int, minutes: float, device: str, workers: int, only: list[str
 
 # ---------------------------------------------------------------- figures
 
-def interval(values: np.ndarray, count: int = 1000) -> list[float]:
-    """[mean, low, high]: the mean of a figure per image, and its 95% interval by bootstrap over the images."""
-    draws = np.random.default_rng(0).integers(len(values), size=(count, len(values)))
-    return [round(float(x), 2) for x in (values.mean(), *np.quantile(values[draws].mean(1), (0.025, 0.975)))]
+def interval(values: np.ndarray, count: int = 1000) -> str:
+    """The mean of a figure per image, and its 95% interval by bootstrap over the images."""
+    means = values[np.random.default_rng(0).integers(len(values), size=(count, len(values)))].mean(1)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return f'{values.mean():.1f} ({low:.1f} to {high:.1f})'
 
 
-def figures(run: Run, result: dict, references: list[list[str]], owner: np.ndarray) -> dict:
-    """Recalls, and scores of the captions: [value, low, high] each, in per cent (CIDEr: times 100).
+def figures(run: Run, result: dict, references: list[list[str]], owner: np.ndarray) -> dict[str, str]:
+    """Recalls and caption scores in per cent, each but BLEU, which is no mean over captions, with its interval.
 
     Args:
         references: the captions of each image of the split.
         owner: [texts] the image of each caption.
     """
-    out = {'group': run.group, 'start': run.start, 'run': run.name, 'seed': run.seed, 'split': run.split,
-           'train_seconds': round(result['train_seconds']), 'hardware': result['hardware']}
-    for kind in ('cosine', 're-ranked'):
-        for way, ranked in result.get(kind, {}).items():
-            for k in (1, 5, 10):
+    out = {}
+    for kind in ('re-ranked', 'cosine') if run.full else ('cosine',):
+        for way, ranked in result[kind].items():
+            for k in (1, 5, 10) if run.full else (1, 10):
                 hits = 100.0 * (np.array(ranked) < k)
-                if way == 'image':  # queries are texts: by image, whose captions stand or fall together
+                if way == 'image':  # its queries are captions; those of an image are drawn together
                     hits = np.bincount(owner, hits) / np.bincount(owner)
-                out[f'{kind} {way} R@{k}'] = interval(hits)
+                out[f'{way} R@{k}' + f', {kind}' * run.full] = interval(hits)
     if 'captions' in result:
         scores, single = caption_metrics(dict(enumerate(result['captions'])), dict(enumerate(references)),
                                          meteor=run.full)
-        for name in ('CIDEr', 'Bleu_4', 'METEOR'):
-            if name in scores:  # BLEU of a corpus is no mean over captions: without an interval
-                out[name] = [round(scores[name], 2)] if name == 'Bleu_4' else \
-                    interval(np.array([single[i][name] for i in range(len(references))]))
+        for name in filter(scores.get, ('CIDEr', 'METEOR')):
+            out[name] = interval(np.array([single[i][name] for i in range(len(references))]))
+        out['BLEU-4'] = f'{scores["Bleu_4"]:.1f}'
     return out
 
 
-def write_table() -> None:
-    """Collect the results of the runs that have ended, beside those that the page has, and write the page anew."""
-    stored = PAGE.with_suffix('.json')
-    rows = {(row['group'], row['start'], row['run'], row['seed']): row
-            for row in (json.loads(stored.read_text()) if stored.exists() else [])}
-    splits = {}
+def print_tables() -> None:
+    """Print a table of each group's runs that have ended."""
+    splits, tables = {}, {}
     for run in plan():
-        if (folder(run) / 'result.json').exists():
-            if run.split not in splits:
-                data = ImageTextEval(str(DATA), run.split, eval_transform(SIDE), 30)
-                splits[run.split] = data.references, np.array(data.text_to_image)
-            result = json.loads((folder(run) / 'result.json').read_text())
-            rows[run.group, run.start, run.name, run.seed] = figures(run, result, *splits[run.split])
-    write_json(stored, list(rows.values()))
-    text = PAGE.read_text(encoding='utf-8').split('<!-- tables -->')[0]
-    PAGE.write_text(f'{text}<!-- tables -->\n\n{tables(list(rows.values()))}', encoding='utf-8')
-
-
-def tables(rows: list[dict]) -> str:
-    """A table of each group: value, and in brackets its interval."""
-    out = []
-    for group in (CAUSES, RECIPES, NETS, STUDENTS):
-        of_group = [row for row in rows if row['group'] == group]
-        names = [name for name in dict.fromkeys(name for row in of_group for name in row)
-                 if isinstance(next(row[name] for row in of_group if name in row), list) and '@5' not in name]
-        shown = [{'run': f'{row["start"]}: {row["run"]}' if row['start'] else row['run'],
-                  **{name: show(row.get(name)) for name in names}} for row in of_group]
-        if of_group:
-            out.append(f'## {group}\n\n{of_group[0]["split"]} split, {of_group[0]["hardware"]}\n\n{markdown(shown)}')
-    return '\n'.join(out)
-
-
-def show(value: list[float] | None) -> str:
-    if value is None:
-        return ''
-    return f'{value[0]:.1f}' + (f' ({value[1]:.1f} to {value[2]:.1f})' if len(value) > 1 else '')
+        if not (folder(run) / 'result.json').exists():
+            continue
+        if run.split not in splits:
+            data = ImageTextEval(str(DATA), run.split, eval_transform(SIDE), 30)
+            splits[run.split] = data.references, np.array(data.text_to_image)
+        result = json.loads((folder(run) / 'result.json').read_text())
+        name = f'{run.start}: {run.name}' if run.start else run.name
+        seeds = {'seed': str(run.seed)} if run.group == STUDENTS else {}
+        title = f'{run.group}; {run.split} split, {result["hardware"]}'
+        tables.setdefault(title, []).append({'run': name, **seeds, **figures(run, result, *splits[run.split])})
+    for title, rows in tables.items():
+        print(f'{title}\n\n{markdown(rows)}')
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -285,7 +264,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--only', nargs='*', default=[], help='runs whose group, start or name holds one of these')
     args = parser.parse_args(argv)
     if args.what == 'table':
-        return write_table()
+        return print_tables()
     if args.source:
         prepare(args.source)
     run_all(args.jobs, args.minutes, args.device, args.workers, args.only)
