@@ -22,6 +22,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import numpy as np
 import torch
 import torch.nn.functional as F
