@@ -53,7 +53,7 @@ SCRIPTS = {'pretrain': ('pretrain_dlip.py', 'pretrain'),
            'caption': ('train_dlip_caption_flickr.py', 'caption_flickr')}
 MEASURES = {'txt_r1': 'txt R@1', 'img_r1': 'img R@1', 'cosine_txt_r1': 'txt, cosine',
             'cosine_img_r1': 'img, cosine', 'CIDEr': 'CIDEr', 'exact': 'exact %', 'greedy_CIDEr': 'greedy CIDEr'}
-RESULTS, TABLE, PLOT = (ROOT / 'bench' / name for name in ('ablation.jsonl', 'ablation_table.md', 'ablation.png'))
+RESULTS, PLOT = (ROOT / 'bench' / name for name in ('ablation.jsonl', 'ablation.png'))
 
 
 @dataclass
@@ -237,11 +237,8 @@ def plot(results: list[Result], plan: list[Variant], png: Path) -> None:
 
 def report() -> str:
     results = read_results()
-    text = table(results, PLAN)
-    with atomic_write(TABLE) as file:
-        file.write(text)
     plot(results, PLAN, PLOT)
-    return text
+    return table(results, PLAN)
 
 
 def main(argv: list[str] | None = None) -> None:

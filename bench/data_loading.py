@@ -111,8 +111,9 @@ def main(argv: list[str] | None = None) -> None:
         few, many = (write_pairs(Path(place) / name, count) for name, count in (('few', 1000), ('many', args.pairs)))
         child(BUILD, few)
         seconds, grown = map(float, child(BUILD, many).split())
-        print(f'all.json with {args.pairs:,} pairs, {many.stat().st_size / 1e6:.0f} MB: index built in {seconds:.0f} '
-              f's, {grown:.0f} MiB more resident; it has {os.path.getsize(f"{many}.arrow") / 1e6:.0f} MB\n', flush=True)
+        print('| all.json (MB) | its index (MB) | index built in (s) | memory for it (MiB) |\n|---:|---:|---:|---:|')
+        print(f'| {many.stat().st_size / 1e6:.0f} | {os.path.getsize(f"{many}.arrow") / 1e6:.0f} | {seconds:.0f} | '
+              f'{grown:.0f} |\n', flush=True)
         sides = {f'{name}, {count}': (code, path) for count, path in (('1,000', few), (f'{args.pairs:,}', many))
                  for name, code in (('ours', OURS), ('json.load', THEIRS))}
         rows = {name: [] for name in sides}

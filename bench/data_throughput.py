@@ -207,15 +207,16 @@ def main(argv: list[str] | None = None) -> None:
         pictures = [photograph(seed, quality) for seed in range(args.pictures)]
         times = measure(SIDES, pictures, args.rounds)
         size = statistics.mean(map(len, pictures)) / 1000
-        print(f'\n{len(pictures)} JPEGs of quality {quality}, {size:.0f} kB each, {args.rounds} rounds\n')
+        print(f'\nJPEGs of quality {quality}, {size:.0f} kB each\n')
         print('| step | ms/image | images/s per core | BLIP / this |\n|---|---:|---:|---:|')
         for name, values in times.items():
             middle = statistics.median(values)
             ratio = statistics.median(a / b for a, b in zip(times['BLIP'], values, strict=True))
             print(f'| {name} | {middle * 1e3:.2f} | {1 / middle:.0f} | {ratio:.2f} |')
         parts = measure(PARTS, pictures, args.rounds)
-        print('\nms/image of it: ' + ', '.join(f'{name} {statistics.median(values) * 1e3:.2f}'
-                                              for name, values in parts.items()))
+        print(f'\nParts of it, quality {quality}\n\n| part | ms/image |\n|---|---:|')
+        for name, values in parts.items():
+            print(f'| {name} | {statistics.median(values) * 1e3:.2f} |')
 
 
 if __name__ == '__main__':

@@ -128,6 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--image_size', type=whole(1), nargs='+', default=[224, 384], help='default: 224 384')
     args = parser.parse_args(argv)
     tokenizer = Tokenizer.from_file(ROOT / 'tests' / 'vocab.txt')
+    print(f'{args.size}, 8 images\n\n| px | what | ours and theirs |\n|---:|---|---:|')
     for image_size in args.image_size:
         images = random_pictures(8, image_size)
         row = {}
@@ -135,9 +136,8 @@ def main(argv: list[str] | None = None) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 row |= compare(architecture(args.size, image_size, len(tokenizer), task), Path(folder), tokenizer,
                                images)
-        print(f'{args.size}, {image_size} px, 8 images')
         for name, value in row.items():
-            print(f'  {name:18} {value if isinstance(value, int) else f"{value:.1e}"}')
+            print(f'| {image_size} | {name} | {value if isinstance(value, int) else f"{value:.1e}"} |')
 
 
 if __name__ == '__main__':

@@ -9,7 +9,8 @@ sides:
 - original: DLIP's student decoded as dlip-v2 does, the image's keys and values projected again at every step and for
   every beam, with autograd on and torch's own linear maps;
 - DLIP: this repository's student, at each precision and backend of DLIPProd, with its output error beside it; those of
-  ONNX are exported first.
+  ONNX are exported first;
+- DLIP, BLIP-Base: the weights of transformers' captioner in this repository's net, served in the same ways but ONNX.
 
 At the end the image encoder's share of the fastest matrix product that this machine was seen to do, in either library:
 how much of it is left to gain.
@@ -29,7 +30,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +45,7 @@ from models.generation import generate_ids, search
 from models.generation.constraints import Constraints
 from models.linear import FLOPS, Linear
 from models.tokenizer import DEC, ENC, Tokenizer
-from models.weights.checkpoint import architecture
+from models.weights.checkpoint import architecture, load_model
 from prod.onnx_backend import ONNXBLIP
 from prod.onnx_export import export_onnx
 from prod.openvino_backend import HINTS, core
@@ -53,6 +54,7 @@ from utils import ROOT, clean_exit, progress
 
 SERVED = (('fp32', 'torch'), ('bf16', 'torch'), ('fp32', 'openvino'), ('bf16', 'openvino'), ('int8', 'openvino'))
 EXPORTED = ('fp32', 'int8')  # to ONNX
+VOCAB = ROOT / 'tests' / 'vocab.txt'
 NEW_TOKENS = 20
 SIDE = 2048  # of the matrices whose product counts as this machine's peak
 TEXT = 'two brown dogs run after a red ball on a long sandy beach while people watch'  # 18 tokens with its ends
@@ -231,6 +233,33 @@ def report_peak(nets: dict[str, object], image_size: int, batch: int, rounds: in
             print(f'| {side} | {rate / 1e9:.0f} | {rate / peak:.0%} of {peak / 1e9:.0f} |')
 
 
+def served(net: BLIP) -> dict[str, BLIP]:
+    """A net at each precision and backend."""
+    return {f'DLIP {precision} {backend}': for_inference(net, precision, backend) for precision, backend in SERVED}
+
+
+def same_weights(captioner) -> BLIP:
+    """The net of a captioner of transformers."""
+    with tempfile.TemporaryDirectory() as folder:
+        captioner.save_pretrained(folder)
+        return load_model(folder, tokenizer=VOCAB)[0]
+
+
+def compare(title: str, sides: dict[str, dict[str, Callable]], names: Iterable[str], rounds: int) -> None:
+    """Print milliseconds and ratios of the workloads `names`, the sides in turn."""
+    print(f'\n{title}\n')
+    print('| workload | side | ms | times transformers | times the original | error |')
+    print('|---|---|---:|---:|---:|---:|')
+    for name in progress(names, desc=title):
+        work = {side: functions[name] for side, functions in sides.items() if name in functions}
+        seconds = medians(work, rounds)
+        reference, original = seconds['transformers base'], seconds.get('student, original')
+        for side, value in seconds.items():
+            shown = error(work[side], work['DLIP fp32 torch']) if side.startswith('DLIP') else ''
+            print(f'| {name} | {side} | {1000 * value:.0f} | {reference / value:.1f} | '
+                  f'{f"{original / value:.1f}" if original else ""} | {shown} |', flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--image_size', type=whole(1), nargs='+', default=[224, 384], help='default: 224 384')
@@ -239,32 +268,24 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--threads', type=whole(1), default=2, help='default: %(default)s')
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    tokenizer = Tokenizer.from_file(ROOT / 'tests' / 'vocab.txt')
+    tokenizer = Tokenizer.from_file(VOCAB)
     for image_size in args.image_size:
         torch.manual_seed(0)
         theirs = transformers_base(image_size)
         student = BLIP(architecture('small', image_size, len(tokenizer))).eval()
         plain = with_plain_linear_maps(student)
-        nets = {f'DLIP {precision} {backend}': for_inference(student, precision, backend)
-                for precision, backend in SERVED}
+        nets, base = served(student), served(same_weights(theirs[0]))
         nets |= {f'DLIP {precision} onnx': exported(student, tokenizer, precision) for precision in EXPORTED}
         for batch in args.batch:
             images = torch.randn(batch, 3, image_size, image_size)
-            sides = {'transformers base': transformers_work(*theirs, tokenizer, images),
-                     'student, original': original_work(plain, tokenizer, images),
-                     **{side: our_work(net, tokenizer, images) for side, net in nets.items()}}
-            print(f'\n{image_size} px, batch {batch}, {args.threads} threads\n')
-            print('| workload | side | ms | times transformers | times the original | error |')
-            print('|---|---|---:|---:|---:|---:|')
-            for name in progress(sides['transformers base'], desc=f'{image_size} px x {batch}'):
-                work = {side: functions[name] for side, functions in sides.items() if name in functions}
-                seconds = medians(work, args.rounds)
-                reference, original = seconds['transformers base'], seconds.get('student, original')
-                for side, value in seconds.items():
-                    exact = sides['DLIP fp32 torch'][name]
-                    shown = error(work[side], exact) if side.startswith('DLIP') else ''
-                    print(f'| {name} | {side} | {1000 * value:.0f} | {reference / value:.1f} | '
-                          f'{f"{original / value:.1f}" if original else ""} | {shown} |', flush=True)
+            at = f'{image_size} px, batch {batch}, {args.threads} threads'
+            reference = {'transformers base': transformers_work(*theirs, tokenizer, images)}
+            compare(at, reference | {'student, original': original_work(plain, tokenizer, images)}
+                    | {side: our_work(net, tokenizer, images) for side, net in nets.items()},
+                    reference['transformers base'], args.rounds)
+            compare(f'BLIP-Base, {at}',
+                    reference | {side: our_work(net, tokenizer, images) for side, net in base.items()},
+                    ('greedy caption', 'beam-3 caption'), args.rounds)
         for batch in args.batch:
             report_peak(nets, image_size, batch, args.rounds)
 

@@ -144,8 +144,8 @@ def compare(root: Path, shards: int, rounds: int, workers: int) -> None:
             times[name].append(timed(code, root, out))
     ratio = statistics.median(a / b for a, b in zip(times['original'], times['ours'], strict=True))
     theirs, ours = (statistics.median(times[name]) for name in ('original', 'ours'))
-    print(f'{shards} shards, {shards * SHARD:,} pairs: original {theirs:.2f} s, ours {ours:.2f} s with {workers} '
-          f'processes, {ratio:.1f}x (median of {rounds} pairs of runs)', flush=True)
+    print('| pairs | processes | original (s) | ours (s) | times the original |\n|---:|---:|---:|---:|---:|')
+    print(f'| {shards * SHARD:,} | {workers} | {theirs:.2f} | {ours:.2f} | {ratio:.1f} |\n', flush=True)
 
 
 def measure_memory(root: Path, shards: int, workers: int) -> None:
@@ -160,8 +160,8 @@ def measure_memory(root: Path, shards: int, workers: int) -> None:
                                        '--workers', str(workers)])
     kept = int(re.search(r'^ +all +(\d+)', printed, re.MULTILINE)[1])
     size = (out / 'all.json').stat().st_size
-    print(f'{shards} shards: {kept:,} pairs kept, {seconds:.0f} s, at most {peak / 2 ** 20:.0f} MiB resident over '
-          f'{1 + workers} processes; all.json has {size / 1e6:.0f} MB', flush=True)
+    print('| pairs kept | seconds | memory of all processes (MiB) | all.json (MB) |\n|---:|---:|---:|---:|')
+    print(f'| {kept:,} | {seconds:.0f} | {peak / 2 ** 20:.0f} | {size / 1e6:.0f} |', flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

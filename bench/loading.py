@@ -98,7 +98,8 @@ def main(argv: list[str] | None = None) -> None:
     medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)]
                for name, rows in results.items()}
     reference = medians['transformers, folder']
-    print('| load | file (MiB) | load (s) | ratio | until read (s) | ratio | imports (MiB) | peak (MiB) | ratio |')
+    print('| load | file (MiB) | load (s) | its ratio | until read (s) | ratio of that | imports (MiB) | peak (MiB) | '
+          'ratio of peaks |')
     print('|---|---:|---:|---:|---:|---:|---:|---:|---:|')
     for name, (seconds, read, before, peak) in medians.items():
         print(f'| {name} | {sizes[name] / 2 ** 20:.0f} | {seconds:.2f} | {seconds / reference[0]:.2f} | {read:.2f} | '

@@ -105,15 +105,16 @@ def main(argv: list[str] | None = None) -> None:
     for_image, for_text, per_pair = (statistics.median(column) for column in zip(*rounds, strict=True))
     print(f'small student, {IMAGE_SIZE} px, k_test {K_TEST}, float32, {args.threads} threads, medians of {args.rounds} '
           f'rounds; {float(texts.lengths.float().mean()):.1f} tokens a text on average\n')
-    print(f'a query of the original, {K_TEST} pairs: {for_image:.2f} s (image), {for_text:.2f} s (text); as many pairs '
-          f'here: {K_TEST * per_pair:.2f} s; largest difference of a score: {max(errors):.0e}\n')
+    print(f'| {K_TEST} pairs | seconds |\n|---|---:|\n| original, for an image | {for_image:.2f} |\n'
+          f'| original, for a text | {for_text:.2f} |\n| DLIP | {K_TEST * per_pair:.2f} |\n')
     print('| images x texts | side | pairs | minutes | times the original |\n|---|---|---:|---:|---:|')
     for candidates in (wanted, pairs_of(torch.randn(1000, 5000), K_TEST)):
         (images, count), pairs = candidates.shape, int(candidates.sum())
         original = images * for_image + count * for_text
         ratio = statistics.median((images * a + count * b) / (pairs * c) for a, b, c in rounds)
         print(f'| {images:,} x {count:,} | original | {K_TEST * (images + count):,} | {original / 60:.1f} | 1.0 |')
-        print(f'| | DLIP | {pairs:,} | {pairs * per_pair / 60:.1f} | {ratio:.1f} |')
+        print(f'| {images:,} x {count:,} | DLIP | {pairs:,} | {pairs * per_pair / 60:.1f} | {ratio:.1f} |')
+    print(f'\nThe scores differ by at most {max(errors):.0e}.')
 
 
 if __name__ == '__main__':
