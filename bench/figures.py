@@ -11,6 +11,7 @@ Then it fills in every document, as `python -m bench.figures` alone does. Commen
     <!-- figures: bench/search.json | TITLE | COLUMN; COLUMN -->    some of its columns
     <!-- figures: bench/search.json | TITLE | ROW x COLUMN: VALUE -->   a column for each value of COLUMN
     <!-- figure: bench/search.json | TITLE | ROW | COLUMN -->       one cell, within a line
+    <!-- figure: bench/search.json | machine -->                    a field of the newest run, within a line
 
 up to `<!-- end -->`. A table's title is the line printed before it, or else its first column's name. ROW is the text of
 the row's first cell, or of its first cells joined by commas.
@@ -118,7 +119,8 @@ def table(rows: list[dict], columns: str = '') -> list[dict[str, str]]:
         wide: dict[str, dict] = {}
         for row in rows:
             wide.setdefault(row[row_key], {'': row[row_key]})[row[column_key]] = str(row[value])
-        return list(wide.values())
+        values = dict.fromkeys(key for row in wide.values() for key in row)
+        return [{key: row.get(key, '') for key in values} for row in wide.values()]
     names = columns.split('; ') if columns else list(rows[0])
     return [{name: str(row[name]) for name in names} for row in rows]
 
@@ -128,20 +130,31 @@ def cell(rows: list[dict], name: str, column: str) -> str:
                 for count in range(1, len(row)) if ', '.join(map(str, list(row.values())[:count])) == name)
 
 
+def whole(run: dict) -> str:
+    """What a run measured: how, then every table under its title."""
+    text = f'`{run["command"]}`, {run["date"]}, commit {run["commit"]}, {run["machine"]}'
+    text += f', {run["minutes"]} minutes:\n' if 'minutes' in run else ':\n'
+    for title, rows in run['tables'].items():
+        text += '' if title in (*rows[0], 'all') else f'\n{title}\n'
+        text += f'\n{markdown(table(rows))}'
+    return text
+
+
 def fill(mark: re.Match) -> str:
     start, kind, what, _, end = mark.groups()
     file, *place = what.split(' | ')
     runs = read(ROOT / file)
     if not runs:
         content = NOT_YET
+    elif kind == 'figure' and len(place) == 1:
+        content = str(runs[0][place[0]])
     elif place:
         found = [run['tables'][place[0]] for run in runs if place[0] in run['tables']]
         if not found:
             raise ValueError(f'{file} has no table {shorten(place[0])}')
         content = cell(found[0], *place[1:]) if kind == 'figure' else markdown(table(found[0], *place[1:]))
     else:
-        content = '\n'.join(f'`{run["command"]}`, {run["date"]}, commit {run["commit"]}, {run["machine"]}:\n' + ''.join(
-            f'\n{title}\n\n{markdown(table(rows))}' for title, rows in run['tables'].items()) for run in runs)
+        content = '\n'.join(map(whole, runs))
     return f'{start}{content}{end}' if kind == 'figure' else f'{start}\n\n{content.rstrip()}\n\n{end}'
 
 

@@ -1,6 +1,7 @@
-"""The README's commands for real data, read from the README and run in its order, in one folder.
+"""The commands that the documents give for real data, read from them and run in their order, in one folder.
 
-Only the paths and the number of processes are replaced, and settings appended that make the nets and epochs small.
+Only paths, names on the hub and the number of processes are replaced, and settings appended that make the nets and
+epochs small.
 """
 
 import http.server
@@ -33,10 +34,14 @@ from models.engine.logs import read_log
 from models.weights.checkpoint import save_checkpoint
 from utils import ROOT
 
-README = (ROOT / 'README.md').read_text(encoding='utf-8')
-BLOCKS = re.findall(r'^```(\w*)\n(.*?)^```', README, re.DOTALL | re.MULTILINE)
-COMMANDS = [line for kind, block in BLOCKS if not kind for line in block.replace('\\\n', '').splitlines()
-            if line.startswith(('sed ', 'img2dataset ', 'python '))]
+DOCUMENTS = [ROOT / name for name in ('README.md', 'data/README.md', 'models/README.md', 'eval/README.md')]
+TEXT = '\n'.join(path.read_text(encoding='utf-8') for path in DOCUMENTS)
+BLOCKS = re.findall(r'^```(\w*)\n(.*?)^```', TEXT, re.DOTALL | re.MULTILINE)
+LINES = [' '.join(line.split()) for kind, block in BLOCKS if not kind
+         for line in block.replace('\\\n', '').splitlines()]
+COMMANDS = list(dict.fromkeys(line for line in LINES if line.startswith(('sed ', 'img2dataset ', 'python '))))
+ON_THE_HUB = {'Salesforce/blip-image-captioning-base': 'save/dlip_caption_flickr.pth',
+              'Salesforce/blip-itm-base-coco': 'save/dlip_retrieval_flickr.pth'}
 PAIRS = 9  # of each downloaded source
 BAD = {0: 'missing', 1: 'corrupt', 2: 'no picture'}  # those that cannot be downloaded, by number
 
@@ -83,8 +88,10 @@ def address():
 
 
 def run(command: str, place: Path, cwd: Path, *overrides: str) -> str:
-    """Run a command of the README with this folder's paths and few processes."""
-    for there in ('/datadrive', '/tars', 'output/', 'save/'):
+    """Run a command of the documents with this folder's paths and files, and few processes."""
+    for name, file in ON_THE_HUB.items():
+        command = command.replace(name, file)
+    for there in ('/datadrive', '/tars', 'output/', 'save/', 'photos'):
         command = command.replace(f' {there}', f' {place / there.strip("/")}{"/" if there[-1] == "/" else ""}')
     command = re.sub(r'(--processes_count|--nproc_per_node)(.)\d+', r'\1\g<2>1', command)
     command = command.replace('torch.distributed.run', 'torch.distributed.run --standalone')
@@ -101,9 +108,9 @@ def run(command: str, place: Path, cwd: Path, *overrides: str) -> str:
 
 
 def commands(text: str) -> list[str]:
-    """The README's commands that contain `text`; there must be one."""
+    """The commands that contain `text`; there must be one."""
     found = [command for command in COMMANDS if text in command]
-    assert found, f'README.md has no command with {text!r}'
+    assert found, f'no document has a command with {text!r}'
     return found
 
 
@@ -188,29 +195,32 @@ def test_train_evaluate_use(place, bert_tokenizer, monkeypatch, capsys):
         shutil.copy(place / f'output/{name}_flickr/best.pth', save / f'dlip_{name}_flickr.pth')
     monkeypatch.chdir(place)
     scope: dict = {}
-    example, searching = (block for kind, block in BLOCKS if kind == 'python')
-    exec(example, scope)
     (place / 'photos').mkdir()
     shutil.copy('dog.jpg', 'photos')
-    exec(searching, scope)
+    example, = (block for kind, block in BLOCKS if kind == 'python')
+    for name, file in ON_THE_HUB.items():
+        example = example.replace(name, file)
+    exec(example, scope)
     assert scope['index'].pictures == [str((place / 'photos/dog.jpg').resolve())]
     words = scope['caption'].generate(scope['image'])
     assert len(words) == 1 and isinstance(words[0], str)
+    for command in (*commands('prod.caption'), *commands('prod.search')):
+        run(command.replace('--out ', f'--out {place}/').replace('--sheet ', f'--sheet {place}/'), place, ROOT)
+    assert json.loads((place / 'captions.jsonl').read_text())['caption'] == words[0]
+    assert (place / 'hits.png').stat().st_size > 0
     for feature in (scope['retrieval'].get_image_feat(scope['image']), scope['retrieval'].get_text_feat('a dog')):
         assert feature.shape == (1, 256) and float(feature.norm()) == pytest.approx(1, abs=1e-5)
 
 
 def test_every_command_is_run():
-    """A command that is added to the README must be added here, or be part of `make demo`."""
+    """A command that is added to a document must be added here; tests/test_app.py has the page's."""
     tested = ('sed ', 'img2dataset ', 'json_dataset.py', 'pretrain_dlip.py', 'train_dlip_', 'eval.', 'prod.export',
-              'prod.app')
-    demo = (ROOT / 'Makefile').read_text()
-    for command in COMMANDS:
-        assert any(name in command for name in tested) or re.search(r'prod\.\w+', command)[0] in demo, command
+              'prod.app', 'prod.caption', 'prod.search')
+    assert not [command for command in COMMANDS if not any(name in command for name in tested)]
 
 
 def test_the_lines_of_yaml_are_settings():
-    lines = re.findall(r'\| `([\w.]+): (\S+)` \|', README)
+    lines = re.findall(r'\| `([\w.]+): (\S+)` \|', TEXT)
     assert len(lines) > 10
     for key, value in lines:
         name = 'caption_flickr' if 'caption' in value else 'retrieval_flickr' if 'retrieval' in value else 'pretrain'

@@ -147,7 +147,7 @@ def test_one_setting_names_the_shards(cc3m, tmp_path):
     assert list_shards(str(cc3m)) == list_shards(pattern)
     assert list_shards(f'{pattern} :: {tmp_path}/sbu') == [*list_shards(pattern), f'{tmp_path}/sbu/00007.tar']
     assert is_shards(pattern) and is_shards(str(cc3m)) and not is_shards(f'{tmp_path}/all.json')
-    settings = re.findall(r'^  train: (.*)$', (ROOT / 'README.md').read_text(), re.MULTILINE)
+    settings = re.findall(r'^  train: (.*)$', (ROOT / 'data/README.md').read_text(), re.MULTILINE)
     assert settings and all(map(is_shards, settings))
 
 
