@@ -106,8 +106,21 @@ def record(name: str, command: list[str]) -> None:
 
 
 def read(path: Path) -> list[dict]:
-    """The runs in a file of figures, newest first."""
-    return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else []
+    """The runs in a file of figures, newest first. Rows of bench.photos are one run with a table for each group."""
+    runs = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else []
+    if not runs or 'tables' in runs[0]:
+        return runs
+    groups: dict[str, list] = {}
+    for row in runs:
+        groups.setdefault(row['group'], []).append({key: shown(value) for key, value in row.items()})
+    return [{'tables': groups}]
+
+
+def shown(value) -> str:
+    """A cell: a text, a number, or a number with its interval."""
+    number, *ends = value if isinstance(value, list) else [value]
+    text = f'{number:.1f}' if isinstance(number, float) else str(number)
+    return f'{text} ({" to ".join(map(shown, ends))})' if ends else text
 
 
 # ---------------------------------------------------------------- documents
