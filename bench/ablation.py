@@ -8,7 +8,7 @@
 A run trains on PAIRS of the demo's pairs, one thread each, and is measured on the validation scenes at its end; the
 variants whose learning curve is drawn, at POINTS points on their way too. Times are CPU seconds of one core, evaluation
 and the storing of targets not counted, so that another run beside it matters little. A finished run is a line of
-bench/ablation.jsonl and is not repeated; the table is written to bench/ablation_table.md and the plot to
+bench/ablation.jsonl and is not repeated; the tables are printed, and the plot is written to
 bench/ablation.png.
 """
 

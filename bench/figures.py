@@ -17,20 +17,23 @@ up to `<!-- end -->`. A table's title is the line printed before it, or else its
 the row's first cell, or of its first cells joined by commas.
 """
 
+if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+    import os
+    import sys
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    from signals import end_at_once
+    end_at_once()
+
 import argparse
 import json
 import platform
 import re
 import shlex
 import subprocess
-import sys
 import time
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 

@@ -339,7 +339,7 @@ def as_shards(scenes: Path, folder: Path) -> Path:
 def test_a_run_from_shards_resumes_bit_exactly(scenes, tmp_path, monkeypatch):
     source = as_shards(scenes, tmp_path / 'shards')
     config = write_config(tmp_path, 'pretrain', scenes, data__train=f'{source}/{{00000..00002}}.tar',
-                          data__workers=2, train__epochs=1)
+                          data__num_workers=2, train__epochs=1)
     want = run(pretrain_dlip, config, tmp_path / 'whole')
     assert want['steps_per_epoch'] == len(dataset(source)) // 8 and (tmp_path / 'whole/samples.png').exists()
     assert read_log(tmp_path / 'whole/log.txt')[0]['train_loss'] > 0
