@@ -5,8 +5,8 @@
     python -m bench.shards training         # training on what the filter keeps beside training on all (an hour)
 
 `rates`: random weights of the real sizes at 224 px, images of 256 px, beam-3 captions of 20 new tokens; a core for
-each worker. Embedding includes the matching probability of the text, on both sides. The rate is that of the shards
-after each worker's first, within which nets are loaded and compiled. `filter` and `training`: rendered scenes, a fifth
+each worker. Embedding includes the matching probability of the text, on both sides. The first shards, during which
+nets are loaded and compiled, do not count. `filter` and `training`: rendered scenes, a fifth
 of whose captions are another scene's.
 """
 
@@ -127,18 +127,18 @@ def random_student(path: Path, image_size: int) -> None:
     save_checkpoint(path, BLIP(architecture('small', image_size, len(tokenizer))), tokenizer, config)
 
 
-def rate(finished: Iterable, count: int, each: int, workers: int) -> float:
-    """Images a second of shards that finish one after the other, from when each worker has finished one."""
+def rate(finished: Iterable, count: int, each: int, first: int) -> float:
+    """Images a second of shards that finish one after the other, without the `first` ones."""
     times = [time.perf_counter() for _ in progress(finished, count, 'shards')]
     if len(times) != count:
         raise ValueError(f'{count - len(times)} of {count} shards were not finished')
-    return (count - workers) * each / (times[-1] - times[workers - 1])
+    return (count - first) * each / (times[-1] - times[first - 1])
 
 
 def our_rate(tars: dict[str, str], each: int, out: Path, workers: int, arguments: list) -> float:
     options = shards.parsed(['-', '--out', str(out), '--workers', str(workers), *map(str, arguments)])
     shards.prepared(options)
-    return rate(shards.reports(tars, options, 'cpu'), len(tars), each, workers)
+    return rate(shards.reports(tars, options, 'cpu'), len(tars), each, 2 * workers)
 
 
 def their_rate(tars: dict[str, str], each: int, **arguments) -> float:
@@ -258,7 +258,7 @@ def training(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('part', choices=('rates', 'filter', 'training'))
-    parser.add_argument('--shards', type=whole(2), default=10, help='default: %(default)s')
+    parser.add_argument('--shards', type=whole(6), default=12, help='default: %(default)s')
     parser.add_argument('--each', type=whole(1), help='images of a shard (default: 32; filter: 200; training: 600)')
     parser.add_argument('--their_shards', type=whole(2), default=3, help='for transformers (default: %(default)s)')
     parser.add_argument('--batch_size', type=whole(1), default=16, help='default: %(default)s')

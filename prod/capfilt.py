@@ -149,7 +149,8 @@ class ShardWorker:
             with closing(read_samples(url)) as samples:
                 for sample in samples:
                     count += 1
-                    yield sample
+                    if sample[1]:  # not only files of other kinds
+                        yield sample
         except Exception as error:  # whatever files, commands, decompressors and tars raise
             if is_machines(error):
                 raise

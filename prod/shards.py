@@ -73,7 +73,7 @@ def named(urls: list[str]) -> dict[str, str]:
     names: dict[str, str] = {}
     for url in urls:
         mark = [None, *TAR.finditer(url)][-1]
-        name = re.sub(r'[^\w.-]+', '_', (url[:mark.start()] if mark else url).rpartition('/')[2])
+        name = re.sub(r'[^\w.-]+', '_', (url[:mark.start()] if mark else url).rpartition('/')[2])[-100:]
         if name in names:
             raise ValueError(f'two shards have the name {name}, {shorten(Path(names[name]))} and {shorten(Path(url))}: '
                              f'process them one by one, each with an --out of its own')
@@ -183,7 +183,7 @@ def reports(shards: dict[str, str], options: argparse.Namespace, device: str) ->
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     """The options, and what `ShardWorker` needs beside them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('source')
+    parser.add_argument('source', help='the tars, as pretrain_dlip.py takes them')
     parser.add_argument('--out', required=True, help='folder of the outputs; goes on with what they lack')
     parser.add_argument('--caption', metavar='WEIGHT', help='a captioner: anything that DLIPProd takes')
     parser.add_argument('--retrieval', metavar='WEIGHT', help='a retriever, maybe the same checkpoint')
@@ -194,7 +194,8 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--keep', choices=('all', 'best', 'web'), default='all', help='of the texts that pass: all, '
                         'each with its image, the best, or only those of the web (default: %(default)s)')
     parser.add_argument('--workers', type=whole(1), help='at once (default: as many as Ray has room for)')
-    parser.add_argument('--cores', type=whole(1), default=1, help='of a worker (default: %(default)s)')
+    parser.add_argument('--cores', type=whole(1), default=1, help='of a worker, which decodes on as many threads '
+                        '(default: %(default)s)')
     parser.add_argument('--gpus', type=Number(0, 1024, above=True), default=1.0, help='of a worker on GPUs; a share is '
                         'possible (default: %(default)s)')
     generate_options(parser)

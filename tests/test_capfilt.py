@@ -115,7 +115,8 @@ def test_what_is_kept_of_the_texts_that_pass(monkeypatch, here, tmp_path, keep, 
 
 def test_bad_samples_are_named_and_cost_themselves(here, tmp_path, capsys):
     good, text = sample('a star', 1), {'txt': b'a text alone'}
-    path = write_tar(tmp_path / '0.tar', [good, good | {'jpg': b'no image'}, text, sample('!', 2), sample('\udcff', 3)])
+    path = write_tar(tmp_path / '0.tar', [good, good | {'jpg': b'no image'}, text, sample('!', 2),
+                                          sample('\udcff', 3), {'pdf': b'a file of another kind'}])
     with open(path, 'r+b') as file:  # the header of a text: the record stands in
         file.seek(file.read().index(b'00000.txt'))
         file.write(b'X')
