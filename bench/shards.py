@@ -35,7 +35,7 @@ import torch
 
 from bench.ablation import launch, measure
 from bench.ablation_plan import NO_TEACHER, SCRATCH
-from bench.inference import NEW_TOKENS, transformers_base
+from bench.inference import NEW_TOKENS, VOCAB, transformers_base
 from configs.rules import SHARE, whole
 from data.scene_captions import captions
 from data.scenes import render, sample_split
@@ -93,7 +93,7 @@ class Transformers:
         torch.set_num_threads(1)
         self.task, self.batch_size = task, batch_size
         self.nets = transformers_base(image_size)
-        self.tokenizer = Tokenizer.from_pretrained(ROOT / 'tests' / 'vocab.txt')
+        self.tokenizer = Tokenizer.from_file(VOCAB)
         self.processor = BlipImageProcessor(size={'height': image_size, 'width': image_size})
 
     @torch.inference_mode()
@@ -121,7 +121,7 @@ class Transformers:
 
 def random_student(path: Path, image_size: int) -> None:
     torch.manual_seed(0)
-    tokenizer = Tokenizer.from_pretrained(ROOT / 'tests' / 'vocab.txt')
+    tokenizer = Tokenizer.from_file(VOCAB)
     length = len(tokenizer([PROMPT], NEW_TOKENS, DEC)[0][0, :-1]) + NEW_TOKENS
     config = {'data': {'prompt': PROMPT}, 'eval': {'num_beams': 3, 'min_length': length, 'max_length': length}}
     save_checkpoint(path, BLIP(architecture('small', image_size, len(tokenizer))), tokenizer, config)
