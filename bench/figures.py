@@ -7,7 +7,7 @@ date, the commit, the machine and the minutes it took; an entry of the same comm
 Then it fills in every document, as `python -m bench.figures` alone does. Comments mark the places:
 
     <!-- figures: bench/search.json -->                             every table of every run
-    <!-- figures: bench/search.json | TITLE -->                     the first table with this title
+    <!-- figures: bench/search.json | TITLE -->                     the first table whose title begins so
     <!-- figures: bench/search.json | TITLE | COLUMN; COLUMN -->    some of its columns
     <!-- figures: bench/search.json | TITLE | ROW x COLUMN: VALUE -->   a column for each value of COLUMN
     <!-- figure: bench/search.json | TITLE | ROW | COLUMN -->       one cell, within a line
@@ -109,21 +109,8 @@ def record(name: str, command: list[str]) -> None:
 
 
 def read(path: Path) -> list[dict]:
-    """The runs in a file of figures, newest first. Rows of bench.photos are one run with a table for each group."""
-    runs = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else []
-    if not runs or 'tables' in runs[0]:
-        return runs
-    groups: dict[str, list] = {}
-    for row in runs:
-        groups.setdefault(row['group'], []).append({key: shown(value) for key, value in row.items()})
-    return [{'tables': groups}]
-
-
-def shown(value) -> str:
-    """A cell: a text, a number, or a number with its interval."""
-    number, *ends = value if isinstance(value, list) else [value]
-    text = f'{number:.1f}' if isinstance(number, float) else str(number)
-    return f'{text} ({" to ".join(map(shown, ends))})' if ends else text
+    """The runs in a file of figures, newest first."""
+    return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else []
 
 
 # ---------------------------------------------------------------- documents
@@ -165,7 +152,7 @@ def fill(mark: re.Match) -> str:
     elif kind == 'figure' and len(place) == 1:
         content = str(runs[0][place[0]])
     elif place:
-        found = [run['tables'][place[0]] for run in runs if place[0] in run['tables']]
+        found = [rows for run in runs for title, rows in run['tables'].items() if title.startswith(place[0])]
         if not found:
             raise ValueError(f'{file} has no table {shorten(place[0])}')
         content = cell(found[0], *place[1:]) if kind == 'figure' else markdown(table(found[0], *place[1:]))
