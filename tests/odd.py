@@ -228,7 +228,10 @@ def save_options(dice: random.Random, kind: str, image: Image.Image) -> dict:
         'ICO': {'sizes': [(16, 16), (dice.randint(1, 64), dice.randint(1, 64))], 'bitmap_format': 'bmp'},
         'TGA': {'compression': 'tga_rle', 'orientation': dice.choice([-1, 1]), 'id_section': b'x' * 255},
         'MPO': {**frames, **profile}}
-    return {name: value for name, value in choices.get(kind, {}).items() if dice.random() < 0.25}
+    chosen = {name: value for name, value in choices.get(kind, {}).items() if dice.random() < 0.25}
+    if chosen.get('compression') in itertools.chain(*ENCODERS.values()):
+        chosen.pop('append_images', None)  # they are of other modes
+    return chosen
 
 
 def write_image(dice: random.Random, place: Path) -> tuple[Path, str, int | None]:
