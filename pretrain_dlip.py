@@ -16,40 +16,32 @@ if __name__ == '__main__':  # before the slow imports
     end_at_once()
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
 
-from configs import script_arguments
-from data.folders import run_folder
-from data.loader import make_loader
 from data.pairs import open_pairs
 from data.transforms import eval_transform, train_transform
 from eval.caption import caption_pictures
 from eval.validation import HeldOut, validation
-from models.distill.objective import Objective
-from models.distill.start import init_maps, init_momentum, loss_weights
+from models.distill.batch import to_batch
+from models.distill.start import build_objective
 from models.distill.teacher_cache import store_teacher, with_cache
-from models.engine.dry_run import rehearse
-from models.engine.launch import setup_process
+from models.engine.dry_run import dry_run
+from models.engine.optim import ramp, set_learning_rate
+from models.engine.run_state import RunState
+from models.engine.setup import build_nets, epoch_loader, script_run
 from models.engine.stopping import STOP
-from models.engine.training import Run
-from models.momentum import MomentumQueue
-from models.weights.build import at_resolution, build_student, build_teacher
-from models.weights.sources import load_tokenizer
-from utils import clean_exit, logger, rank, seed_everything, world_size
+from utils import clean_exit, logger, rank, seed_everything
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, config = script_arguments(__doc__, 'configs/pretrain.yaml', 'output/pretrain', argv)
-    STOP.listen()
-    device = setup_process(args.device)
-    with run_folder(args) as output_dir:
+    with script_run(__doc__, 'configs/pretrain.yaml', 'output/pretrain', argv) as (args, config, device, output_dir):
         pretrain(args, config, device, output_dir)
 
 
 def pretrain(args: argparse.Namespace, config: dict, device: torch.device, output_dir: Path) -> None:
-    seed_everything(args.seed)
     model, data, train = config['model'], config['data'], config['train']
 
     # data
@@ -58,48 +50,65 @@ def pretrain(args: argparse.Namespace, config: dict, device: torch.device, outpu
     held_out = HeldOut(dataset.hold_out(data['val_fraction']),
                        eval_transform(model['image_size'], data['image_memory']), data['max_words'])
 
-    # teacher (frozen), student, momentum twin and queues, losses
-    tokenizer = load_tokenizer(config['tokenizer'])
-    teacher = build_teacher(config, tokenizer, 'pretrain')
-    student = build_student(model, tokenizer, 'pretrain', teacher)
-    teacher = teacher and at_resolution(teacher, model['image_size'])
+    # student, frozen teacher or its stored targets, momentum encoder and queues, losses
+    tokenizer, student, teacher = build_nets(config, 'pretrain')
     if args.store_teacher is not None:
         return store_teacher(config, teacher, dataset, tokenizer, args.seed, device, args.store_teacher)
-    dataset, source = with_cache(config, teacher, dataset, tokenizer, args.seed)  # of targets: the net, or a folder
-    momentum = MomentumQueue(student, config['ita']['queue_size'], config['ita']['momentum'],
-                             source.config.embed_dim if source else 0)
-    objective = Objective(student, loss_weights(config['loss'], source),
-                          (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum, source,
-                          negative_all_rank=config['negative_all_rank'], hidden_layers=config['hidden_layers'])
-    init_maps(objective, model, teacher)
-    init_momentum(objective, config)
+    dataset, source = with_cache(config, teacher, dataset, tokenizer, args.seed)
+    objective = build_objective(config, student, tokenizer, source, teacher)
 
-    # run
-    run = Run(objective, tokenizer, config, output_dir, device, args.seed, len(dataset))
-    logger.info('%d pairs, %d processes x batch %d x accumulate %d = %d pairs a step, %d batches x %d epochs',
-                len(dataset), world_size(), train['batch_size'], run.accumulate,
-                train['batch_size'] * world_size() * run.accumulate, run.steps_per_epoch, train['epochs'])
-
-    def batches():
-        return make_loader(dataset, train['batch_size'], seed=args.seed, epoch=run.epoch, start_step=run.batch,
-                           workers=data['num_workers'], rank=rank(), world_size=world_size())
-
+    # optimizer, and everything that a resumed run goes on with
+    run = RunState(objective, tokenizer, config, output_dir, device, args.seed, len(dataset))
     if args.dry_run:
-        return rehearse(run, batches(), data['max_tokens'])
+        return dry_run(run, epoch_loader(run, dataset), train_step)
     if not len(held_out):
         logger.info('data.val_fraction holds out no image of %d pairs: there is no validation, and the captions of '
                     'samples.png are of training images', len(dataset))
     shown = [file for file, _ in held_out.pairs[:8]] or dataset.examples(8)
+
     while run.epoch < train['epochs']:
-        stats = run.train_one_epoch(batches(), data['max_tokens'])
+        run.model.train()
+        with run.updates(epoch_loader(run, dataset)) as updates:
+            for batches in updates:
+                losses = train_step(run, batches)
+                run.step_done(batches, losses)
+                if run.is_due(train['log_every']):
+                    run.log_interval()
+                if run.epoch_done or run.is_due(train['save_every']):
+                    run.save()
         val = validation(student.eval(), tokenizer, held_out, max_tokens=data['max_tokens'],
                          workers=data['num_workers'])
         if val:
             logger.info('epoch %d val  %s', run.epoch, '  '.join(f'{name} {value:.3f}' for name, value in val.items()
                                                                 if name.startswith('loss') or name.endswith('_r1')))
-        samples = caption_pictures(student, tokenizer, shown) if config['loss']['lm'] else ()
-        run.end_epoch(stats | {f'val_{name}': value for name, value in val.items()}, samples)
+        run.end_epoch(val, caption_pictures(student, tokenizer, shown) if config['loss']['lm'] else ())
     logger.info('done: %s', output_dir / 'last.pth')
+
+
+def train_step(run: RunState, loaded: list[dict]) -> dict[str, torch.Tensor]:
+    """One step of the optimizer over the batches of an update -> their mean losses, gradient norm and temperature."""
+    config, objective, optimizer, losses = run.config, run.objective, run.optimizer, {}
+    set_learning_rate(optimizer, run.step, run.steps_per_epoch, config['train']['epochs'], config['optim'])
+    alpha = ramp(run.step, run.steps_per_epoch, config['ita']['alpha'], config['ita']['alpha_ramp_epochs'])
+    seed_everything(run.seed, run.batches_done, rank())
+    batches = [to_batch(batch, run.tokenizer, config['data']['max_tokens'], run.device) for batch in loaded]
+    with run.autocast():  # momentum encoder and teacher see all of the update before the student does
+        update, batches = objective.prepare(batches, alpha, run.seed * 1_000_003 + run.batches_done)
+    while batches:
+        if len(batches) < len(loaded):
+            run.leave_if_stopped()
+        with run.exchange_gradients(now=len(batches) == 1):  # with the last batch's
+            with run.autocast():
+                terms = run.model(batches.pop(0), update)  # popped: the teacher's answers are freed before backward
+            (terms['loss'] / len(loaded)).backward()
+        for name, value in terms.items():
+            losses[name] = losses.get(name, 0.0) + value.detach() / len(loaded)
+    norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), config['optim']['clip_grad'] or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    objective.momentum.update(run.student)
+    objective.momentum.enqueue(update.ids, **update.own())  # last: an update must not meet itself in the queue
+    return {**losses, 'grad_norm': norm, 'temp': run.student.temp.data.clamp_(0.001, 0.5).clone()}
 
 
 if __name__ == '__main__':

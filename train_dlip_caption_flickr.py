@@ -17,47 +17,40 @@ if __name__ == '__main__':  # before the slow imports
 import argparse
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from configs import script_arguments
 from data.datasets import AnnotatedTrain, AnnotatedWhole, Captioned, ImageTextEval
-from data.folders import run_folder
-from data.loader import make_loader
-from data.transforms import eval_transform, train_transform
+from data.transforms import eval_transform, normalise, train_transform
 from eval.caption import evaluate_captions
 from eval.cider import CiderReward
 from eval.table import finetune_table
 from eval.validation import HeldOut, first_captions, validation
-from models.distill.objective import Objective
-from models.distill.start import init_maps, loss_weights
+from models.distill.batch import to_batch
+from models.distill.start import build_objective
 from models.distill.teacher_cache import store_teacher, with_cache
 from models.distill.teacher_captions import teacher_captions
-from models.engine.dry_run import rehearse
-from models.engine.launch import setup_process
+from models.engine.dry_run import dry_run
+from models.engine.optim import set_learning_rate
+from models.engine.run_state import RunState
 from models.engine.self_critical import SelfCritical
+from models.engine.setup import build_nets, epoch_loader, script_run
 from models.engine.stopping import STOP
-from models.engine.training import Run
 from models.generation import generate
 from models.tokenizer import DEC
-from models.weights.build import at_resolution, build_student, build_teacher
+from models.weights.build import build_student
 from models.weights.checkpoint import load_model
-from models.weights.sources import load_tokenizer
-from utils import atomic_write, barrier, clean_exit, is_main, logger, rank, seed_everything, shorten, world_size
+from utils import atomic_write, barrier, clean_exit, is_main, logger, rank, seed_everything, shorten, to_device
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, config = script_arguments(__doc__, 'configs/caption_flickr.yaml', 'output/caption_flickr', argv, tests=True)
-    STOP.listen()
-    device = setup_process(args.device)
-    stages = ['scst'] if config['scst']['epochs'] else []
-    with run_folder(args, *stages) as output_dir:
-        finetune(args, config, device, output_dir)
+    with script_run(__doc__, 'configs/caption_flickr.yaml', 'output/caption_flickr', argv, tests=True) as frame:
+        finetune(*frame)
 
 
 def finetune(args: argparse.Namespace, config: dict, device: torch.device, output_dir: Path) -> None:
-    seed_everything(args.seed)
     model, data, train, scst = config['model'], config['data'], config['train'], config['scst']
     if data['teacher_captions'] and config['teacher']['cache']:
         raise ValueError('teacher.cache holds answers about the references alone: set data.teacher_captions to 0, or '
@@ -67,45 +60,37 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'], data['image_memory'])
     dataset = AnnotatedTrain(data['root'], transform, data['max_words'], args.seed, data['split'],
                              data['teacher_captions'])
-    pictures = AnnotatedWhole(data['root'], model['image_size'], data['max_words'], data['split'])
+    images = AnnotatedWhole(data['root'], model['image_size'], data['max_words'], data['split'])
     held_out = {split: ImageTextEval(data['root'], split, eval_transform(model['image_size'], data['image_memory']),
                                      data['max_words'], data['split'])
                 for split in ('val', 'test')}
     pairs = first_captions(held_out['val'], data['max_words'])
 
-    # student and optional teacher
-    tokenizer = load_tokenizer(config['tokenizer'])
+    # student, optional teacher or its stored targets, losses
+    tokenizer, student, teacher = build_nets(config, 'caption')
     prompt_length = tokenizer([data['prompt']], data['max_tokens'], DEC)[0].shape[1] - 1  # without [SEP]
     if prompt_length > data['max_tokens'] - 2:
         raise ValueError(f'data.prompt {shorten(data["prompt"])} leaves no token for a caption: raise data.max_tokens, '
                          f'{data["max_tokens"]}')
-    teacher = build_teacher(config, tokenizer, 'caption')
-    teacher = teacher and at_resolution(teacher, model['image_size'])
-    student = build_student(model, tokenizer, 'caption', teacher)
     # What the evaluation cannot do with these settings is said now, not after the first epoch.
     generate(student.eval(), tokenizer, torch.zeros(1, 3, model['image_size'], model['image_size']), data['prompt'],
              **{key: value for key, value in config['eval'].items() if key != 'batch_size'})
     if args.store_teacher is not None:
         return store_teacher(config, teacher, dataset, tokenizer, args.seed, device, args.store_teacher, data['prompt'])
     dataset, source = with_cache(config, teacher, dataset, tokenizer, args.seed, data['prompt'])
-    objective = Objective(student, loss_weights(config['loss'], source),
-                          (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), teacher=source,
-                          prompt_length=prompt_length, hidden_layers=config['hidden_layers'])
-    init_maps(objective, model, teacher)
+    objective = build_objective(config, student, tokenizer, source, teacher, prompt_length)
 
-    # run
-    run = Run(objective, tokenizer, config, output_dir, device, args.seed, len(dataset))
-    logger.info('%d captions, %d processes x batch %d, %d batches x %d epochs', len(dataset), world_size(),
-                train['batch_size'], run.steps_per_epoch, train['epochs'])
+    # optimizer, and everything that a resumed run goes on with
+    run = RunState(objective, tokenizer, config, output_dir, device, args.seed, len(dataset))
     generation = {'prompt': data['prompt'], 'workers': data['num_workers'], **config['eval']}
     if args.dry_run:
-        return rehearse(run, batches(run, dataset), data['max_tokens'], data['prompt'])
+        return dry_run(run, epoch_loader(run, dataset), train_step)
     if data['teacher_captions'] and not teacher:
         logger.info('teacher.weights is null: data.teacher_captions is off')
     elif data['teacher_captions']:
-        dataset.teacher_captions = teacher_captions(teacher, tokenizer, pictures, output_dir / 'teacher_captions.jsonl',
+        dataset.teacher_captions = teacher_captions(teacher, tokenizer, images, output_dir / 'teacher_captions.jsonl',
                                                     device=device, **generation)
-    fit(run, dataset, held_out['val'], pairs, generation)
+    fit(run, train_step, dataset, held_out['val'], pairs, generation)
     barrier()
 
     # self-critical stage: from the best of the epochs before it, without dropout
@@ -118,14 +103,12 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
             copy(output_dir / 'best.pth', start)
         barrier()
         student = build_student(model | {'init': str(start), 'dropout': 0.0}, tokenizer, 'caption')
-        objective = SelfCritical(student, tokenizer, CiderReward(pictures.references), scst['samples'], data['prompt'],
+        objective = SelfCritical(student, tokenizer, CiderReward(images.references), scst['samples'], data['prompt'],
                                  config['eval']['max_length'])
         stage = config | {'optim': config['optim'] | {'lr': scst['lr']}, 'train': train | {'epochs': scst['epochs']}}
-        last = Run(objective, tokenizer, stage, folder, device, args.seed, len(pictures))
+        last = RunState(objective, tokenizer, stage, folder, device, args.seed, len(images))
         last.best = max(last.best, run.best)
-        logger.info('self-critical stage: %d pictures, %d captions of each, %d batches x %d epochs', len(pictures),
-                    scst['samples'], last.steps_per_epoch, scst['epochs'])
-        fit(last, pictures, held_out['val'], pairs, generation)
+        fit(last, self_critical_step, images, held_out['val'], pairs, generation)
         if is_main() and (folder / 'best.pth').exists():
             copy(folder / 'best.pth', output_dir / 'best.pth')
         barrier()
@@ -134,7 +117,7 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
         return
     best, _, _ = load_model(output_dir / 'best.pth', device)
     test, _ = evaluate_captions(best, tokenizer, held_out['test'], device=device, **generation)
-    run.finish({f'test_{name}': value for name, value in test.items()})
+    run.log.finish(test)
     blip = {}
     if teacher is not None and teacher.text_decoder is None:
         logger.info('the teacher has no text decoder: BLIP has no column in the table')
@@ -143,18 +126,20 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     finetune_table(output_dir, {f'test_{name}': value for name, value in blip.items()})
 
 
-def batches(run: Run, dataset: Captioned):
-    """The rest of the epoch that the run is in."""
-    config = run.config
-    return make_loader(dataset, config['train']['batch_size'], seed=run.seed, epoch=run.epoch, start_step=run.batch,
-                       workers=config['data']['num_workers'], rank=rank(), world_size=world_size())
-
-
-def fit(run: Run, dataset: Captioned, val: ImageTextEval, pairs: HeldOut, generation: dict) -> None:
+def fit(run: RunState, train_step: Callable[[RunState, list[dict]], dict], dataset: Captioned, val: ImageTextEval,
+        pairs: HeldOut, generation: dict) -> None:
     """Train to the last epoch; after each one caption the validation images and keep the best by CIDEr."""
-    data, student = run.config['data'], run.student
-    while run.epoch < run.config['train']['epochs']:
-        stats = run.train_one_epoch(batches(run, dataset), data['max_tokens'], data['prompt'])
+    data, train, student = run.config['data'], run.config['train'], run.student
+    while run.epoch < train['epochs']:
+        run.model.train()
+        with run.updates(epoch_loader(run, dataset)) as updates:
+            for batches in updates:
+                losses = train_step(run, batches)
+                run.step_done(batches, losses)
+                if run.is_due(train['log_every']):
+                    run.log_interval()
+                if run.epoch_done or run.is_due(train['save_every']):
+                    run.save()
         found, records = evaluate_captions(student.eval(), run.tokenizer, val, device=run.device, **generation)
         found |= validation(student, run.tokenizer, pairs, max_tokens=data['max_tokens'], prompt=data['prompt'],
                             workers=data['num_workers'])
@@ -165,8 +150,51 @@ def fit(run: Run, dataset: Captioned, val: ImageTextEval, pairs: HeldOut, genera
         logger.info('epoch %d val  CIDEr %.2f (greedy %.2f)  BLEU-4 %.2f  loss %.3f', run.epoch, found['CIDEr'],
                     found.get('greedy_CIDEr', found['CIDEr']), found['Bleu_4'], found['loss'])
         run.keep_best(found['CIDEr'], found['loss'], metrics=found)
-        run.end_epoch(stats | {f'val_{name}': value for name, value in found.items()},
-                      [(Path(record['image']), record['caption']) for record in records[:8]])
+        run.end_epoch(found, [(Path(record['image']), record['caption']) for record in records[:8]])
+
+
+def train_step(run: RunState, loaded: list[dict]) -> dict[str, torch.Tensor]:
+    """One step of the optimizer over the batches of an update -> their mean losses and gradient norm."""
+    config, objective, optimizer, losses = run.config, run.objective, run.optimizer, {}
+    set_learning_rate(optimizer, run.step, run.steps_per_epoch, config['train']['epochs'], config['optim'])
+    seed_everything(run.seed, run.batches_done, rank())
+    data = config['data']
+    batches = [to_batch(batch, run.tokenizer, data['max_tokens'], run.device, data['prompt']) for batch in loaded]
+    update, batches = objective.prepare(batches)
+    while batches:
+        if len(batches) < len(loaded):
+            run.leave_if_stopped()
+        with run.exchange_gradients(now=len(batches) == 1):  # with the last batch's
+            with run.autocast():
+                terms = run.model(batches.pop(0), update)  # popped: the teacher's answers are freed before backward
+            (terms['loss'] / len(loaded)).backward()
+        for name, value in terms.items():
+            losses[name] = losses.get(name, 0.0) + value.detach() / len(loaded)
+    norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), config['optim']['clip_grad'] or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {**losses, 'grad_norm': norm}
+
+
+def self_critical_step(run: RunState, loaded: list[dict]) -> dict[str, torch.Tensor]:
+    """One step of the optimizer on captions that the student samples -> their mean loss and reward, gradient norm."""
+    config, optimizer, losses = run.config, run.optimizer, {}
+    set_learning_rate(optimizer, run.step, run.steps_per_epoch, config['train']['epochs'], config['optim'])
+    seed_everything(run.seed, run.batches_done, rank())
+    for number, batch in enumerate(loaded, 1):
+        if number > 1:
+            run.leave_if_stopped()
+        images = normalise(to_device(batch['image'], run.device))
+        with run.exchange_gradients(now=number == len(loaded)):
+            with run.autocast():
+                terms = run.model(images, batch['id'])
+            (terms['loss'] / len(loaded)).backward()
+        for name, value in terms.items():
+            losses[name] = losses.get(name, 0.0) + value.detach() / len(loaded)
+    norm = torch.nn.utils.clip_grad_norm_(run.objective.parameters(), config['optim']['clip_grad'] or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {**losses, 'grad_norm': norm}
 
 
 def copy(source: Path, target: Path) -> None:

@@ -14,43 +14,34 @@ if __name__ == '__main__':  # before the slow imports
     end_at_once()
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
 
-from configs import script_arguments
 from data.datasets import AnnotatedTrain, ImageTextEval
-from data.folders import run_folder
-from data.loader import make_loader
 from data.transforms import eval_transform, train_transform
 from eval.retrieval import evaluate_retrieval
 from eval.table import finetune_table
 from eval.validation import first_captions, validation
-from models.distill.objective import Objective
-from models.distill.start import init_maps, init_momentum, loss_weights
+from models.distill.batch import to_batch
+from models.distill.start import build_objective
 from models.distill.teacher_cache import store_teacher, with_cache
-from models.engine.dry_run import rehearse
-from models.engine.launch import setup_process
+from models.engine.dry_run import dry_run
+from models.engine.optim import ramp, set_learning_rate
+from models.engine.run_state import RunState
+from models.engine.setup import build_nets, epoch_loader, script_run
 from models.engine.stopping import STOP
-from models.engine.training import Run
-from models.momentum import MomentumQueue
-from models.weights.build import at_resolution, build_student, build_teacher
 from models.weights.checkpoint import load_model
-from models.weights.sources import load_tokenizer
-from utils import barrier, clean_exit, logger, rank, seed_everything, world_size
+from utils import barrier, clean_exit, logger, rank, seed_everything
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, config = script_arguments(__doc__, 'configs/retrieval_flickr.yaml', 'output/retrieval_flickr', argv,
-                                    tests=True)
-    STOP.listen()
-    device = setup_process(args.device)
-    with run_folder(args) as output_dir:
-        finetune(args, config, device, output_dir)
+    with script_run(__doc__, 'configs/retrieval_flickr.yaml', 'output/retrieval_flickr', argv, tests=True) as frame:
+        finetune(*frame)
 
 
 def finetune(args: argparse.Namespace, config: dict, device: torch.device, output_dir: Path) -> None:
-    seed_everything(args.seed)
     model, data, train = config['model'], config['data'], config['train']
 
     # data
@@ -61,55 +52,72 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
                 for split in ('val', 'test')}
     pairs = first_captions(held_out['val'], data['max_words'])
 
-    # student, momentum twin and queues, optional teacher
-    tokenizer = load_tokenizer(config['tokenizer'])
-    teacher = build_teacher(config, tokenizer, 'retrieval')
-    teacher = teacher and at_resolution(teacher, model['image_size'])
-    student = build_student(model, tokenizer, 'retrieval', teacher)
+    # student, optional teacher or its stored targets, momentum encoder and queues, losses
+    tokenizer, student, teacher = build_nets(config, 'retrieval')
     if args.store_teacher is not None:
         return store_teacher(config, teacher, dataset, tokenizer, args.seed, device, args.store_teacher)
-    dataset, source = with_cache(config, teacher, dataset, tokenizer, args.seed)  # of targets: the net, or a folder
-    momentum = MomentumQueue(student, config['ita']['queue_size'], config['ita']['momentum'],
-                             source.config.embed_dim if source else 0)
-    objective = Objective(student, loss_weights(config['loss'], source),
-                          (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum, source,
-                          negative_all_rank=config['negative_all_rank'], hidden_layers=config['hidden_layers'])
-    init_maps(objective, model, teacher)
-    init_momentum(objective, config)
+    dataset, source = with_cache(config, teacher, dataset, tokenizer, args.seed)
+    objective = build_objective(config, student, tokenizer, source, teacher)
 
-    # run
-    run = Run(objective, tokenizer, config, output_dir, device, args.seed, len(dataset))
-    logger.info('%d captions, %d processes x batch %d, %d batches x %d epochs', len(dataset), world_size(),
-                train['batch_size'], run.steps_per_epoch, train['epochs'])
+    # optimizer, and everything that a resumed run goes on with
+    run = RunState(objective, tokenizer, config, output_dir, device, args.seed, len(dataset))
     settings = {'max_tokens': data['max_tokens'], 'workers': data['num_workers'], **config['eval']}
-
-    def batches():
-        return make_loader(dataset, train['batch_size'], seed=args.seed, epoch=run.epoch, start_step=run.batch,
-                           workers=data['num_workers'], rank=rank(), world_size=world_size())
-
     if args.dry_run:
-        return rehearse(run, batches(), data['max_tokens'])
+        return dry_run(run, epoch_loader(run, dataset), train_step)
+
     while run.epoch < train['epochs']:
-        stats = run.train_one_epoch(batches(), data['max_tokens'])
+        run.model.train()
+        with run.updates(epoch_loader(run, dataset)) as updates:
+            for batches in updates:
+                losses = train_step(run, batches)
+                run.step_done(batches, losses)
+                if run.is_due(train['log_every']):
+                    run.log_interval()
+                if run.epoch_done or run.is_due(train['save_every']):
+                    run.save()
         val = validation(student.eval(), tokenizer, pairs, max_tokens=data['max_tokens'], workers=data['num_workers'])
         val |= evaluate_retrieval(student, tokenizer, held_out['val'], device=device, **settings)
-        stats |= {f'val_{name}': value for name, value in val.items()}
         logger.info('epoch %d val  txt R@1 %.2f  img R@1 %.2f  mean recall %.2f  loss %.3f', run.epoch, val['txt_r1'],
                     val['img_r1'], val['r_mean'], val['loss'])
         run.keep_best(val['r_mean'], val['loss'], metrics=val)
-        run.end_epoch(stats)
+        run.end_epoch(val)
     barrier()
     if args.no_test:
         return
     best, _, _ = load_model(output_dir / 'best.pth', device)
-    test = evaluate_retrieval(best, tokenizer, held_out['test'], device=device, **settings)
-    run.finish({f'test_{name}': value for name, value in test.items()})
+    run.log.finish(evaluate_retrieval(best, tokenizer, held_out['test'], device=device, **settings))
     blip = {}
     if teacher is not None and teacher.text_encoder is None:
         logger.info('the teacher has no text encoder: BLIP has no column in the table')
     elif teacher is not None:
         blip = evaluate_retrieval(teacher.to(device), tokenizer, held_out['test'], device=device, **settings)
     finetune_table(output_dir, {f'test_{name}': value for name, value in blip.items()})
+
+
+def train_step(run: RunState, loaded: list[dict]) -> dict[str, torch.Tensor]:
+    """One step of the optimizer over the batches of an update -> their mean losses, gradient norm and temperature."""
+    config, objective, optimizer, losses = run.config, run.objective, run.optimizer, {}
+    set_learning_rate(optimizer, run.step, run.steps_per_epoch, config['train']['epochs'], config['optim'])
+    alpha = ramp(run.step, run.steps_per_epoch, config['ita']['alpha'], config['ita']['alpha_ramp_epochs'])
+    seed_everything(run.seed, run.batches_done, rank())
+    batches = [to_batch(batch, run.tokenizer, config['data']['max_tokens'], run.device) for batch in loaded]
+    with run.autocast():  # momentum encoder and teacher see all of the update before the student does
+        update, batches = objective.prepare(batches, alpha, run.seed * 1_000_003 + run.batches_done)
+    while batches:
+        if len(batches) < len(loaded):
+            run.leave_if_stopped()
+        with run.exchange_gradients(now=len(batches) == 1):  # with the last batch's
+            with run.autocast():
+                terms = run.model(batches.pop(0), update)  # popped: the teacher's answers are freed before backward
+            (terms['loss'] / len(loaded)).backward()
+        for name, value in terms.items():
+            losses[name] = losses.get(name, 0.0) + value.detach() / len(loaded)
+    norm = torch.nn.utils.clip_grad_norm_(objective.parameters(), config['optim']['clip_grad'] or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    objective.momentum.update(run.student)
+    objective.momentum.enqueue(update.ids, **update.own())  # last: an update must not meet itself in the queue
+    return {**losses, 'grad_norm': norm, 'temp': run.student.temp.data.clamp_(0.001, 0.5).clone()}
 
 
 if __name__ == '__main__':

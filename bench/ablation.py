@@ -42,7 +42,8 @@ from data.datasets import ImageTextEval
 from data.transforms import eval_transform
 from eval.caption import evaluate_captions
 from eval.retrieval import evaluate_retrieval
-from models.engine.logs import pyplot, read_log
+from models.engine.curves import pyplot
+from models.engine.logs import read_log
 from models.weights.checkpoint import load_model
 from utils import ROOT, atomic_write, clean_exit, make_output_dir, progress
 

@@ -24,6 +24,7 @@ import torch
 from bench.train_step import CLS, DEC, ENC, VOCABULARY, random_batch
 from configs.rules import whole
 from models.blip import BLIP
+from models.distill.batch import Batch
 from models.distill.objective import Objective
 from models.engine.dry_run import SavedTensors
 from models.engine.logs import memory_used
@@ -40,12 +41,15 @@ def measure(image_size: int, layers: int, precision: str, batch_size: int, round
     student = BLIP(architecture('small', image_size, VOCABULARY), vit_ckpt_layer=layers)
     objective = Objective(student, {'ita': 1.0, 'itm': 1.0, 'lm': 1.0}, (CLS, ENC, DEC),
                           MomentumQueue(student, 57600, 0.995)).train()
-    batch, before, times = random_batch(batch_size, image_size, 'cpu'), memory_used(torch.device('cpu')), []
+    images, ids, mask, sample_ids = random_batch(batch_size, image_size, 'cpu')
+    batch = Batch(images, ids, mask, sample_ids, mask.sum(1).tolist())
+    before, times = memory_used(torch.device('cpu')), []
     for number in range(rounds + 1):
         saved, started = SavedTensors(objective), time.perf_counter()
         with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bf16'):
             with saved:
-                loss = objective(*batch, 0.4, number)['loss']
+                update, batches = objective.prepare([batch], 0.4, number)
+                loss = objective(batches.pop(), update)['loss']
         loss.backward()
         objective.zero_grad(set_to_none=True)
         if number:

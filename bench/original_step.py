@@ -1,8 +1,8 @@
 """A pre-training step as dlip-v2 does it, for bench/train_step.py, from transformers' BLIP modules.
 
 In float32 with eager attention; keys and values of the image projected anew in every pass, matching in two passes,
-logits over the vocabulary at every position, the negatives picked row by row with `.item()`, the momentum twin updated
-parameter by parameter.
+logits over the vocabulary at every position, the negatives picked row by row with `.item()`, the momentum encoder
+updated parameter by parameter.
 """
 
 import copy
@@ -14,7 +14,7 @@ from transformers import BlipTextConfig, BlipTextLMHeadModel, BlipTextModel, Bli
 
 from models import losses
 from models.blip import BLIPConfig
-from models.distill.update import with_start
+from models.distill.batch import with_start
 
 CLS, ENC, DEC = 101, 30523, 30522
 ORIGINAL_TERMS = ('ita', 'itm', 'lm', 'image_feat', 'text_feat', 'fused_feat', 'decoder_feat',
@@ -58,7 +58,7 @@ class ReferenceStep:
     def __init__(self, student: Reference, teacher: Reference, queue_size: int, weights: dict[str, float], lr: float,
                  device: str):
         self.student, self.teacher = student.to(device).train(), teacher.to(device).eval().requires_grad_(False)
-        self.twin = copy.deepcopy(student).eval().requires_grad_(False)
+        self.average = copy.deepcopy(student).eval().requires_grad_(False)
         text = teacher.text_proj.in_features, student.text_proj.in_features
         self.maps = nn.ModuleDict({name: nn.Linear(text[1], text[0]) for name in ('fused', 'decoder')}).to(device)
         self.weights = weights
@@ -75,9 +75,9 @@ class ReferenceStep:
         tokens = student.vision(images).last_hidden_state
         image, text = student.features(tokens, ids, mask)
         with torch.no_grad():
-            for ours, theirs in zip(self.twin.parameters(), student.parameters(), strict=True):
+            for ours, theirs in zip(self.average.parameters(), student.parameters(), strict=True):
                 ours.data = ours.data * 0.995 + theirs.data * 0.005
-            image_m, text_m = self.twin.features(self.twin.vision(images).last_hidden_state, ids, mask)
+            image_m, text_m = self.average.features(self.average.vision(images).last_hidden_state, ids, mask)
             teacher_tokens = teacher.vision(images).last_hidden_state
             teacher_image, teacher_text = teacher.features(teacher_tokens, ids, mask)
         new = {'image': image_m, 'text': text_m, 'teacher image': teacher_image, 'teacher text': teacher_text}

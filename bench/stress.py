@@ -3,8 +3,8 @@
     python -m bench.stress --trials 50
 
 Each trial trains the demo's student (2 epochs of rendered scenes, CPU), hurts it at a random step, launches the same
-command again until it ends, and compares weights, momentum twin, queues, optimizer and logged losses with those of an
-unhurt run, bit for bit. The injuries:
+command again until it ends, and compares weights, momentum encoder, queues, optimizer and logged losses with those of
+an unhurt run, bit for bit. The injuries:
 
 - SIGTERM, SIGINT: what a scheduler or Ctrl-C sends;
 - SIGKILL: no time to save;

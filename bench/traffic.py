@@ -48,9 +48,9 @@ from configs.rules import whole
 from models import losses
 from models.blip import BLIP
 from models.distill import teacher as teaching
+from models.distill.batch import Batch
 from models.distill.hidden import HiddenStates
 from models.distill.objective import Objective
-from models.distill.update import MicroBatch
 from models.engine.optim import build_optimizer
 from models.momentum import MomentumQueue
 from models.text import LMHead, TextTower
@@ -311,8 +311,8 @@ def count(config: dict, processes: int = 1) -> Traffic:
                      *(x for state in optimizer.state.values() for x in state.values()))
         traffic.kept = traffic.alive
         with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
-            shared = objective.prepare([MicroBatch(*batch, lengths)])
-            loss = objective(*batch, 0.4, 1, shared)['loss']
+            update, batches = objective.prepare([Batch(*batch, lengths)], 0.4, 1)
+            loss = objective(batches.pop(), update)['loss']
         traffic.label = 'sums of gradients'
         loss.backward()
         traffic.label = 'clipping and AdamW'
@@ -321,6 +321,7 @@ def count(config: dict, processes: int = 1) -> Traffic:
         optimizer.zero_grad()
         traffic.label = 'momentum encoder'
         objective.momentum.update(objective.student)
+        objective.momentum.enqueue(update.ids, **update.own())
         traffic.gradients = sum(4 * x.numel() for x in objective.parameters() if x.requires_grad)
     return traffic
 

@@ -5,7 +5,7 @@
 
 Teacher BLIP-Base, student ViT-S + BERT-Small, 224 px, 30 tokens, queue 57600, the original's loss terms, random
 weights and pictures; the reference is `bench/original_step.py`. Both sides take turns on the same batch; medians of
-whole steps (forward, backward, clipping, AdamW, twin), with the share of this machine's fastest matrix product that
+whole steps (forward, backward, clipping, AdamW, momentum), with the share of this machine's fastest matrix product that
 their counted operations reach and, on a GPU, the most memory of each side; then where ours spends its time. The data's
 part is that of one loader without workers: JPEGs of 640 x 480 decoded and augmented, captions made tokens, both brought
 to the device.
@@ -34,11 +34,11 @@ from configs.rules import whole
 from data.datasets import first_readable
 from data.transforms import normalise, train_transform
 from models.blip import BLIP
+from models.distill.batch import Batch
 from models.distill.objective import Objective
-from models.distill.update import MicroBatch
 from models.engine.logs import memory_used
 from models.engine.optim import parameter_groups
-from models.linear import FLOPS, Linear, packed
+from models.linear import FLOPS, Linear, unpadded
 from models.momentum import MomentumQueue
 from models.tokenizer import Tokenizer
 from models.weights.checkpoint import architecture
@@ -71,7 +71,7 @@ def random_batch(batch: int, image_size: int, device: str) -> tuple[torch.Tensor
 
 
 class OurStep:
-    """The step of models/engine/training.py, its parts timed.
+    """The step of pretrain_dlip.py, its parts timed.
 
     Args:
         lengths: tokens of each text of the batch, as the tokenizer tells a run.
@@ -94,8 +94,8 @@ class OurStep:
     def forward(self, batch, stored: dict | None = None) -> torch.Tensor:
         self.number += 1
         with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == 'bf16'):
-            shared = self.objective.prepare([MicroBatch(*batch, self.lengths, stored)])
-            return self.objective(*batch, 0.4, self.number, shared)['loss']
+            self.shared, batches = self.objective.prepare([Batch(*batch, self.lengths, stored)], 0.4, self.number)
+            return self.objective(batches.pop(), self.shared)['loss']
 
     def update(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.objective.parameters(), 1.0)
@@ -105,7 +105,11 @@ class OurStep:
     def __call__(self, *batch) -> None:
         self.forward(batch).backward()
         self.update()
+        self.momentum_update()
+
+    def momentum_update(self) -> None:
         self.objective.momentum.update(self.objective.student)
+        self.objective.momentum.enqueue(self.shared.ids, **self.shared.own())
 
     def split(self, batch, make_batch: Callable, rounds: int) -> dict[str, float]:
         """Median seconds of each part of the step; the teacher's share of forward by running it alone."""
@@ -122,15 +126,15 @@ class OurStep:
             loss = timed('forward', lambda: self.forward(batch))
             timed('backward', loss.backward)
             timed('clipping and AdamW', self.update)
-            timed('momentum twin', lambda: self.objective.momentum.update(self.objective.student))
+            timed('momentum encoder', self.momentum_update)
             timed('  of forward: teacher', lambda: self.teacher_alone(*batch))
         parts = {name: statistics.median(values) for name, values in times.items()}
-        parts['  of forward: student and twin'] = parts['forward'] - parts['  of forward: teacher']
+        parts['  of forward: student and momentum encoder'] = parts['forward'] - parts['  of forward: teacher']
         return parts
 
     @torch.no_grad()
     def teacher_alone(self, images, ids, mask, sample_ids) -> None:
-        teacher, texts = self.objective.teacher, packed(mask, self.lengths)
+        teacher, texts = self.objective.teacher, unpadded(mask, self.lengths)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == 'bf16'):
             tokens = teacher.encode_image(images)
             teacher.text_feat(ids, texts)

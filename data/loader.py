@@ -24,7 +24,7 @@ REMEDY = ('give it more (in a container: docker run --shm-size={size}, or --ipc=
           '0 loads in the main process')
 
 
-class Batches:
+class DistributedBatchSampler:
     """Batch sampler: global batch k of an epoch is rows [k * B * W, (k + 1) * B * W) of a permutation by (seed, epoch).
 
     Rank r takes the r-th part of each, so that one process with batch 2B sees what two with batch B see. The last
@@ -158,7 +158,7 @@ def make_loader(dataset: Captioned | WithTargets | ShardDataset, batch_size: int
     if isinstance(dataset, ShardDataset):
         stream = ShardStream(dataset, batch_size, steps, start_step, rank)
         return load(stream, batch_size=batch_size, **options)
-    batches = Batches(len(dataset), batch_size, seed, epoch, start_step, rank, world_size)
+    batches = DistributedBatchSampler(len(dataset), batch_size, seed, epoch, start_step, rank, world_size)
     return load(dataset, batch_sampler=batches, **options)
 
 

@@ -1,1 +1,1 @@
-"""The model: one BLIP class for teacher and student, its losses, momentum twin, generation and checkpoints."""
+"""The model: one BLIP class for teacher and student, its losses, and the momentum encoder."""

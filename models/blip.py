@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.linear import Linear, Packed
+from models.linear import Linear, Unpadded
 from models.text import ImageKV, KVCache, TextDecoder, TextTower, tie_decoder
 from models.vit import VisionTower
 from utils import shorten
@@ -130,7 +130,7 @@ class BLIP(nn.Module):
         """image tokens [B, N, vision_width] -> unit-norm float32 embedding [B, embed_dim]"""
         return F.normalize(self.vision_proj(image_tokens[:, 0]).float(), dim=-1)
 
-    def text_feat(self, ids: torch.Tensor, mask: torch.Tensor | Packed, layers: Collection[int] | None = None):
+    def text_feat(self, ids: torch.Tensor, mask: torch.Tensor | Unpadded, layers: Collection[int] | None = None):
         """ids, mask [B, T] starting with [CLS] -> unit-norm float32 embedding [B, embed_dim]
 
         With `layers`: (embedding, {layer: its output [B, T, text_width]}).

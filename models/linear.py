@@ -104,29 +104,29 @@ def arithmetic(precision: str, device: torch.device) -> torch.dtype:
 
 # ---------------------------------------------------------------- texts without padding
 
-class Packed(NamedTuple):
-    """The mask [R, T] of right-padded texts, and the place of each of their tokens among R * T [M].
+class Unpadded(NamedTuple):
+    """The mask [R, T] of right-padded texts, and the positions [M] of their tokens in the flattened R * T.
 
-    Given in the place of a mask, what treats every token on its own (all products but those of attention) leaves the
-    pads out. States come back padded with zeros.
+    If given instead of a mask, token-wise layers skip the padding. The states returned are padded with zeros.
     """
 
     mask: torch.Tensor
     rows: torch.Tensor
 
 
-def packed(mask: torch.Tensor, lengths: list[int]) -> Packed:
-    """mask [R, T] of texts of these lengths, which the host knows: nothing waits for the device."""
+def unpadded(mask: torch.Tensor, lengths: list[int]) -> Unpadded:
+    """The mask [R, T] of texts of these lengths and their tokens' positions. The host knows the lengths, so nothing
+    waits for the device."""
     rows = [row * mask.shape[1] + place for row, length in enumerate(lengths) for place in range(length)]
-    return Packed(mask, to_device(torch.tensor(rows), mask.device))
+    return Unpadded(mask, to_device(torch.tensor(rows), mask.device))
 
 
-def pack(x: torch.Tensor, texts: Packed | None) -> torch.Tensor:
+def unpad(x: torch.Tensor, texts: Unpadded | None) -> torch.Tensor:
     """[R, T, width] -> [M, width]"""
     return x if texts is None else x.flatten(0, 1)[texts.rows]
 
 
-def pad(x: torch.Tensor, texts: Packed | None) -> torch.Tensor:
+def pad(x: torch.Tensor, texts: Unpadded | None) -> torch.Tensor:
     """[M, width] -> [R, T, width]"""
     if texts is None:
         return x

@@ -32,7 +32,7 @@ def as_float32(x):
 
 
 def positives(ids: torch.Tensor, all_ids: torch.Tensor) -> torch.Tensor:
-    """Contrastive targets [B, N]: row-normalised `ids[i] == all_ids[j]` (a picture's captions share an id)."""
+    """Contrastive targets [B, N]: row-normalised `ids[i] == all_ids[j]` (an image's captions share an id)."""
     same = (ids[:, None] == all_ids[None, :]).float()
     return same / same.sum(1, keepdim=True)
 
@@ -165,10 +165,10 @@ def top_k_kl_loss(logits: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tens
 
 @in_float32
 def self_critical_loss(log_probs: torch.Tensor, mask: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
-    """Policy gradient with the mean reward of a picture's other captions as baseline (Luo 2020, arXiv 2003.09971).
+    """Policy gradient with the mean reward of an image's other captions as baseline (Luo 2020, arXiv 2003.09971).
 
     Args:
-        log_probs: [B * K, T] of the tokens of K sampled captions per picture, a picture's captions side by side.
+        log_probs: [B * K, T] of the tokens of K sampled captions per image, an image's captions side by side.
         mask: [B * K, T], 1 where a token was sampled.
         rewards: [B, K], K >= 2.
     """

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.blip import BLIP, build_text_tower
-from models.linear import Linear, Packed
+from models.linear import Linear, Unpadded
 from models.vit import VisionTower, resample_positions
 
 NO_ID = torch.iinfo(torch.long).min  # of a queue entry that is nobody's pair: no sample's id
@@ -62,7 +62,7 @@ class MomentumQueue(nn.Module):
         torch._foreach_lerp_(ours, theirs, 1 - self.momentum)
 
     @torch.no_grad()
-    def encode(self, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | Packed
+    def encode(self, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | Unpadded
                ) -> tuple[torch.Tensor, torch.Tensor]:
         """images [B, 3, S, S], ids and mask [B, T] -> unit-norm image and text features [B, embed_dim]"""
         image = self.vision_proj(self.visual_encoder(images)[:, 0]).float()
@@ -118,7 +118,7 @@ class MomentumQueue(nn.Module):
         Call it once an update, after its losses were computed: a batch in its own queue would be its own negative.
         """
         size = self.queue_size
-        if not size:
+        if not size or not features:
             return
         rows = (self.pointer + torch.arange(len(ids), device=ids.device)[-size:]) % size
         for name, feature in features.items():

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.linear import Linear, Packed, pack, pad
+from models.linear import Linear, Unpadded, pad, unpad
 from models.norm import LayerNorm
 from models.vit import prefers_plain_attention
 
@@ -96,12 +96,12 @@ class Attention(nn.Module):
         """[R, T, width] -> [R, heads, T, D]"""
         return x.reshape(*x.shape[:-1], self.heads, -1).transpose(1, 2)
 
-    def keys_values(self, memory: torch.Tensor, texts: Packed | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def keys_values(self, memory: torch.Tensor, texts: Unpadded | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         return self.split(pad(self.self.key(memory), texts)), self.split(pad(self.self.value(memory), texts))
 
     def forward(self, hidden: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None,
-                want_map: bool = False, texts: Packed | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden [R, T, width], or [M, width] of packed texts; k, v [R or images, heads, N, D]; mask bool, True = may
+                want_map: bool = False, texts: Unpadded | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden [R, T, width], or [M, width] of unpadded texts; k, v [R or images, heads, N, D]; mask bool, True = may
         attend.
 
         With fewer images than rows (R = images x group, rows of an image side by side), the rows of an image
@@ -129,7 +129,7 @@ class Attention(nn.Module):
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         if group > 1:
             context = context.unflatten(2, (group, length)).transpose(1, 2).flatten(0, 1)
-        return self.output(pack(context.transpose(1, 2).flatten(2), texts), hidden), log_map
+        return self.output(unpad(context.transpose(1, 2).flatten(2), texts), hidden), log_map
 
 
 class Intermediate(nn.Module):
@@ -200,10 +200,10 @@ class TextTower(nn.Module):
         """image tokens [images, N, image_width] -> every layer's keys and values."""
         return [layer.crossattention.keys_values(image_tokens) for layer in self.layers]
 
-    def forward(self, ids: torch.Tensor, mask: torch.Tensor | Packed | None = None, causal: bool = False,
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor | Unpadded | None = None, causal: bool = False,
                 image_kv: ImageKV | None = None, want_maps: bool = False, first_only: bool = False,
                 cache: KVCache | None = None, layers: Collection[int] = ()) -> TextOutput:
-        """ids [R, T] int64; mask [R, T], 1 = token, 0 = pad (right-padded), or `Packed`; None = no pads.
+        """ids [R, T] int64; mask [R, T], 1 = token, 0 = pad (right-padded), or `Unpadded`; None = no pads.
 
         With a cache, `ids` continue the cached positions (causal, no pads). `want_maps` returns the last
         layer's attention maps. `first_only` computes position 0 alone in the last layer (bidirectional; hidden is
@@ -212,12 +212,12 @@ class TextTower(nn.Module):
         """
         start = cache.length if cache else 0
         length = ids.shape[1]
-        texts, mask = (mask, mask.mask) if isinstance(mask, Packed) else (None, mask)
+        texts, mask = (mask, mask.mask) if isinstance(mask, Unpadded) else (None, mask)
         attend = mask[:, None, None, :].bool() if mask is not None else None
         if causal and length > 1:
             past = torch.ones(length, start + length, dtype=torch.bool, device=ids.device).tril(start)
             attend = past if attend is None else attend & past
-        hidden = pack(self.embeddings(ids, start), texts)
+        hidden = unpad(self.embeddings(ids, start), texts)
         self_map = cross_map = None
         states = {}
         for i, layer in enumerate(self.layers):

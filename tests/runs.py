@@ -5,10 +5,13 @@ import os
 import signal
 from pathlib import Path
 
+import torch
 from processes import joined
 from ruamel.yaml import YAML
 
 from configs import load_config
+from models.distill.batch import Batch
+from models.distill.objective import Objective
 from models.engine.logs import read_log
 from models.engine.optim import learning_rate
 from models.weights.checkpoint import read_checkpoint
@@ -55,6 +58,14 @@ def run_on_two(config: Path, out: Path, *overrides: str) -> dict:
     return read_checkpoint(out / 'last.pth') if '--store_teacher' not in overrides else {}
 
 
+def losses_of(objective: Objective, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor,
+              sample_ids: torch.Tensor, stored: dict | None = None) -> dict[str, torch.Tensor]:
+    """The terms of a batch that is an update of its own."""
+    batch = Batch(images, ids, mask, sample_ids, mask.sum(1).tolist(), stored)
+    update, [batch] = objective.prepare([batch], alpha=0.4)
+    return objective(batch, update)
+
+
 def read_losses(path: Path) -> list[dict]:
     """The rows of a log without the accuracies, which are of a process's own batch, whatever its size."""
     return [{name: value for name, value in row.items() if 'acc' not in name} for row in read_log(path)]
@@ -76,5 +87,5 @@ def stop_in_step(monkeypatch, number: int) -> list:
         if len(steps) == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return learning_rate(*args, **kwargs)
-    monkeypatch.setattr('models.engine.training.learning_rate', counted)
+    monkeypatch.setattr('models.engine.optim.learning_rate', counted)
     return steps

@@ -15,7 +15,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 import pretrain_dlip
 from bench.stress import same, workers_of
-from data.loader import Batches
+from data.loader import DistributedBatchSampler
 from models.engine.logs import read_log
 from models.weights.checkpoint import read_checkpoint
 from utils import ROOT
@@ -27,7 +27,7 @@ def test_two_processes_train_the_same_model_as_one(pretrained, tmp_path):
     settings = 'train.epochs=1', 'negative_all_rank=true', 'model.dropout=0.0'
     want = run(pretrain_dlip, config, tmp_path / 'one', *settings)
     got = run_on_two(config, tmp_path / 'two', *settings, 'train.batch_size=4')
-    for part in ('model', 'objective'):  # weights; momentum twin and queues
+    for part in ('model', 'objective'):  # weights; momentum encoder and queues
         for key, value in want[part].items():
             assert torch.allclose(got[part][key].float(), value.float(), atol=1e-4), key
     one, two = (read_log(tmp_path / name / 'steps.txt') for name in ('one', 'two'))
@@ -50,7 +50,7 @@ def test_accumulated_batches_train_the_same_model_as_one_large_batch(pretrained,
              run_on_two(config, tmp_path / 'both', *settings, 'train.batch_size=2', 'optim.grad_accum_steps=2')]
     for got in parts:
         assert {int(entry['step']) for entry in got['optimizer']['state'].values()} == {6}
-        for part in ('model', 'objective'):  # weights; momentum twin and queues
+        for part in ('model', 'objective'):  # weights; momentum encoder and queues
             for key, value in want[part].items():
                 assert torch.allclose(got[part][key].float(), value.float(), atol=1e-4), key
     one, *others = (read_losses(tmp_path / name / 'log.txt')[0] for name in ('one', 'four', 'both'))
@@ -63,7 +63,8 @@ def test_all_processes_stop_when_one_meets_too_many_broken_pictures(pretrained, 
     def edit(records):
         records *= 6
         (tmp_path / 'broken.jpg').write_bytes(b'')
-        for row in sum(Batches(len(records), 8, seed=1, epoch=0, start_step=0, rank=1, world_size=2), []):
+        sampler = DistributedBatchSampler(len(records), 8, seed=1, epoch=0, start_step=0, rank=1, world_size=2)
+        for row in sum(sampler, []):
             records[row] = records[row] | {'image_root': str(tmp_path / 'broken.jpg')}
     data = broken_set(scenes, tmp_path, edit)
     runs = joined(2, 'pretrain_dlip.py', *options(pretrained[0], tmp_path), f'data.train={data}')
@@ -105,22 +106,22 @@ def test_two_nodes_one_of_which_dies_and_comes_back(pretrained, tmp_path):
 
 
 def test_processes_exchange_gradients_once_an_update_and_agree_on_everything(pretrained, tmp_path):
-    """Weights, twin and queues are the same to the bit on both; buffers are not broadcast, no parameter is unused."""
+    """Weights, momentum encoder and queues are bit-identical; buffers are not broadcast, no parameter is unused."""
     config, _ = pretrained
     code = tmp_path / 'watched.py'
     code.write_text(f"""import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, pretrain_dlip
 from torch.nn.parallel import DistributedDataParallel as Parallel
-from models.engine.training import Run
-alone, quiet, end_epoch = [], Parallel.no_sync, Run.end_epoch
+from models.engine.run_state import RunState
+alone, quiet, end_epoch = [], Parallel.no_sync, RunState.end_epoch
 Parallel.no_sync = lambda self: alone.append(1) or quiet(self)
 def watched(self, *args):
-    net = self.parallel
+    net = self.model
     settings = net.find_unused_parameters, net.gradient_as_bucket_view, net.will_sync_module_buffers()
     torch.save([self.objective.state_dict(), settings, len(alone)], {str(tmp_path)!r} + f'/rank{{os.environ["RANK"]}}')
     end_epoch(self, *args)
-Run.end_epoch = watched
+RunState.end_epoch = watched
 pretrain_dlip.main()
 """)
     for done in joined(2, code, *options(config, tmp_path / 'out'), 'train.epochs=1', 'train.batch_size=4',

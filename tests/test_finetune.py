@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import NANO
 from processes import joined
 from pycocoevalcap.cider.cider import Cider
-from runs import run, stop_in_step, write_config
+from runs import losses_of, run, stop_in_step, write_config
 from test_losses import objective
 
 import train_dlip_caption_flickr
@@ -27,8 +27,8 @@ from models import losses
 from models.blip import BLIP, BLIPConfig
 from models.distill.teacher_captions import teacher_captions
 from models.engine.logs import read_log
+from models.engine.run_state import RunState
 from models.engine.self_critical import SelfCritical
-from models.engine.training import Run
 from models.generation import generate
 from models.momentum import NO_ID
 from models.tokenizer import Tokenizer
@@ -59,14 +59,14 @@ def with_teacher(folder, name, scenes, teachers, **changes):
     return write_config(folder, name, scenes, teacher__weights=str(teachers[name.split('_')[0]]), **changes)
 
 
-def test_a_finetune_goes_on_with_the_maps_of_the_stage_before(scenes, tmp_path):
+def test_a_finetune_goes_on_with_the_projections_of_the_stage_before(scenes, tmp_path):
     """From the student's width to the teacher's; at a rate of zero they are found again at its end."""
     config = write_config(tmp_path, 'caption_flickr', scenes, teacher__weights=str(ROOT / 'data/demo_teacher.pth'),
                           train__epochs=1, loss__decoder_hidden=1.0, loss__decoder_feat=1.0)
     first = run(train_dlip_caption_flickr, config, tmp_path / 'first', '--no_test')['objective']
     then = run(train_dlip_caption_flickr, config, tmp_path / 'then', '--no_test', 'optim.lr=0.0',
                f'model.init={tmp_path}/first/last.pth')['objective']
-    assert {'hidden.decoder_hidden.maps.2_6.weight', 'decoder_map.bias'} <= then.keys()
+    assert {'hidden.decoder_hidden.projs.2_6.weight', 'decoder_proj.bias'} <= then.keys()
     for name, value in then.items():
         assert torch.equal(value, first[name]), name
 
@@ -91,7 +91,7 @@ def test_a_retrieval_finetune_goes_on_with_momentum_encoder_and_queues(pretraine
     config = write_config(tmp_path, 'retrieval_flickr', scenes, train__epochs=1, model__image_size=64)
     starts = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, 'train_one_epoch', lambda run, *args: starts.append(copy.deepcopy(
+        patch.setattr(RunState, 'updates', lambda run, *args: starts.append(copy.deepcopy(
             run.objective.momentum)) or exit())
         for source, length in ((pretrained[1] / 'last.pth', 20), (tmp_path / 'original.pth', 30),
                                (tmp_path / 'original.pth', 8), (tmp_path / 'best.pth', 20),
@@ -148,7 +148,7 @@ def test_embeddings_are_regressed_on_unit_spheres_and_itm_on_the_same_pairs(smal
     drawn = []
     draw = net.draw_negatives
     net.draw_negatives = lambda *args: drawn.append(draw(*args)) or drawn[0]
-    out = net(images, ids, mask, torch.arange(4), 0.4, 0)
+    out = losses_of(net, images, ids, mask, torch.arange(4))
     tokens = [model.encode_image(images) for model in (net.student, net.teacher)]
     for name, features in (('image_feat', [m.image_feat(t) for m, t in zip((net.student, net.teacher), tokens,
                                                                             strict=True)]),
@@ -288,7 +288,7 @@ def test_the_mean_reward_rises(captioner, small_tokenizer, bf16):
     for step in range(40):
         torch.manual_seed(step)
         with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
-            out = net(images, None, None, torch.arange(4))
+            out = net(images, torch.arange(4))
         out['loss'].backward()
         if not step:
             assert all(p.grad is not None for p in net.parameters() if p.requires_grad)  # DDP waits for all

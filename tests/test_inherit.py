@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from models.blip import BLIP, BLIPConfig
 from models.distill.hidden import STREAMS
 from models.distill.objective import Objective
-from models.distill.start import init_maps
+from models.distill.start import init_projections
 from models.losses import cosine_loss
 from models.momentum import MomentumQueue
 from models.text import Attention
@@ -117,11 +117,11 @@ def test_a_channel_is_mapped_to_the_one_it_comes_from(nano):
     objective = Objective(nano, weights, (0, 1, 2), MomentumQueue(nano, 8, 0.9, teacher.config.embed_dim), teacher)
 
     def distance() -> float:
-        return float(cosine_loss(objective.token_map(nano.encode_image(images)), teacher.encode_image(images)))
+        return float(cosine_loss(objective.token_proj(nano.encode_image(images)), teacher.encode_image(images)))
     before = distance()
-    init_maps(objective, {'init': None, 'init_vision': 'teacher', 'init_text': 'teacher'}, teacher)
+    init_projections(objective, {'init': None, 'init_vision': 'teacher', 'init_text': 'teacher'}, teacher)
     assert distance() < before / 2
-    texts = [value for name, value in objective.maps.items() if value.ndim == 2 and 'vision' not in name][1:]
+    texts = [value for name, value in objective.projections.items() if value.ndim == 2 and 'vision' not in name][1:]
     assert len(texts) == 2 + 3 * nano.config.text_depth
     for value in texts:
         assert torch.equal(value[text_channels(nano, teacher)], torch.eye(32)) and value.sum() == 32

@@ -9,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from conftest import NANO
 from processes import joined
+from runs import losses_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models import losses
 from models.blip import BLIP, BLIPConfig
+from models.distill.batch import Batch, row_noise
 from models.distill.hidden import STREAMS, layer_pairs
 from models.distill.objective import Objective
 from models.distill.teacher import StoredTeacher
 from models.distill.terms import TEACHER_TERMS, TERMS
-from models.distill.update import MicroBatch, row_noise
 from models.momentum import NO_ID, MomentumQueue
 from utils import ROOT
 
@@ -136,7 +137,7 @@ def test_a_layer_that_is_not_there_is_named(chosen, message):
 # ---------------------------------------------------------------- the objective
 
 ACCURACIES = ('acc_i2t', 'acc_t2i')
-MAPPED = ('image_tokens', 'fused_feat', 'decoder_feat', *STREAMS)
+PROJECTED = ('image_tokens', 'fused_feat', 'decoder_feat', *STREAMS)
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def objective(tokenizer, weights, seed=0, teacher_width=48, **settings) -> Objec
 
 def test_every_trainable_parameter_gets_a_gradient(small_tokenizer, batch):
     net = objective(small_tokenizer, dict.fromkeys(TERMS, 1.0))
-    out = net(*batch, alpha=0.4, step_seed=0)
+    out = losses_of(net, *batch)
     assert set(out) == {*TERMS, *ACCURACIES, 'loss'} and all(torch.isfinite(value) for value in out.values())
     out['loss'].backward()
     trainable = {name: p for name, p in net.named_parameters() if p.requires_grad}
@@ -169,11 +170,11 @@ def test_every_trainable_parameter_gets_a_gradient(small_tokenizer, batch):
 @pytest.mark.parametrize('term', TERMS)
 def test_each_term_alone(small_tokenizer, batch, term):
     """A weight of 0 skips the other terms, and the value is the one it has among all of them."""
-    together = objective(small_tokenizer, dict.fromkeys(TERMS, 1.0))(*batch, 0.4, 0)
-    alone = objective(small_tokenizer, {term: 2.0})(*batch, 0.4, 0)
+    together = losses_of(objective(small_tokenizer, dict.fromkeys(TERMS, 1.0)), *batch)
+    alone = losses_of(objective(small_tokenizer, {term: 2.0}), *batch)
     assert set(alone) - set(ACCURACIES) == {term, 'loss'}
     assert torch.allclose(alone['loss'], 2 * alone[term])
-    if term not in MAPPED:  # their learned maps are drawn in another order
+    if term not in PROJECTED:  # their learned projections are drawn in another order
         assert torch.allclose(alone[term], together[term], rtol=1e-4)
 
 
@@ -214,7 +215,7 @@ def test_no_loss_computes_in_bfloat16(small_tokenizer, batch, monkeypatch, term)
     net = objective(small_tokenizer, {term: 1.0})
     called.clear()
     with torch.autocast('cpu', torch.bfloat16):
-        out = net(*batch, 0.4, 0)
+        out = losses_of(net, *batch)
         assert net.student.vision_proj(batch[0][:, 0]).dtype == torch.bfloat16
     assert called and not spy.seen
     assert all(value.dtype == torch.float32 for value in out.values())
@@ -233,18 +234,18 @@ def test_autocast_changes_no_contrastive_gradient():
 
 
 def test_a_student_equal_to_its_teacher_has_nothing_to_learn(small_tokenizer, batch):
-    terms = [t for t in TEACHER_TERMS if t not in (*MAPPED, 'ita_soft')]
+    terms = [t for t in TEACHER_TERMS if t not in (*PROJECTED, 'ita_soft')]
     net = objective(small_tokenizer, dict.fromkeys(terms, 1.0))
     net.frozen.model = net.student
-    out = net.eval()(*batch, 0.4, 0)
+    out = losses_of(net.eval(), *batch)
     assert all(abs(float(out[term].detach())) < 1e-5 for term in terms)
 
 
 def test_pads_change_no_loss(small_tokenizer, batch):
     images, ids, mask, sample_ids = batch
     net = objective(small_tokenizer, dict.fromkeys(TERMS, 1.0)).eval()
-    want = net(images, ids, mask, sample_ids, 0.4, 0)
-    got = net(images, F.pad(ids, (0, 5)), F.pad(mask, (0, 5)), sample_ids, 0.4, 0)
+    want = losses_of(net, images, ids, mask, sample_ids)
+    got = losses_of(net, images, F.pad(ids, (0, 5)), F.pad(mask, (0, 5)), sample_ids)
     for name, value in want.items():
         assert torch.allclose(value, got[name], rtol=1e-4, atol=1e-6), name
 
@@ -268,7 +269,8 @@ for names in [*((term,) for term in TERMS), *{PAIRS!r}]:
     parallel = DistributedDataParallel(net)
     batch = micro_batch('cpu')
     for step in range(2):  # the second finds out what the first waited for
-        parallel(*batch[:4], 0.4, step, net.prepare([batch]))['loss'].backward()
+        update, [prepared] = net.prepare([batch], 0.4, step)
+        parallel(prepared, update)['loss'].backward()
     print(names, sum(p.requires_grad for p in net.parameters()))
 """)
     for done in joined(2, code):
@@ -289,10 +291,10 @@ def test_what_no_term_reaches_is_frozen(small_tokenizer, batch, task, terms):
     stored = StoredTeacher(config, 0.07)
     frozen = [Objective(copy.deepcopy(student), dict.fromkeys(terms, 1.0), (2, 3, 4), momentum, source, prompt_length=2,
                         hidden_layers={'vision': [1]}) for source in (teacher, stored)]
-    assert 'vision_hidden' in terms or torch.equal(torch.get_rng_state(), state)  # its maps are drawn
+    assert 'vision_hidden' in terms or torch.equal(torch.get_rng_state(), state)  # its projections are drawn
     names = [{name for name, p in net.named_parameters() if p.requires_grad} for net in frozen]
     assert names[0] == names[1]
-    frozen[0](*batch, alpha=0.4, step_seed=0)['loss'].backward()
+    losses_of(frozen[0], *batch)['loss'].backward()
     assert {name for name, p in frozen[0].named_parameters() if p.grad is not None} == names[0]
 
 
@@ -312,8 +314,8 @@ def test_hidden_states_are_those_of_the_chosen_layers(small_tokenizer, batch, te
             term, model.text_encoder.layers)
         tower[layer].register_forward_hook(
             lambda module, inputs, out, layer=layer: seen.update({layer: out if term == 'vision_hidden' else out[0]}))
-    got = net(*batch, 0.4, 0)[term].detach()
-    want = losses.hidden_loss(net.hidden[term].maps['1_2'](seen[0]), seen[1])
+    got = losses_of(net, *batch)[term].detach()
+    want = losses.hidden_loss(net.hidden[term].projs['1_2'](seen[0]), seen[1])
     assert torch.allclose(got, want, atol=1e-6) and float(got) > 0.1
     assert term == 'vision_hidden' or len(seen[0]) == batch[2].sum()
     with pytest.raises(ValueError, match='the student has the layers 1 to 2, not 3'):
@@ -325,7 +327,7 @@ def test_layers_above_the_compared_ones_do_not_train(small_tokenizer, batch, ter
     """Nothing else reaches them: DDP would wait for their gradients."""
     weights = {term: 1.0, 'image_tokens': 1.0, 'lm': float(term == 'vision_hidden')}
     net = objective(small_tokenizer, weights, hidden_layers={'vision': [1], 'text': [1]})
-    net(*batch, alpha=0.4, step_seed=0)['loss'].backward()
+    losses_of(net, *batch)['loss'].backward()
     assert [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
@@ -333,7 +335,7 @@ def test_a_copied_layer_starts_at_its_teachers_states(small_tokenizer, batch):
     """Equal widths: the maps start as the identity."""
     net = objective(small_tokenizer, {'text_hidden': 1.0, 'decoder_hidden': 1.0}, teacher_width=32)
     net.frozen.model = net.student
-    out = net.eval()(*batch, 0.4, 0)
+    out = losses_of(net.eval(), *batch)
     assert all(abs(float(out[term].detach())) < 1e-5 for term in ('text_hidden', 'decoder_hidden'))
 
 
@@ -343,9 +345,9 @@ def test_a_copied_layer_starts_at_its_teachers_states(small_tokenizer, batch):
 def test_soft_targets_come_from_the_teachers_own_space(small_tokenizer, batch, change):
     """Its temperature and its features of the queue, not the student's (bug 4 of the original)."""
     net = objective(small_tokenizer, {'ita_soft': 1.0}).eval()
-    before = net(*batch, 0.4, 0)['ita_soft']
+    before = losses_of(net, *batch)['ita_soft']
     change(net)
-    assert not torch.isclose(net(*batch, 0.4, 0)['ita_soft'], before)
+    assert not torch.isclose(losses_of(net, *batch)['ita_soft'], before)
 
 
 @torch.no_grad()
@@ -353,20 +355,21 @@ def test_every_pass_starts_with_its_own_token(small_tokenizer, batch):
     """[CLS] embeds, [ENC] matches, [DEC] captions, whatever stands at position 0 of the batch."""
     for token, terms in (('cls_id', {'ita'}), ('enc_id', {'itm'}), ('bos_id', {'lm'})):
         net = objective(small_tokenizer, {'ita': 1.0, 'itm': 1.0, 'lm': 1.0}).eval()
-        before = net(*batch, 0.4, 0)
+        before = losses_of(net, *batch)
         setattr(net, token, 9)
-        after = net(*batch, 0.4, 0)
+        after = losses_of(net, *batch)
         assert {term for term in ('ita', 'itm', 'lm') if not torch.isclose(before[term], after[term])} >= terms
 
 
-def test_the_batch_is_enqueued_after_the_losses(small_tokenizer, batch):
+def test_an_update_is_enqueued_when_asked_for(small_tokenizer, batch):
     net = objective(small_tokenizer, {'ita': 1.0, 'ita_soft': 1.0}).train()
     before = net.momentum.image_queue.clone()
-    first = net(*batch, 0.4, 0)
+    update, _ = net.prepare([Batch(*batch, batch[2].sum(1).tolist())])
+    losses_of(net, *batch)
+    assert torch.equal(net.momentum.image_queue, before)
+    net.momentum.enqueue(update.ids, **update.own())
     assert net.momentum.id_queue[:4].tolist() == [0, 1, 2, 3] and int(net.momentum.pointer) == 4
     assert torch.equal(net.momentum.image_queue[4:], before[4:])
-    fresh = objective(small_tokenizer, {'ita': 1.0, 'ita_soft': 1.0}).eval()  # eval mode enqueues nothing
-    assert torch.allclose(first['ita'], fresh(*batch, 0.4, 0)['ita'])
 
 
 def test_without_a_queue_the_batch_is_compared_with_itself(small_tokenizer, batch):
@@ -375,10 +378,11 @@ def test_without_a_queue_the_batch_is_compared_with_itself(small_tokenizer, batc
     net = Objective(student, {'ita': 1.0, 'ita_soft': 1.0, 'itm': 1.0}, (2, 3, 4), MomentumQueue(student, 0, 0.9, 16),
                     copy.deepcopy(student)).train()
     assert not any('queue' in name or 'pointer' in name for name in net.state_dict())
-    update = net.prepare([MicroBatch(*batch)])
+    update, _ = net.prepare([Batch(*batch, batch[2].sum(1).tolist())])
     assert {len(rows) for rows in update.columns.values()} == {4} and len(update.column_ids) == 4
-    out = net(*batch, 0.4, 0)
-    assert math.isfinite(out['loss'].item()) and torch.equal(out['ita'], net(*batch, 0.4, 0)['ita'])  # nothing was kept
+    out = losses_of(net, *batch)
+    net.momentum.enqueue(update.ids, **update.own())  # keeps nothing
+    assert math.isfinite(out['loss'].item()) and torch.equal(out['ita'], losses_of(net, *batch)['ita'])
     assert 0 <= float(out['acc_i2t']) <= 1
 
 
@@ -391,7 +395,7 @@ def test_queue_wraps_at_any_batch_size(small_tokenizer):
     assert momentum.image_queue.argmax(1).tolist() == [10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
-def test_momentum_twin_starts_equal_and_follows(small_tokenizer, batch):
+def test_momentum_encoder_starts_equal_and_follows(small_tokenizer, batch):
     net = objective(small_tokenizer, {'ita': 1.0}).eval()
     images, ids, mask, _ = batch
     ids[:, 0] = small_tokenizer.cls_id

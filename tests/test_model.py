@@ -4,11 +4,12 @@
 import pytest
 import torch
 from conftest import NANO, TINY, golden, relative
+from runs import losses_of
 
 from models import losses
 from models.blip import BLIP, BLIPConfig
 from models.distill.objective import Objective
-from models.linear import packed
+from models.linear import unpadded
 from models.momentum import MomentumQueue
 from models.text import KVCache
 from models.weights.checkpoint import load_weights
@@ -73,9 +74,9 @@ def test_itm_and_lm_equal_the_original(bert_tokenizer, monkeypatch):
     model = load('pretrain_student_tiny.pth', 'pretrain', **size)
     drawn = torch.tensor(want['neg_idx'])  # the negatives that the original drew: images per text, texts per image
     objective = Objective(model, {'itm': 1, 'lm': 1}, start_ids(bert_tokenizer), MomentumQueue(model, 8, 0.9))
-    monkeypatch.setattr(objective, 'contrastive', lambda *args: (drawn[:4], drawn[4:]))
+    monkeypatch.setattr(objective, 'draw_negatives', lambda *args: (drawn[:4], drawn[4:]))
     ids, mask = bert_tokenizer(file['captions'], 30)
-    out = objective(file['images'], ids, mask, torch.arange(4), 0.0, 0)
+    out = losses_of(objective, file['images'], ids, mask, torch.arange(4))
     assert float(out['itm'].detach()) == pytest.approx(want['loss_itm'], rel=1e-4)
     assert float(out['lm'].detach()) == pytest.approx(want['loss_lm'], rel=1e-4)
     out['loss'].backward()  # gradients of the two terms reach every text parameter
@@ -154,7 +155,7 @@ def test_packed_texts_compute_the_same_without_their_pads(small_tokenizer, causa
     lengths = mask.sum(1).tolist()
     tokens = torch.randn(3, 5, NANO['vision_width'])
     found = []
-    for texts in (mask, packed(mask, lengths)):
+    for texts in (mask, unpadded(mask, lengths)):
         net.zero_grad()
         image_kv = net.project_image(tokens)
         out = net.text_encoder(ids, texts, causal, image_kv, want_maps=True, layers=[0, 1])

@@ -57,16 +57,14 @@ def finetuned(scenes, tmp_path_factory):
 
 
 @pytest.mark.parametrize('place, number, epoch', [
-    ('models.engine.training.learning_rate', 1, None),  # the first step: nothing was done yet
+    ('models.engine.optim.learning_rate', 1, None),  # the first step: nothing was done yet
     ('data.datasets.Captioned.__getitem__', 20, 0),  # loading the data
     ('train_dlip_caption_flickr.evaluate_captions', 1, 0),
     ('train_dlip_caption_flickr.evaluate_captions', 3, 1),  # two calls an epoch: beams and greedy
-    ('models.engine.logs.plot_curves', 1, 0),  # between the log and the checkpoint
+    ('models.engine.logger.plot_curves', 1, 0),  # between the log and the checkpoint
     ('models.engine.self_critical.generate_ids', 2, 2)])
 def test_a_signal_anywhere_loses_nothing(finetuned, tmp_path, monkeypatch, place, number, epoch):
     config, reference = finetuned
-    if place == 'models.engine.logs.plot_curves':
-        place = 'models.engine.training.plot_curves'
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         at_call(patch, place, number, terminate)
         run(train_dlip_caption_flickr, config, tmp_path, '--no_test')
@@ -89,14 +87,13 @@ def test_torchrun_is_ended_within_the_step(pretrained, tmp_path):
     code.write_text(f"""import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import pretrain_dlip
-from models.engine.training import Run
-step = Run.train_step
-def slow(self, *args):
+step = pretrain_dlip.train_step
+def slow(*args):
     with open({str(steps)!r}, 'a') as file:
         file.write('.')
     time.sleep(1)
-    return step(self, *args)
-Run.train_step = slow
+    return step(*args)
+pretrain_dlip.train_step = slow
 pretrain_dlip.main()
 """)
     small = ('train.batch_size=4', 'train.log_every=100', 'train.save_every=0')
@@ -137,7 +134,7 @@ def test_a_failing_evaluation_is_done_again_alone(scenes, tmp_path, monkeypatch)
         at_call(patch, 'train_dlip_retrieval_flickr.evaluate_retrieval', 2, fail)
         run(train_dlip_retrieval_flickr, config, tmp_path / 'out', '--no_test')
     steps = read_log(tmp_path / 'out/steps.txt')
-    monkeypatch.setattr('models.engine.training.Run.train_step', None)  # no step is made again
+    monkeypatch.setattr(train_dlip_retrieval_flickr, 'train_step', None)  # no step is made again
     got = run(train_dlip_retrieval_flickr, config, tmp_path / 'out', '--no_test')
     assert [part for part in PARTS if not same(got[part], want[part])] == []
     assert read_log(tmp_path / 'out/steps.txt') == steps
@@ -160,14 +157,12 @@ def test_a_nan_is_never_saved(pretrained, tmp_path, monkeypatch):
     before = run(pretrain_dlip, config, tmp_path, 'train.epochs=1')
     for spoil in (lambda run: run.student.visual_encoder.cls_token.data.fill_(float('nan')),
                   lambda run: next(iter(run.optimizer.state.values()))['exp_avg'].fill_(float('inf'))):
-        def update(self, spoil=spoil, update=pretrain_dlip.Run.update):
-            try:
-                return update(self)
-            finally:
-                spoil(self)
+        def spoiled(run, batches, spoil=spoil, train_step=pretrain_dlip.train_step):
+            losses = train_step(run, batches)
+            spoil(run)
+            return {name: value for name, value in losses.items() if value.isfinite()}
         with monkeypatch.context() as patch, pytest.raises(FloatingPointError, match='is not finite.* is not written'):
-            patch.setattr('models.engine.training.Run.update', update)
-            patch.setattr('models.engine.training.Run._check_finite', lambda self: None)
+            patch.setattr(pretrain_dlip, 'train_step', spoiled)
             run(pretrain_dlip, config, tmp_path)
         assert same(read_checkpoint(tmp_path / 'last.pth')['model'], before['model'])
 
@@ -262,7 +257,7 @@ def test_queues_without_the_teachers_features_are_not_used(pretrained, scenes, t
 def test_another_batch_size_goes_on_where_a_batch_of_it_ends(pretrained, tmp_path, monkeypatch):
     config, _ = pretrained
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        at_call(patch, 'models.engine.training.learning_rate', 3, terminate)
+        at_call(patch, 'models.engine.optim.learning_rate', 3, terminate)
         run(pretrain_dlip, config, tmp_path)
     assert read_checkpoint(tmp_path / 'last.pth')['batch'] == 3
     with pytest.raises(ValueError, match='train.batch_size 8 -> 16: the run stopped after 24 samples'):

@@ -21,7 +21,7 @@ from data.shards import ShardDataset, is_shards, list_shards
 from data.tars import count_images, read_shard
 from data.transforms import train_transform
 from models.engine.logs import read_log
-from models.engine.training import Run
+from models.engine.run_state import RunState
 from utils import ROOT
 
 TRANSFORM = train_transform(16, 0.5, True)
@@ -343,14 +343,14 @@ def test_a_run_from_shards_resumes_bit_exactly(scenes, tmp_path, monkeypatch):
     want = run(pretrain_dlip, config, tmp_path / 'whole')
     assert want['steps_per_epoch'] == len(dataset(source)) // 8 and (tmp_path / 'whole/samples.png').exists()
     assert read_log(tmp_path / 'whole/log.txt')[0]['train_loss'] > 0
-    saves, save = [], Run.save
+    saves, save = [], RunState.save
 
     def killed(self):
         save(self)
         saves.append(self.batch)
         if len(saves) == 2:
             raise KeyboardInterrupt
-    monkeypatch.setattr(Run, 'save', killed)
+    monkeypatch.setattr(RunState, 'save', killed)
     with pytest.raises(KeyboardInterrupt):
         run(pretrain_dlip, config, tmp_path / 'broken')
     monkeypatch.undo()

@@ -1,13 +1,15 @@
 """A training step on an accelerator: it queues its work without waiting, and compiles to the same numbers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import NANO
 
 from models.blip import BLIP, BLIPConfig
+from models.distill.batch import Batch
 from models.distill.objective import Objective
 from models.distill.terms import TERMS
-from models.distill.update import MicroBatch
 from models.momentum import MomentumQueue
 
 LENGTHS = [5, 12, 3, 9]
@@ -22,10 +24,10 @@ def objective(names=TERMS, depth: int = 2, dropout: float = 0.0) -> Objective:
     return Objective(student, dict.fromkeys(names, 1.0), (1, 2, 3), momentum, teacher, prompt_length=2).train()
 
 
-def micro_batch(device: str) -> MicroBatch:
+def micro_batch(device: str) -> Batch:
     mask = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).long()
     ids = torch.randint(4, 40, mask.shape) * mask
-    return MicroBatch(*(x.to(device) for x in (torch.randn(4, 3, 32, 32), ids, mask, torch.arange(4))), LENGTHS)
+    return Batch(*(x.to(device) for x in (torch.randn(4, 3, 32, 32), ids, mask, torch.arange(4))), LENGTHS)
 
 
 def test_a_step_reads_nothing_off_the_device():
@@ -33,13 +35,13 @@ def test_a_step_reads_nothing_off_the_device():
     with torch.device('meta'):
         terms = objective(dropout=0.1)
     batches = [micro_batch('meta') for _ in range(2)]
-    shared = terms.prepare(batches)
-    for part, batch in enumerate(batches):
-        out = terms(*batch[:4], 0.4, 0, shared, part)
+    update, batches = terms.prepare(batches, alpha=0.4)
+    for batch in batches:
+        out = terms(batch, update)
         assert out.keys() == {*TERMS, 'acc_i2t', 'acc_t2i', 'loss'}
         out['loss'].backward()
     with pytest.raises(RuntimeError, match='meta'):
-        terms.prepare([batches[0]._replace(lengths=None)])
+        out['loss'].item()
 
 
 def test_compiled_towers_compute_the_same():
@@ -55,12 +57,13 @@ def test_compiled_towers_compute_the_same():
     for net in (compiled.student, compiled.teacher):
         net.compile_towers(backend='aot_eager', fullgraph=True)
     first = micro_batch('cpu')
-    short = first._replace(ids=first.ids[:, :10].contiguous(), mask=first.mask[:, :10].contiguous())
+    short = replace(first, ids=first.ids[:, :10].contiguous(), mask=first.mask[:, :10].contiguous())
     for batch in (first, short):
         found = []
         for terms in (plain, compiled):
             terms.zero_grad()
-            out = terms(*batch[:4], 0.4, 0)
+            update, [prepared] = terms.prepare([batch], alpha=0.4)
+            out = terms(prepared, update)
             out['loss'].backward()
             found.append(({name: value.item() for name, value in out.items()},
                           [p.grad for p in terms.student.parameters()]))

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import NANO
-from runs import broken_set, read_losses, run, run_on_two, write_config
+from runs import broken_set, losses_of, read_losses, run, run_on_two, write_config
 
 import pretrain_dlip
 from data import target_store
@@ -20,7 +20,6 @@ from models.distill.objective import Objective
 from models.distill.teacher import StoredTeacher
 from models.distill.teacher_cache import READ_BY, answers, fields_of, top_k_classes
 from models.distill.terms import TEACHER_TERMS
-from models.distill.update import MicroBatch
 from models.momentum import MomentumQueue
 from utils import ROOT
 
@@ -90,18 +89,17 @@ def test_each_term_from_stored_answers(small_tokenizer, term):
     teacher.text_decoder.cls.predictions.bias[7:17] = torch.linspace(4, 8, 10)  # as sure as a trained one, others equal
     momentum = MomentumQueue(student, 10, 0.9, teacher.config.embed_dim)
     live = Objective(student, {term: 1.0}, starts, momentum, teacher).eval()
-    want = live(images, ids, mask, sample_ids, 0.4, 0)[term]
+    want = losses_of(live, images, ids, mask, sample_ids)[term]
     found = answers(teacher, images, ids, mask, starts, [term], 12)
     fields = fields_of([term], teacher.config, 12)
     rows = [{name: found[name][row].numpy().astype(dtype)[tuple(map(slice, target_store.sides(shape, tokens)))]
              for name, (dtype, shape) in fields.items()} for row, tokens in enumerate(mask.sum(1).tolist())]
     stood_for = Objective(student, {term: 1.0}, starts, momentum,
                           StoredTeacher(teacher.config, float(teacher.temp))).eval()
-    for name in ('token_map', 'fused_map', 'decoder_map'):  # the learned maps of the two are drawn apart
+    for name in ('token_proj', 'fused_proj', 'decoder_proj'):  # the learned projections of the two are drawn apart
         if hasattr(live, name):
             getattr(stood_for, name).load_state_dict(getattr(live, name).state_dict())
-    inputs = images, ids, mask, sample_ids
-    got = stood_for(*inputs, 0.4, 0, stood_for.prepare([MicroBatch(*inputs, None, pad_targets(rows))]))[term]
+    got = losses_of(stood_for, images, ids, mask, sample_ids, pad_targets(rows))[term]
     if term == 'itm_soft':
         with_enc = torch.cat([torch.full((4, 1), small_tokenizer.enc_id), ids[:, 1:]], 1)
         ours, theirs = (net.match_logits(with_enc, mask, net.project_image(net.encode_image(images)))

@@ -268,7 +268,7 @@ def test_a_dry_run_measures_and_writes_nothing(pretrained, scenes, tmp_path, cap
     out = tmp_path / 'out'
     pretrain_dlip.main(['--config', str(config), '--output_dir', str(out), '--device', 'cpu', '--dry_run'])
     printed = capsys.readouterr().out
-    for line in ('student 0.1M, momentum twin', '8 x 1 processes = 8 pairs', '7 x 2 epochs = 14', 'GiB free',
+    for line in ('student 0.1M, momentum encoder', '8 x 1 processes = 8 pairs', '7 x 2 epochs = 14', 'GiB free',
                  'GiB kept for the backward pass of a batch'):
         assert line in printed
     assert re.search(r'the whole run +[\d.]+ hours', printed) and not out.exists()

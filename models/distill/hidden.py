@@ -1,4 +1,4 @@
-"""Hidden-representation distillation: states of chosen layers beside the teacher's, through learned linear maps."""
+"""Hidden-representation distillation: states of chosen layers beside the teacher's, through learned projections."""
 
 import torch
 from torch import nn
@@ -41,32 +41,32 @@ def layer_pairs(chosen: list | None, depth: int, teacher_depth: int, tower: str)
     return pairs
 
 
-def map_name(ours: int, theirs: int) -> str:
-    """Of the map from a layer of the student to one of the teacher, as the config counts them."""
+def projection_name(ours: int, theirs: int) -> str:
+    """Name of the projection from a layer of the student to one of the teacher, as the config counts them."""
     return f'{ours + 1}_{theirs + 1}'
 
 
 class HiddenStates(nn.Module):
     """The hidden-state term of one pass (TinyBERT, Jiao et al. 2020, arXiv 1909.10351, equation 8).
 
-    Each chosen layer has a linear map from the student's width to the teacher's, which is the common width. The
-    teacher's side has no map: two that are trained towards each other meet at zero. Where the widths agree the map
-    starts as the identity, since layers that were inherited from the teacher speak its space already.
+    Each chosen layer is projected from the student's width to the teacher's, which is the common width. The teacher's
+    side is not projected: two projections trained towards each other would meet at zero. Where the widths agree the
+    projection starts as the identity, since layers inherited from the teacher already use its space.
     """
 
     def __init__(self, pairs: LayerPairs, width: int, teacher_width: int):
         super().__init__()
         self.pairs = pairs
         self.ours, self.theirs = map(sorted, map(set, zip(*pairs, strict=True)))  # layers to keep the states of
-        self.maps = nn.ModuleDict({map_name(*pair): Linear(width, teacher_width) for pair in pairs})
+        self.projs = nn.ModuleDict({projection_name(*pair): Linear(width, teacher_width) for pair in pairs})
         if width == teacher_width:
-            for linear in self.maps.values():
+            for linear in self.projs.values():
                 nn.init.eye_(linear.weight)
                 nn.init.zeros_(linear.bias)
 
     def forward(self, states: dict[int, torch.Tensor], teacher_states: dict[int, torch.Tensor],
                 mask: torch.Tensor | None = None) -> torch.Tensor:
         """Mean over the pairs of `losses.hidden_loss`; states by layer, [B, T, width] and [B, T, teacher_width]."""
-        values = [losses.hidden_loss(self.maps[map_name(*pair)](states[pair[0]]), teacher_states[pair[1]], mask)
+        values = [losses.hidden_loss(self.projs[projection_name(*pair)](states[pair[0]]), teacher_states[pair[1]], mask)
                   for pair in self.pairs]
         return sum(values) / len(values)

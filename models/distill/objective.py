@@ -1,10 +1,12 @@
-"""The losses of one batch: student, momentum encoder and (optionally) a frozen teacher.
+"""The loss of a batch: student, momentum encoder and (optionally) a frozen teacher.
 
-One module serves pre-training (ITA + ITM + LM + distillation) and both finetunes, which weigh fewer terms.
-It is what DistributedDataParallel wraps; every trainable parameter gets a gradient in every step.
+One module serves pre-training (ITA + ITM + LM + distillation) and both finetunes, which weigh fewer terms. It is what
+DistributedDataParallel wraps: every trainable parameter gets a gradient in every step. Each pass over the batch (image,
+both features, image-text matching, decoder) returns its terms by name.
 """
 
 import copy
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -12,12 +14,13 @@ from torch import nn
 
 from models import losses
 from models.blip import BLIP, concat_images, select_images
+from models.distill.batch import Batch, Update, pad_to, row_noise, token_share, with_start
 from models.distill.hidden import STREAMS, HiddenStates, layer_pairs
 from models.distill.teacher import LiveTeacher, StoredTeacher
 from models.distill.terms import CONTRASTIVE, DECODER, FUSED, TEACHER_FEATURES, TERMS, check_terms
-from models.distill.update import MicroBatch, Update, pad_to, row_noise, token_share, with_start
-from models.linear import Linear, Packed, packed
+from models.linear import Linear, Unpadded, unpadded
 from models.momentum import MomentumQueue
+from models.text import ImageKV
 from utils import all_gather, all_gather_grad, alone, rank, to_device, world_size
 
 
@@ -25,7 +28,7 @@ class Objective(nn.Module):
     """Args:
         student: the net to train.
         weights: weight per term of `TERMS`; 0 skips its computation.
-        momentum: encoder and queues, needed by the contrastive terms.
+        momentum: momentum encoder and queues, needed by the contrastive terms.
         teacher: needed by the distillation terms: a net, or what stands for one whose answers come with the batch.
         start_ids: the tokenizer's (cls_id, enc_id, bos_id).
         prompt_length: leading decoder tokens that carry no LM loss (4 for '[DEC] a picture of', 0 in pre-training).
@@ -52,11 +55,11 @@ class Objective(nn.Module):
         config = student.config
         if self.uses('image_tokens'):
             same = config.vision_width == teacher.config.vision_width  # then the student speaks the teacher's own space
-            self.token_map = nn.Identity() if same else Linear(config.vision_width, teacher.config.vision_width)
+            self.token_proj = nn.Identity() if same else Linear(config.vision_width, teacher.config.vision_width)
         if self.uses('fused_feat'):
-            self.fused_map = Linear(config.text_width, teacher.config.text_width)
+            self.fused_proj = Linear(config.text_width, teacher.config.text_width)
         if self.uses('decoder_feat'):
-            self.decoder_map = Linear(config.text_width, teacher.config.text_width)
+            self.decoder_proj = Linear(config.text_width, teacher.config.text_width)
         self.hidden = nn.ModuleDict()  # the hidden-state terms in use
         for term, tower in STREAMS.items():
             if self.uses(term):
@@ -79,10 +82,11 @@ class Objective(nn.Module):
             with torch.device('meta'):
                 copies[id(self.frozen)] = LiveTeacher(BLIP(self.frozen.config), self.frozen.layers)
         probe, size, length = copy.deepcopy(self, copies), self.student.config.image_size, self.prompt_length + 4
-        batch = MicroBatch(torch.zeros(2, 3, size, size, device='meta'), meta(2, length), meta(2, length), meta(2),
-                           [length, length - 1])
+        batch = Batch(torch.zeros(2, 3, size, size, device='meta'), meta(2, length), meta(2, length), meta(2),
+                      [length, length - 1])
         with alone(), torch.enable_grad(), torch.device('cpu'):
-            probe(*batch[:4], 0.5, 0, probe.prepare([batch]))['loss'].backward()
+            update, [batch] = probe.prepare([batch], alpha=0.5, seed=0)
+            probe(batch, update)['loss'].backward()
         for parameter, copied in zip(self.parameters(), probe.parameters(), strict=True):
             if copied.grad is None:
                 parameter.requires_grad_(False)
@@ -95,10 +99,10 @@ class Objective(nn.Module):
         return self.hidden[term].ours if self.uses(term) else []
 
     @property
-    def maps(self) -> dict[str, torch.Tensor]:
-        """Parameters of the learned linear maps to the teacher's width, by name."""
+    def projections(self) -> dict[str, torch.Tensor]:
+        """Parameters of the learned projections to the teacher's width, by name."""
         return {name: value for name, value in self.state_dict().items()
-                if name.startswith(('token_map.', 'fused_map.', 'decoder_map.', 'hidden.'))}
+                if name.startswith(('token_proj.', 'fused_proj.', 'decoder_proj.', 'hidden.'))}
 
     @property
     def teacher(self) -> BLIP | None:
@@ -106,186 +110,199 @@ class Objective(nn.Module):
         return getattr(self.frozen, 'model', None)
 
     @torch.no_grad()
-    def prepare(self, batches: list[MicroBatch]) -> Update:
-        """Encode what the micro-batches of an update share."""
-        targets, lengths, found, counts = [], [], [], []
-        for images, ids, mask, sample_ids, tokens, stored in batches:
-            targets.append(self.frozen.targets(images, stored) if self.frozen else None)
-            lengths.append(mask.sum(1).tolist() if tokens is None else tokens)
-            rows = {'ids': sample_ids}
+    def prepare(self, batches: list[Batch], alpha: float = 0.0, seed: int = 0) -> tuple[Update, list[Batch]]:
+        """Encode what the batches of an update share; returns it, and the batches with what the teacher says of them.
+
+        Args:
+            alpha: share of the momentum targets.
+            seed: of the hard negatives.
+        """
+        widths = all_gather(torch.tensor([[batch.ids.shape[1] for batch in batches]])).amax(0).tolist()
+        prepared, found, counts = [], [], []
+        for number, (batch, width) in enumerate(zip(batches, widths, strict=True)):
+            targets = self.frozen.targets(batch.images, batch.stored) if self.frozen else None
+            prepared.append(replace(batch, number=number, width=width, targets=targets))
+            rows = {'ids': batch.sample_ids}
             if self.uses(*CONTRASTIVE):
-                ids, texts = with_start(ids, self.cls_id), packed(mask, lengths[-1])
-                rows['image'], rows['text'] = self.momentum.encode(images, ids, texts)
+                ids, texts = with_start(batch.ids, self.cls_id), unpadded(batch.mask, batch.lengths)
+                rows['image'], rows['text'] = self.momentum.encode(batch.images, ids, texts)
                 if self.uses(*TEACHER_FEATURES):
-                    rows['teacher_image'], rows['teacher_text'] = targets[-1].features(ids, texts)
+                    rows['teacher_image'], rows['teacher_text'] = targets.features(ids, texts)
             found.append({name: all_gather(value) for name, value in rows.items()})
-            counts.append(all_gather(torch.stack([mask.sum(), mask[:, max(1, self.prompt_length):].sum()])[None]))
+            labels = batch.mask[:, max(1, self.prompt_length):]
+            counts.append(all_gather(torch.stack([batch.mask.sum(), labels.sum()])[None]))
         features = {name: torch.cat([rows[name] for rows in found]) for name in found[0]}
         ids = features.pop('ids')
         tokens, labels = torch.cat(counts).float().mean(0)
-        widths = all_gather(torch.tensor([[batch.ids.shape[1] for batch in batches]])).amax(0).tolist()
         columns = self.momentum.behind(id=ids, **features) if features else {}
         column_ids = columns.pop('id', None)
-        return Update(targets, lengths, widths, ids, columns, column_ids, tokens, labels)
+        return Update(ids, columns, column_ids, tokens, labels, alpha, seed), prepared
 
-    def forward(self, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, sample_ids: torch.Tensor,
-                alpha: float, step_seed: int, update: Update | None = None, part: int = 0) -> dict[str, torch.Tensor]:
-        """images [B, 3, S, S]; ids, mask [B, T] (position 0 is replaced as each pass needs); sample_ids [B].
-
-        Args:
-            update: of which this is micro-batch `part`; None: it is an update of its own.
+    def forward(self, batch: Batch, update: Update) -> dict[str, torch.Tensor]:
+        """The loss of a prepared batch.
 
         Returns:
             unweighted terms by name (scalars, float32), 'loss', their weighted sum, and of the contrastive terms
             'acc_i2t' and 'acc_t2i', the top-1 accuracy within the own batch (0 to 1, no part of the loss).
         """
-        if update is None:
-            update = self.prepare([MicroBatch(images, ids, mask, sample_ids)])
-        out: dict[str, torch.Tensor] = {}
-        targets, update.targets[part] = update.targets[part], None  # its tensors go with this micro-batch
-        tokens, states = self.student.encode_image(images, self.hidden_layers('vision_hidden'))
-        if self.uses('image_tokens'):
-            out['image_tokens'] = losses.cosine_loss(self.token_map(tokens), targets.image_tokens)
-        if self.uses('vision_hidden'):
-            out['vision_hidden'] = self.hidden['vision_hidden'](states, targets.image_states)
-        negatives, texts = None, packed(mask, update.lengths[part])
+        texts = unpadded(batch.mask, batch.lengths)
+        tokens, states = self.student.encode_image(batch.images, self.hidden_layers('vision_hidden'))
+        terms, negatives = self.image_terms(batch, tokens, states), None
         if self.uses(*CONTRASTIVE):
-            negatives = self.contrastive(out, targets, tokens, ids, texts, sample_ids, alpha, step_seed, update, part)
-        kv = self.student.project_image(tokens)
+            image_feat = self.student.image_feat(tokens)
+            text_feat, states = self.student.text_feat(with_start(batch.ids, self.cls_id), texts,
+                                                       self.hidden_layers('text_hidden'))
+            terms |= self.contrastive_terms(batch, update, image_feat, text_feat, states)
+            if self.uses('itm', 'itm_soft'):
+                negatives = self.draw_negatives(batch, update, image_feat, text_feat)
+        image_kv = self.student.project_image(tokens)
         if self.uses(*FUSED):
-            self.matching(out, targets, tokens, kv, ids, texts, negatives, update, part)
+            terms |= self.matching_terms(batch, update, tokens, image_kv, texts, negatives)
         if self.uses(*DECODER):
-            self.decoding(out, targets, kv, ids, texts, update, part)
-        out['loss'] = sum(weight * out[name] for name, weight in self.weights.items() if weight)
-        return out
+            terms |= self.decoder_terms(batch, update, image_kv, texts)
+        terms['loss'] = sum(weight * terms[name] for name, weight in self.weights.items() if weight)
+        return terms
 
-    def contrastive(self, out, targets, tokens, ids, texts: Packed, sample_ids, alpha, step_seed, update, part):
-        """ITA and the embedding terms; returns the hard negatives for the matching pass."""
-        student, momentum, columns = self.student, self.momentum, update.columns
-        image_feat = student.image_feat(tokens)
-        text_feat, states = student.text_feat(with_start(ids, self.cls_id), texts, self.hidden_layers('text_hidden'))
-        first = (part * world_size() + rank()) * len(ids)
-        own = {name: rows[first:first + len(ids)] for name, rows in columns.items()}
+    def image_terms(self, batch: Batch, tokens: torch.Tensor, states: dict[int, torch.Tensor]
+                    ) -> dict[str, torch.Tensor]:
+        """Distillation of the vision tower."""
+        terms = {}
+        if self.uses('image_tokens'):
+            terms['image_tokens'] = losses.cosine_loss(self.token_proj(tokens), batch.targets.image_tokens)
+        if self.uses('vision_hidden'):
+            terms['vision_hidden'] = self.hidden['vision_hidden'](states, batch.targets.image_states)
+        return terms
+
+    def contrastive_terms(self, batch: Batch, update: Update, image_feat: torch.Tensor, text_feat: torch.Tensor,
+                          states: dict[int, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """ITA, and the distillation of both features [B, E] and of the text-only pass."""
+        terms, columns, temp = {}, update.columns, self.student.temp
+        first = (batch.number * world_size() + rank()) * len(batch.ids)
+        own = {name: rows[first:first + len(batch.ids)] for name, rows in columns.items()}
         if self.uses('ita', 'ita_soft'):
-            out['acc_i2t'] = losses.top_1(image_feat, own['text'], sample_ids)
-            out['acc_t2i'] = losses.top_1(text_feat, own['image'], sample_ids)
+            terms['acc_i2t'] = losses.top_1(image_feat, own['text'], batch.sample_ids)
+            terms['acc_t2i'] = losses.top_1(text_feat, own['image'], batch.sample_ids)
         if self.uses('ita'):
-            out['ita'] = losses.ita_loss(image_feat, text_feat, own['image'], own['text'], columns['image'],
-                                         columns['text'], student.temp,
-                                         losses.positives(sample_ids, update.column_ids), alpha)
+            positives = losses.positives(batch.sample_ids, update.column_ids)
+            terms['ita'] = losses.ita_loss(image_feat, text_feat, own['image'], own['text'], columns['image'],
+                                           columns['text'], temp, positives, update.alpha)
         if self.uses('image_feat'):
-            out['image_feat'] = losses.cosine_loss(image_feat, own['teacher_image'])
+            terms['image_feat'] = losses.cosine_loss(image_feat, own['teacher_image'])
         if self.uses('text_feat'):
-            out['text_feat'] = losses.cosine_loss(text_feat, own['teacher_text'])
+            terms['text_feat'] = losses.cosine_loss(text_feat, own['teacher_text'])
         if self.uses('text_hidden'):
-            out['text_hidden'] = token_share(texts.mask, update.tokens) * self.hidden['text_hidden'](
-                states, targets.text_states, texts.mask)
+            terms['text_hidden'] = token_share(batch.mask, update.tokens) * self.hidden['text_hidden'](
+                states, batch.targets.text_states, batch.mask)
         if self.uses('ita_soft'):
-            out['ita_soft'] = losses.soft_ita_loss(
-                image_feat, text_feat, columns['image'], columns['text'], student.temp, own['teacher_image'],
+            terms['ita_soft'] = losses.soft_ita_loss(
+                image_feat, text_feat, columns['image'], columns['text'], temp, own['teacher_image'],
                 own['teacher_text'], columns['teacher_image'], columns['teacher_text'], self.frozen.temp)
-        negatives = None
-        if self.uses('itm', 'itm_soft'):
-            negatives = self.draw_negatives(image_feat, text_feat, sample_ids, step_seed, update, part)
-        if self.training and part == len(update.targets) - 1:  # last: an update must not meet itself in the queue
-            momentum.enqueue(update.ids, **{name: rows[:len(update.ids)] for name, rows in columns.items()})
-        return negatives
+        return terms
 
     @torch.no_grad()
-    def draw_negatives(self, image_feat, text_feat, sample_ids, step_seed, update, part):
+    def draw_negatives(self, batch: Batch, update: Update, image_feat: torch.Tensor, text_feat: torch.Tensor
+                       ) -> tuple[torch.Tensor, torch.Tensor]:
         """Index of a hard negative image per text and of a hard negative text per image, both [B].
 
-        They are of the same micro-batch, of this process or (`negative_all_rank`) of all of them: a negative image's
-        tokens need a gradient, which other micro-batches do not keep.
+        They are of the same batch, of this process or (`negative_all_rank`) of all of them: a negative image's tokens
+        need a gradient, which other batches of the update do not keep.
         """
-        size, first = len(sample_ids), rank() * len(sample_ids)
-        start, total = part * world_size() * size, world_size() * size
+        size, first = len(batch.ids), rank() * len(batch.ids)
+        start, total = batch.number * world_size() * size, world_size() * size
         pool = slice(start, start + total) if self.negative_all_rank else slice(start + first, start + first + size)
         ids = update.ids[pool]
-        noise = to_device(row_noise(step_seed, first, size, 2 * len(ids)), ids.device).chunk(2, 1)
+        noise = row_noise(update.seed + batch.number, first, size, 2 * len(ids))
         image_index, text_index = (
-            losses.hard_negatives(losses.similarity(rows, update.columns[name][pool], self.student.temp), sample_ids,
-                                  ids, own_noise)
-            for name, rows, own_noise in zip(('image', 'text'), (text_feat, image_feat), noise, strict=True))
+            losses.hard_negatives(losses.similarity(rows, update.columns[name][pool], self.student.temp),
+                                  batch.sample_ids, ids, own_noise)
+            for name, rows, own_noise in zip(('image', 'text'), (text_feat, image_feat),
+                                             to_device(noise, ids.device).chunk(2, 1), strict=True))
         return image_index, text_index
 
-    def matching(self, out, targets, tokens, kv, ids, texts: Packed, negatives, update, part):
-        """ITM on [pairs; text, negative image; negative text, image], one pass of 3B rows, and its distillation."""
-        batch, pairs, mask = len(ids), texts, texts.mask
-        ids = with_start(ids, self.enc_id)
-        image_index, foreign = torch.arange(batch, device=ids.device), None
-        own = image_index
+    def matching_terms(self, batch: Batch, update: Update, tokens: torch.Tensor, image_kv: ImageKV, texts: Unpadded,
+                       negatives: tuple[torch.Tensor, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+        """ITM on [pairs; text, negative image; negative text, image], one pass of 3B rows, and its distillation.
+
+        Without negatives it is a pass of the B pairs alone.
+        """
+        terms, size, pairs, mask = {}, len(batch.ids), texts, batch.mask
+        ids = with_start(batch.ids, self.enc_id)
+        own = image_index = torch.arange(size, device=ids.device)
+        remote = None  # rows of the global batch whose images follow the own ones
         if negatives is not None:
             image_negative, text_negative = negatives
             all_ids, all_mask = ids, mask
             if self.negative_all_rank and world_size() > 1:
-                all_ids, all_mask = (all_gather(pad_to(rows, update.widths[part])) for rows in (ids, mask))
-                foreign = image_negative
-                kv = concat_images(kv, self.student.project_image(all_gather_grad(tokens)[foreign]))
-                image_negative = own + batch
+                all_ids, all_mask = (all_gather(pad_to(rows, batch.width)) for rows in (ids, mask))
+                remote = image_negative
+                image_kv = concat_images(image_kv, self.student.project_image(all_gather_grad(tokens)[remote]))
+                image_negative = own + size
             width = all_ids.shape[1]
             ids = torch.cat([pad_to(ids, width), pad_to(ids, width), all_ids[text_negative]])
             mask = torch.cat([pad_to(mask, width), pad_to(mask, width), all_mask[text_negative]])
-            lengths = update.lengths[part]
-            pairs = packed(mask[:batch], lengths)
-            texts = packed(mask, lengths + lengths + batch * [width])  # those of the negatives the device alone knows
+            pairs = unpadded(mask[:size], batch.lengths)
+            # only the device knows the lengths of the negative texts: they keep their padding
+            texts = unpadded(mask, batch.lengths + batch.lengths + size * [width])
             image_index = torch.cat([own, image_negative, own])
         want_maps = self.uses('self_attn', 'cross_attn')
-        fused = self.student.text_encoder(ids, texts, image_kv=select_images(kv, image_index), want_maps=want_maps,
-                                          first_only=not want_maps, layers=self.hidden_layers('fused_hidden'))
+        fused = self.student.text_encoder(ids, texts, image_kv=select_images(image_kv, image_index),
+                                          want_maps=want_maps, first_only=not want_maps,
+                                          layers=self.hidden_layers('fused_hidden'))
         if negatives is not None:
             logits = self.student.itm_head(fused.hidden[:, 0])
             if self.uses('itm'):
-                out['itm'] = losses.itm_loss(logits)
+                terms['itm'] = losses.itm_loss(logits)
         if not self.uses('itm_soft', 'fused_feat', 'self_attn', 'cross_attn', 'fused_hidden'):
-            return
+            return terms
         if not self.uses('itm_soft'):  # then the teacher need not see the negatives
-            ids, texts, image_index, foreign = ids[:batch], pairs, own, None
-        target = targets.matching(ids, texts, image_index, foreign, want_maps)
+            ids, texts, image_index, remote = ids[:size], pairs, own, None
+        target = batch.targets.matching(ids, texts, image_index, remote, want_maps)
         if self.uses('itm_soft'):
-            out['itm_soft'] = losses.logit_kl_loss(logits[:len(target.logits)], target.logits)
+            terms['itm_soft'] = losses.logit_kl_loss(logits[:len(target.logits)], target.logits)
         if self.uses('fused_feat'):
-            out['fused_feat'] = losses.cosine_loss(self.fused_map(fused.hidden[:batch, 0]), target.hidden[:batch])
+            terms['fused_feat'] = losses.cosine_loss(self.fused_proj(fused.hidden[:size, 0]), target.hidden[:size])
         if self.uses('fused_hidden'):
-            states = ({layer: state[:batch] for layer, state in output.states.items()} for output in (fused, target))
-            out['fused_hidden'] = token_share(pairs.mask, update.tokens) * self.hidden['fused_hidden'](
+            states = ({layer: state[:size] for layer, state in output.states.items()} for output in (fused, target))
+            terms['fused_hidden'] = token_share(pairs.mask, update.tokens) * self.hidden['fused_hidden'](
                 *states, pairs.mask)
-        for term in ('self_attn', 'cross_attn'):
+        for term, map_name in (('self_attn', 'self_map'), ('cross_attn', 'cross_map')):
             if self.uses(term):
-                name = term.replace('attn', 'map')
-                out[term] = token_share(pairs.mask, update.tokens) * losses.attention_kl_loss(
-                    getattr(fused, name)[:batch], getattr(target, name)[:batch], pairs.mask)
+                terms[term] = token_share(pairs.mask, update.tokens) * losses.attention_kl_loss(
+                    getattr(fused, map_name)[:size], getattr(target, map_name)[:size], pairs.mask)
+        return terms
 
-    def decoding(self, out, targets, kv, ids, texts: Packed, update, part):
+    def decoder_terms(self, batch: Batch, update: Update, image_kv: ImageKV, texts: Unpadded
+                      ) -> dict[str, torch.Tensor]:
         """LM on the teacher-forced caption, and the distillation of the decoder."""
-        ids, before, mask = with_start(ids, self.bos_id), max(0, self.prompt_length - 1), texts.mask
+        terms, mask, before = {}, batch.mask, max(0, self.prompt_length - 1)
+        ids = with_start(batch.ids, self.bos_id)
         valid = mask[:, 1:].bool()  # positions whose next token carries a loss
         valid[:, :before] = False
         want_maps = self.uses('decoder_self_attn', 'decoder_cross_attn')
-        decoded = self.student.text_decoder.bert(ids, texts, causal=True, image_kv=kv, want_maps=want_maps,
+        decoded = self.student.text_decoder.bert(ids, texts, causal=True, image_kv=image_kv, want_maps=want_maps,
                                                  layers=self.hidden_layers('decoder_hidden'))
         hidden = decoded.hidden[:, :-1]
         share = token_share(valid, update.labels)
         if self.uses('lm', 'lm_logits'):
             # The head runs on those positions only. They are found on the host: a mask as index waits for the device.
-            rows = torch.tensor([row * valid.shape[1] + place for row, length in enumerate(update.lengths[part])
+            rows = torch.tensor([row * valid.shape[1] + place for row, length in enumerate(batch.lengths)
                                  for place in range(before, length - 1)], dtype=torch.long)
             rows = to_device(rows, ids.device)
             logits = self.student.text_decoder.logits(hidden.flatten(0, 1)[rows])
         if self.uses('lm'):
-            out['lm'] = share * losses.lm_loss(logits, ids[:, 1:].flatten()[rows])
+            terms['lm'] = share * losses.lm_loss(logits, ids[:, 1:].flatten()[rows])
         if not self.uses('lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn', 'decoder_hidden'):
-            return
-        target = targets.decoding(ids, texts, want_maps)
+            return terms
+        target = batch.targets.decoding(ids, texts, want_maps)
         if self.uses('lm_logits'):
-            out['lm_logits'] = share * targets.logit_loss(logits, target, rows)
+            terms['lm_logits'] = share * batch.targets.logit_loss(logits, target, rows)
         if self.uses('decoder_feat'):
-            out['decoder_feat'] = share * losses.cosine_loss(self.decoder_map(hidden), target.hidden, valid)
+            terms['decoder_feat'] = share * losses.cosine_loss(self.decoder_proj(hidden), target.hidden, valid)
         if self.uses('decoder_hidden'):
-            out['decoder_hidden'] = token_share(mask, update.tokens) * self.hidden['decoder_hidden'](
+            terms['decoder_hidden'] = token_share(mask, update.tokens) * self.hidden['decoder_hidden'](
                 decoded.states, target.states, mask)
-        for term in ('decoder_self_attn', 'decoder_cross_attn'):
+        for term, map_name in (('decoder_self_attn', 'self_map'), ('decoder_cross_attn', 'cross_map')):
             if self.uses(term):
-                name = term.removeprefix('decoder_').replace('attn', 'map')
-                out[term] = token_share(mask, update.tokens) * losses.attention_kl_loss(
-                    getattr(decoded, name), getattr(target, name), mask)
+                terms[term] = token_share(mask, update.tokens) * losses.attention_kl_loss(
+                    getattr(decoded, map_name), getattr(target, map_name), mask)
+        return terms

@@ -1,15 +1,38 @@
-"""How a run starts what trains beside the student: loss weights, projections to the teacher's width, momentum encoder
-and queues."""
+"""How a script builds its objective: loss weights, momentum encoder and queues, projections to the teacher's width."""
 
 import torch
 
 from models.blip import BLIP
 from models.distill.objective import Objective
+from models.distill.teacher import StoredTeacher
 from models.distill.terms import TEACHER_TERMS, asks_for_features
+from models.momentum import MomentumQueue
+from models.tokenizer import Tokenizer
 from models.weights.checkpoint import read_checkpoint
 from models.weights.inherit import image_channels, text_channels
 from models.weights.originals import momentum_state
 from utils import logger
+
+
+def build_objective(config: dict, student: BLIP, tokenizer: Tokenizer, source: BLIP | StoredTeacher | None,
+                    teacher: BLIP | None, prompt_length: int = 0) -> Objective:
+    """The objective of a script's config; with a block `ita` it has a momentum encoder and queues.
+
+    Args:
+        source: of the teacher's answers: the net, or the stored targets that stand for it.
+        teacher: the net of `teacher.weights`, which the student may have started from.
+        prompt_length: leading decoder tokens that carry no LM loss.
+    """
+    momentum, ita = None, config.get('ita')
+    if ita:
+        momentum = MomentumQueue(student, ita['queue_size'], ita['momentum'], source.config.embed_dim if source else 0)
+    objective = Objective(student, loss_weights(config['loss'], source),
+                          (tokenizer.cls_id, tokenizer.enc_id, tokenizer.bos_id), momentum, source, prompt_length,
+                          config.get('negative_all_rank', False), config['hidden_layers'])
+    init_projections(objective, config['model'], teacher)
+    if momentum:
+        init_momentum(objective, config)
+    return objective
 
 
 def loss_weights(loss: dict[str, float], teacher: BLIP | None) -> dict[str, float]:
@@ -20,26 +43,27 @@ def loss_weights(loss: dict[str, float], teacher: BLIP | None) -> dict[str, floa
     return {term: 0.0 if term in TEACHER_TERMS else weight for term, weight in loss.items()}
 
 
-def init_maps(objective: Objective, settings: dict, teacher: BLIP | None) -> None:
-    """Start the maps to the teacher's width where the student starts, or they first pull it away from what it knows.
+def init_projections(objective: Objective, settings: dict, teacher: BLIP | None) -> None:
+    """Start the projections to the teacher's width where the student starts: random ones would first pull it away from
+    what it knows.
 
-    After `model.init` they are those that its distillation had learned, where it holds any that fit; a narrower student
-    that inherits from the teacher has each of its channels mapped to the one that it comes from.
+    With `model.init` they are those learned in the stage before, as far as the file holds any that fit. For a narrower
+    student that inherits from the teacher, each channel is projected to the teacher's channel that it comes from.
     """
-    maps = objective.maps
-    if settings['init'] and maps:
+    projections = objective.projections
+    if settings['init'] and projections:
         learned = read_checkpoint(settings['init']).get('objective', {})
-        fitting = {name: learned[name] for name, value in maps.items()
+        fitting = {name: learned[name] for name, value in projections.items()
                    if name in learned and learned[name].shape == value.shape}
         objective.load_state_dict(fitting, strict=False)
-        logger.info("%d of %d parameters of the maps to the teacher's width from %s", len(fitting), len(maps),
-                    settings['init'])
+        logger.info("%d of %d parameters of the projections to the teacher's width from %s", len(fitting),
+                    len(projections), settings['init'])
         return
     for tower, channels in (('vision', image_channels), ('text', text_channels)):
         if settings.get(f'init_{tower}') == 'teacher':
             kept = channels(objective.student, teacher)
-            for name, value in maps.items():
-                if (tower == 'vision') == name.startswith(('token_map.', 'hidden.vision')):
+            for name, value in projections.items():
+                if (tower == 'vision') == name.startswith(('token_proj.', 'hidden.vision')):
                     value.zero_()
                     if value.ndim == 2:
                         value[kept, torch.arange(len(kept))] = 1

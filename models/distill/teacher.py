@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from data.target_store import LOWEST
 from models import losses
 from models.blip import BLIP, BLIPConfig, concat_images, select_images
-from models.linear import Packed
+from models.linear import Unpadded
 from utils import all_gather
 
 
@@ -117,22 +117,22 @@ class LiveTargets:
         return self.teacher.project_image(self.image_tokens)
 
     @asked
-    def features(self, ids: torch.Tensor, mask: torch.Tensor | Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    def features(self, ids: torch.Tensor, mask: torch.Tensor | Unpadded) -> tuple[torch.Tensor, torch.Tensor]:
         """ids, mask [B, T] starting with [CLS] -> unit-norm image and text features [B, embed_dim]"""
         text, self.text_states = self.teacher.text_feat(ids, mask, self.layers.get('text_hidden', ()))
         return self.teacher.image_feat(self.image_tokens), text
 
     @asked
-    def matching(self, ids: torch.Tensor, mask: torch.Tensor | Packed, image_index: torch.Tensor,
-                 foreign: torch.Tensor | None, want_maps: bool) -> Matched:
+    def matching(self, ids: torch.Tensor, mask: torch.Tensor | Unpadded, image_index: torch.Tensor,
+                 remote: torch.Tensor | None, want_maps: bool) -> Matched:
         """Texts [R, T] starting with [ENC], each with image `image_index` [R].
 
         Args:
-            foreign: rows of the global batch [F] whose images follow the own ones in that count.
+            remote: rows of the global batch [F] whose images follow the own ones in that count.
         """
         kv = self.image_kv
-        if foreign is not None:
-            more = self.teacher.project_image(all_gather(self.image_tokens)[foreign])
+        if remote is not None:
+            more = self.teacher.project_image(all_gather(self.image_tokens)[remote])
             kv = concat_images(kv, more)
         fused = self.teacher.text_encoder(ids, mask, image_kv=select_images(kv, image_index), want_maps=want_maps,
                                           first_only=not want_maps, layers=self.layers.get('fused_hidden', ()))
@@ -140,7 +140,7 @@ class LiveTargets:
         return Matched(hidden, self.teacher.itm_head(hidden), fused.self_map, fused.cross_map, fused.states)
 
     @asked
-    def decoding(self, ids: torch.Tensor, mask: torch.Tensor | Packed, want_maps: bool) -> Decoded:
+    def decoding(self, ids: torch.Tensor, mask: torch.Tensor | Unpadded, want_maps: bool) -> Decoded:
         """ids, mask [B, T] starting with [DEC]"""
         decoded = self.teacher.text_decoder.bert(ids, mask, causal=True, image_kv=self.image_kv, want_maps=want_maps,
                                                  layers=self.layers.get('decoder_hidden', ()))
@@ -178,10 +178,10 @@ class StoredTargets:
         self.stored = stored
         self.image_tokens = stored.get('image_tokens')
 
-    def features(self, ids: torch.Tensor, mask: torch.Tensor | Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    def features(self, ids: torch.Tensor, mask: torch.Tensor | Unpadded) -> tuple[torch.Tensor, torch.Tensor]:
         return self.stored['image_feat'].float(), self.stored['text_feat'].float()
 
-    def matching(self, ids, mask, image_index, foreign, want_maps) -> Matched:
+    def matching(self, ids, mask, image_index, remote, want_maps) -> Matched:
         found = [self.stored.get(name) for name in ('fused_hidden', 'itm_logits', 'self_map', 'cross_map')]
         if want_maps:  # texts of other processes may be longer than the own ones
             found[2:] = [self._widened(name, ids.shape[1]) for name in ('self_map', 'cross_map')]

@@ -33,10 +33,10 @@ from data.target_store import (
 )
 from data.transforms import normalise
 from models.blip import BLIP, BLIPConfig
+from models.distill.batch import with_start
 from models.distill.teacher import LiveTargets, StoredTeacher
 from models.distill.terms import DECODER, FUSED, TEACHER_TERMS
-from models.distill.update import with_start
-from models.linear import arithmetic, packed
+from models.linear import arithmetic, unpadded
 from models.tokenizer import Tokenizer
 from models.weights.checkpoint import fingerprint
 from utils import (
@@ -93,7 +93,7 @@ def answers(teacher: BLIP, images: torch.Tensor, ids: torch.Tensor, mask: torch.
             terms: list[str], top_k: int) -> dict[str, torch.Tensor]:
     """What the terms need of the teacher, as `Objective` asks it: the fields of B pairs, padded to T tokens."""
     cls_id, enc_id, bos_id = start_ids
-    targets, found, texts = LiveTargets(teacher, images), {}, packed(mask, mask.sum(1).tolist())
+    targets, found, texts = LiveTargets(teacher, images), {}, unpadded(mask, mask.sum(1).tolist())
 
     def uses(*names: str) -> bool:
         return any(name in terms for name in names)
@@ -175,7 +175,7 @@ def store_teacher(config: dict, teacher: BLIP | None, dataset: Captioned, tokeni
 
     Raises:
         ValueError: no teacher or folder is named, another run writes to the folder or it holds other targets, the disk
-            has no room, or too many pictures are broken.
+            has no room, or too many images are broken.
     """
     settings = config['teacher']
     if teacher is None or settings['cache'] is None:

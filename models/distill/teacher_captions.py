@@ -1,5 +1,5 @@
 """Sequence-level distillation (Kim and Rush 2016, arXiv 1606.07947): the teacher's beam captions of the training
-pictures, generated once, to train on beside the references. A student that learned them says greedily about what its
+images, generated once, to train on beside the references. A student that learned them says greedily about what its
 own beam search would say."""
 
 from pathlib import Path
@@ -18,10 +18,10 @@ from models.weights.checkpoint import fingerprint
 from utils import gather_objects, is_main, logger, progress, rank, world_size
 
 
-def teacher_captions(teacher: BLIP, tokenizer: Tokenizer, pictures: AnnotatedWhole, file: Path, *,
+def teacher_captions(teacher: BLIP, tokenizer: Tokenizer, dataset: AnnotatedWhole, file: Path, *,
                      device: torch.device | str = 'cpu', prompt: str, batch_size: int, workers: int,
                      **settings) -> dict[str, str]:
-    """The teacher's caption of each training picture by path, kept in a file that a later call goes on with.
+    """The teacher's caption of each training image by path, kept in a file that a later call goes on with.
 
     Launched on several processes, each captions its share of every block and the main one appends it. A picture that
     cannot be read has no caption. The file's first line says by whom and how the captions were made.
@@ -36,20 +36,20 @@ def teacher_captions(teacher: BLIP, tokenizer: Tokenizer, pictures: AnnotatedWho
     made_by = {'teacher': fingerprint(teacher), 'image_size': teacher.config.image_size, 'prompt': prompt, **settings}
     lines = JsonLines(file)
     done = gather_objects(read_captions(lines, made_by))[0]
-    names = [pictures.pair(i)[0] for i in range(len(pictures))]
+    names = [dataset.pair(i)[0] for i in range(len(dataset))]
     left = [i for i, name in enumerate(names) if name not in done]
-    logger.info('%s: %d of %d pictures have a caption of the teacher', file, len(names) - len(left), len(names))
+    logger.info('%s: %d of %d images have a caption of the teacher', file, len(names) - len(left), len(names))
     if is_main() and not done:
         lines.replace([made_by])
     block = batch_size * world_size()
     mine = [left[start + rank():start + block:world_size()] for start in range(0, len(left), block)]
-    batches = load(pictures, workers, list, batch_sampler=mine)
+    batches = load(dataset, workers, list, batch_sampler=mine)
     for indices, items in zip(progress(mine, desc='teacher captions'), batches, strict=True):
         said = {}
         if items:
             images = normalise(collate(items)['image'].to(device))
             texts = generate(teacher, tokenizer, images, prompt, **settings)
-            # in the place of a picture that cannot be read stands another one
+            # an image that cannot be read is replaced by another one
             said = {names[i]: text if item['id'] == i else None
                     for i, item, text in zip(indices, items, texts, strict=True)}
         said = {name: text for part in gather_objects(said) for name, text in part.items()}

@@ -12,7 +12,7 @@ from utils import logger
 PARTS = ('objective', 'optimizer', 'config', 'seed', 'epoch', 'batch', 'steps_per_epoch', 'world_size', 'meters')
 
 
-class Keeper:
+class CheckpointManager:
     """Args:
         folder: of the run.
         keep: checkpoints before the last that stay, as `epoch3_batch1000.pth`.

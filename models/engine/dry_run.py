@@ -1,14 +1,15 @@
-"""`--dry_run`: what a run will take, measured on a few of its steps."""
+"""`--dry_run`: what a run of an objective will take, measured on a few of its steps."""
 
 import shutil
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
 
 from models.engine.logs import memory_used
-from models.engine.training import Run
+from models.engine.run_state import RunState, in_groups
 from models.weights.build import count_parameters
 from utils import logger, world_size
 
@@ -59,34 +60,39 @@ def too_short(config: dict, pairs: int, updates: int) -> list[str]:
     return found
 
 
-def rehearse(run: Run, loader, max_tokens: int, prompt: str = '') -> None:
+def dry_run(run: RunState, loader, train_step: Callable[[RunState, list[dict]], dict]) -> None:
     """Train a few steps, write nothing, and print parameters, batch arithmetic, hours, memory and disk.
+
+    Args:
+        train_step: the script's own, of a step's batches.
 
     Raises:
         ValueError: the disk has no room for the run's checkpoints.
     """
     train, nets = run.config['train'], run.objective
     before, seconds, saved = memory_used(run.device), [], SavedTensors(nets)
-    run.parallel.train()
-    for number, batches in zip(range(STEPS + 1), run.updates(loader), strict=False):
+    run.model.train()
+    for number, batches in zip(range(STEPS + 1), in_groups(loader, run.accumulate), strict=False):
         started = time.perf_counter()
         batches = batches if number else batches[:1]  # of one batch what it keeps: accumulated ones do not add to it
         with nullcontext() if number else saved:
-            _, losses = run.train_step(batches, number * run.accumulate, max_tokens, prompt)
-        run.update()
+            losses = train_step(run, batches)
+        run.batch += len(batches)
+        for batch in batches:
+            run.log.bad_images.update(batch)
         losses['loss'].item()  # waits for the device
         seconds.append((time.perf_counter() - started) / len(batches))
     rate = statistics.median(seconds[1:] or seconds)
-    samples, batches = train['batch_size'] * world_size(), run.steps_per_epoch * train['epochs']
+    samples, batches = train['batch_size'] * world_size(), run.batches_per_epoch * train['epochs']
     moments = [value for state in run.optimizer.state.values() for value in state.values() if hasattr(value, 'nbytes')]
     size = sum(value.nbytes for value in [*nets.state_dict().values(), *moments]) / 2 ** 30
     copies = train['keep_checkpoints'] + 3  # the last, the best and one that is being written
     free = shutil.disk_usage(run.output_dir).free / 2 ** 30
-    parts = {'student': nets.student, 'momentum twin': nets.momentum, 'teacher': nets.teacher}
+    parts = {'student': nets.student, 'momentum encoder': nets.momentum, 'teacher': nets.teacher}
     rows = {'parameters': ', '.join(f'{name} {count_parameters(net) / 1e6:.1f}M' for name, net in parts.items() if net),
-            'a batch': f'{train["batch_size"]} x {world_size()} processes = {samples} pairs, with an update every '
+            'a batch': f'{train["batch_size"]} x {world_size()} processes = {samples} pairs, a step takes '
                        f'{samples * run.accumulate}',
-            'batches': f'{run.steps_per_epoch} x {train["epochs"]} epochs = {batches}',
+            'batches': f'{run.batches_per_epoch} x {train["epochs"]} epochs = {batches}',
             'first batch': f'{seconds[0]:.2f} s',
             'a batch after it': f'{rate:.2f} s ({samples / rate:.1f} pairs/s), loading not counted',
             'the whole run': f'{rate * batches / 3600:.1f} hours without evaluation',
@@ -94,10 +100,10 @@ def rehearse(run: Run, loader, max_tokens: int, prompt: str = '') -> None:
             'activations': f'{saved.bytes / 2 ** 30:.2f} GiB kept for the backward pass of a batch',
             'memory': f'{before:.2f} GiB before, {memory_used(run.device):.2f} GiB at most in a step',
             'disk': f'{copies} x {size:.2f} GiB of checkpoints at most, {free:.1f} GiB free',
-            'broken pictures': run.bad_images.check()}
-    for warning in too_short(run.config, samples * run.accumulate,
-                             run.updates_per_epoch * train['epochs']) if 'ita' in run.config else ():
-        logger.warning('%s', warning)
+            'broken images': run.log.bad_images.check()}
+    if 'ita' in run.config:
+        for warning in too_short(run.config, samples * run.accumulate, run.steps_per_epoch * train['epochs']):
+            logger.warning('%s', warning)
     logger.info('dry run: nothing was written\n%s', '\n'.join(f'  {name:<22}{value}' for name, value in rows.items()))
     if free < copies * size:
         raise ValueError(f'{run.output_dir} has {free:.1f} GiB free, the run needs {copies * size:.1f}: make room, '

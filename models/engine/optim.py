@@ -52,9 +52,24 @@ def parallel(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
                                    device_ids=[device] if device.type == 'cuda' else None)
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps_per_epoch: int, epochs: int, optim: dict
+                      ) -> None:
+    """Give the optimizer the learning rate of a step, counted from the start of the run; what starts from published
+    weights gets it times `optim.pretrained_lr_scale`."""
+    lr = learning_rate(step, steps_per_epoch, epochs, optim['lr'], optim['min_lr'], optim['warmup_steps'],
+                       optim['warmup_lr'], optim['lr_scheduler'], optim['lr_decay_rate'])
+    for group in optimizer.param_groups:
+        group['lr'] = lr * (optim.get('pretrained_lr_scale', 1) if group['pretrained'] else 1)
+
+
+def ramp(step: int, steps_per_epoch: int, value: float, epochs: float) -> float:
+    """`value`, reached linearly over the first epochs."""
+    return value * min(1.0, step / max(1, epochs * steps_per_epoch))
+
+
 def learning_rate(step: int, steps_per_epoch: int, epochs: int, lr: float, min_lr: float, warmup_steps: int,
                   warmup_lr: float, schedule: str, decay: float) -> float:
-    """Learning rate of an optimizer step: linear warm-up, then 'step' (lr * decay^epoch) or 'cosine' (to min_lr).
+    """Learning rate of a step: linear warm-up, then 'step' (lr * decay^epoch) or 'cosine' (to min_lr).
 
     'step' and 'cosine' are BLIP's `step_lr_schedule` and `cosine_lr_schedule`.
     """
@@ -72,7 +87,7 @@ def learning_rate(step: int, steps_per_epoch: int, epochs: int, lr: float, min_l
 def parameter_groups(model: torch.nn.Module, weight_decay: float,
                      pretrained: Callable[[str], bool] = lambda name: False) -> list[dict]:
     """AdamW groups: weight decay on matrices; none on biases, norms, the temperature and position embeddings. Each
-    group's `pretrained` says whether its parameters start from published weights, for which `set_lr` has a scale."""
+    group's `pretrained` says whether its parameters start from published weights (`optim.pretrained_lr_scale`)."""
     groups: dict[tuple[bool, bool], list] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -80,12 +95,6 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float,
             groups.setdefault((pretrained(name), bare), []).append(parameter)
     return [{'params': parameters, 'weight_decay': 0.0 if bare else weight_decay, 'pretrained': started}
             for (started, bare), parameters in sorted(groups.items())]
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float, pretrained_scale: float) -> None:
-    """Set every group's learning rate: `lr`, and `lr` times a scale for what starts from published weights."""
-    for group in optimizer.param_groups:
-        group['lr'] = lr * (pretrained_scale if group['pretrained'] else 1)
 
 
 def starts_pretrained(name: str, settings: dict) -> bool:

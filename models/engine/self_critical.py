@@ -13,17 +13,17 @@ from models.tokenizer import DEC, Tokenizer
 
 
 class SelfCritical(nn.Module):
-    """What a `Run` trains in that stage, in the place of an `Objective`.
+    """The loss of a batch of images: captions that the student samples, weighted by their rewards.
 
     The student should have no dropout: the probabilities must be those by which the captions were drawn.
 
     Args:
-        reward: (picture numbers, captions without the prompt, whether each came to its end) -> a reward of each.
-        samples: captions per picture, at least 2: each is compared with the mean of the others.
+        reward: (image numbers, captions without the prompt, whether each came to its end) -> a reward of each.
+        samples: captions per image, at least 2: each is compared with the mean of the others.
         max_length: tokens of a caption, the prompt's included.
     """
 
-    momentum = teacher = None
+    teacher = None
 
     def __init__(self, student: BLIP, tokenizer: Tokenizer, reward: Callable[[list, list, list], list[float]],
                  samples: int, prompt: str, max_length: int):
@@ -32,11 +32,8 @@ class SelfCritical(nn.Module):
         self.samples, self.max_length = samples, max_length
         self.prompt_ids = tokenizer([prompt], student.config.max_positions, DEC)[0][0, :-1]
 
-    def prepare(self, batches: list[tuple]) -> None:
-        """The batches of an update share nothing, other than those of an `Objective`."""
-
-    def forward(self, images: torch.Tensor, ids, mask, picture_ids: torch.Tensor, *unused) -> dict[str, torch.Tensor]:
-        """images [B, 3, S, S], picture_ids [B]; what else an `Objective` takes is not used, the captions neither.
+    def forward(self, images: torch.Tensor, image_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """images [B, 3, S, S], image_ids [B] (which `reward` knows them by).
 
         Returns:
             'loss' and the mean 'reward' (scalars, float32).
@@ -45,7 +42,7 @@ class SelfCritical(nn.Module):
         drawn, sampled = self.draw(tokens.detach())
         captions = self.tokenizer.batch_decode(drawn[:, len(self.prompt_ids):])
         ended = (drawn == self.tokenizer.sep_id).any(1).tolist()
-        numbers = picture_ids.repeat_interleave(self.samples).tolist()
+        numbers = image_ids.repeat_interleave(self.samples).tolist()
         rewards = torch.tensor(self.reward(numbers, captions, ended), device=images.device)
         log_probs = self.log_probs(tokens, drawn, sampled)
         loss = losses.self_critical_loss(log_probs, sampled, rewards.unflatten(0, (-1, self.samples)))

@@ -1,5 +1,5 @@
 """Build student and teacher from a config. Order of a start, as every script does it: (1) the run's own
-`last.pth` (models/engine/training.py), (2) `model.init`, (3) `init_vision` / `init_text`, (4) scratch."""
+`last.pth` (models/engine/run_state.py), (2) `model.init`, (3) `init_vision` / `init_text`, (4) scratch."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ def build_teacher(config: dict, tokenizer: Tokenizer, task: str) -> BLIP | None:
 
 
 def at_resolution(teacher: BLIP, image_size: int) -> BLIP:
-    """The teacher for pictures of another size: position embeddings resampled."""
+    """The teacher for images of another size: position embeddings resampled."""
     if teacher.config.image_size == image_size:
         return teacher
     return build(replace(teacher.config, image_size=image_size), teacher.state_dict(), 'the teacher', copy=False)

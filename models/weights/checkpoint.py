@@ -76,8 +76,21 @@ def read_checkpoint(source: str | os.PathLike, mmap: bool = True) -> dict:
     check_tensors(checkpoint['model'], source)
     if 'architecture' in checkpoint:
         check_parts(checkpoint, source)
-        return checkpoint
+        return with_current_names(checkpoint)
     return {key: checkpoint[key] for key in ('model', 'config') if key in checkpoint}  # what we know of another code's
+
+
+def with_current_names(checkpoint: dict) -> dict:
+    """A checkpoint of ours whose learned projections are called as they are now; earlier versions called them maps."""
+    def current(name: str) -> str:
+        name = re.sub(r'^(token|fused|decoder)_map\.', r'\1_proj.', name)
+        return re.sub(r'^(hidden\.\w+)\.maps\.', r'\1.projs.', name)
+
+    if isinstance(checkpoint.get('objective'), dict):
+        checkpoint['objective'] = {current(name): value for name, value in checkpoint['objective'].items()}
+    if isinstance(checkpoint.get('trained'), list):
+        checkpoint['trained'] = [current(name) for name in checkpoint['trained']]
+    return checkpoint
 
 
 def check_parts(checkpoint: dict, source: str | os.PathLike) -> None:

@@ -19,7 +19,7 @@ def model_card(model: BLIP, info: dict, folder: str = 'THIS_FOLDER') -> str:
              f'pipeline_tag: {"image-to-text" if "caption" in tasks else "feature-extraction"}', '---', '',
              f'# A {config.task} net of DLIP', '',
              f'{parameters:.1f}M parameters: ViT of {config.vision_depth} layers, {config.vision_width} wide, on '
-             f'{config.image_size} px pictures; BERT of {config.text_depth} layers, {config.text_width} wide. '
+             f'{config.image_size} px images; BERT of {config.text_depth} layers, {config.text_width} wide. '
              f'Architecture and key names are those of BLIP ([arXiv 2201.12086](https://arxiv.org/abs/2201.12086)), '
              f'distillation follows DLIP ([arXiv 2308.12956](https://arxiv.org/abs/2308.12956)).', '',
              '## Use', '', '```python', 'from prod import DLIPProd  # in the DLIP repository']

@@ -142,7 +142,7 @@ def write_config(config: BLIPConfig, tokenizer: Tokenizer, extra: dict) -> str:
 
 
 def write_folder(folder: str | os.PathLike, model: BLIP, tokenizer: Tokenizer, info: dict) -> None:
-    """Write a net with its tokenizer, picture settings and model card; each file appears whole or not at all.
+    """Write a net with its tokenizer, image settings and model card; each file appears whole or not at all.
 
     Args:
         info: `config`, `metrics` of the run that made it (kept in config.json and shown in the card).
@@ -161,12 +161,12 @@ def write_folder(folder: str | os.PathLike, model: BLIP, tokenizer: Tokenizer, i
     with replacing(folder / WEIGHT_FILES[0]) as part:
         save_file(weights, part, metadata={'format': 'pt'})
     tokenizer.save(folder)
-    pictures = {'image_processor_type': 'BlipImageProcessor', 'processor_class': 'BlipProcessor',
+    images = {'image_processor_type': 'BlipImageProcessor', 'processor_class': 'BlipProcessor',
                 'do_convert_rgb': True, 'do_resize': True, 'do_rescale': True, 'do_normalize': True,
                 'size': {'height': model.config.image_size, 'width': model.config.image_size}, 'resample': 3,
                 'rescale_factor': 1 / 255, 'image_mean': list(MEAN), 'image_std': list(STD)}
     for name, text in (('config.json', write_config(model.config, tokenizer, extra)),
-                       ('preprocessor_config.json', json.dumps(pictures, indent=2) + '\n'),
+                       ('preprocessor_config.json', json.dumps(images, indent=2) + '\n'),
                        ('README.md', model_card(model, info))):
         with atomic_write(folder / name) as file:
             file.write(text)
