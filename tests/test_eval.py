@@ -72,7 +72,7 @@ def files(flickr, tokenizer, tmp_path_factory) -> SimpleNamespace:
     for task in ('retrieval', 'caption'):
         config = YAML(typ='safe').load(ROOT / 'configs' / 'demo' / f'{task}_flickr.yaml')
         config['data']['root'] = str(flickr)
-        config['eval'] |= {'k_test': 4} if task == 'retrieval' else {'max_length': 12}
+        config['eval'] = config.get('eval', {}) | ({'k_test': 4} if task == 'retrieval' else {'max_length': 12})
         paths[f'{task}_config'] = str(folder / f'{task}.yaml')
         YAML(typ='safe').dump(config, folder / f'{task}.yaml')
     return SimpleNamespace(**paths)
