@@ -143,7 +143,7 @@ def test_a_failing_evaluation_is_done_again_alone(scenes, tmp_path, monkeypatch)
 
 def test_what_the_evaluation_cannot_do_is_said_before_training(scenes, tmp_path):
     config = write_config(tmp_path, 'caption_flickr', scenes)
-    with pytest.raises(ValueError, match=r'\(prompt\) < max_length'):
+    with pytest.raises(ValueError, match=r'\(prompt and prefix\) < max_length'):
         run(train_dlip_caption_flickr, config, tmp_path / 'out', 'data.prompt=a picture of a picture of ',
             'eval.max_length=6', 'eval.min_length=0')
     assert not (tmp_path / 'out/steps.txt').exists()
