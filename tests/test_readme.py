@@ -161,10 +161,13 @@ def test_train_evaluate_use(place, bert_tokenizer, monkeypatch, capsys):
     small = ['model.size=tests/sizes.yaml:nano', 'model.image_size=32', f'tokenizer={TESTS / "vocab.txt"}',
              'train.epochs=1', 'train.batch_size=4', 'data.num_workers=0']
     save = place / 'save'
-    run(*commands('pretrain_dlip.py'), place, ROOT, *small, f'teacher.weights={save}/model_base.pth',
-        'model.init_vision=null', 'ita.queue_size=64', f'data.train={place}/datadrive/dataloader/all.json')
+    distilled = *small, f'teacher.weights={save}/model_base.pth', 'model.init_vision=null'
+    run(*commands('configs/pretrain.yaml'), place, ROOT, *distilled, 'ita.queue_size=64',
+        f'data.train={place}/datadrive/dataloader/all.json')
     assert {'train_loss_ita', 'train_loss_lm_logits', 'train_loss_decoder_cross_attn', 'train_loss_fused_hidden'} <= \
         read_log(place / 'output/pretrain/log.txt')[0].keys()
+    run(*commands('configs/pretrain_folder.yaml'), place, ROOT, *distilled,
+        f'data.train={place}/datadrive/flickr30k')
     flickr = f'data.root={place}/datadrive/flickr30k'
     for script in ('train_dlip_retrieval_flickr.py', 'train_dlip_caption_flickr.py'):
         run(*commands(script), place, ROOT, *small, flickr, f'model.init={place}/output/pretrain/last.pth')
