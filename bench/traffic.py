@@ -29,6 +29,7 @@ import weakref
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
+from inspect import signature
 from unittest.mock import patch
 
 import torch
@@ -101,7 +102,9 @@ class AsOnGPU(TorchFunctionMode):
             return aten._scaled_dot_product_efficient_attention(
                 q, k, v, mask, torch.is_grad_enabled() and q.requires_grad, dropout)[0]
         if func is F.dropout:
-            x, p, training = args
+            call = signature(F.dropout).bind(*args, **kwargs)
+            call.apply_defaults()
+            x, p, training = call.args[:3]
             return aten.native_dropout(x, p, True)[0] if training and p else x
         if func is torch.Tensor.item:
             return self.width

@@ -174,6 +174,7 @@ def select_images(image_kv: ImageKV, image_index: torch.Tensor | None) -> ImageK
     return [(k[image_index], v[image_index]) for k, v in image_kv]
 
 
-def concat_images(image_kv: ImageKV, more: ImageKV) -> ImageKV:
-    """The keys and values of some images, followed by those of others."""
-    return [(torch.cat([k, k2]), torch.cat([v, v2])) for (k, v), (k2, v2) in zip(image_kv, more, strict=True)]
+def with_negatives(image_kv: ImageKV, negatives: ImageKV) -> ImageKV:
+    """Keys and values for matching 3 B texts: the first and the last B of them with the images of `image_kv` [B], those
+    between with the negative images' [B]."""
+    return [(*own, *other) for own, other in zip(image_kv, negatives, strict=True)]

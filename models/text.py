@@ -21,7 +21,8 @@ from models.vit import prefers_plain_attention
 
 LAYER_NORM_EPS = 1e-12  # BERT's
 # Per layer keys and values, each [images, heads, N, D]; or all of them in one tensor [layers, 2, images, heads, N, D].
-ImageKV = list[tuple[torch.Tensor, torch.Tensor]] | torch.Tensor
+# In matching with negatives, of each layer keys, values, and those of the negative images (`with_negatives`).
+ImageKV = list[tuple[torch.Tensor, ...]] | torch.Tensor
 
 
 class TextOutput(NamedTuple):
@@ -99,15 +100,32 @@ class Attention(nn.Module):
     def keys_values(self, memory: torch.Tensor, texts: Unpadded | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         return self.split(pad(self.self.key(memory), texts)), self.split(pad(self.self.value(memory), texts))
 
-    def forward(self, hidden: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None,
-                want_map: bool = False, texts: Unpadded | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, hidden: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *negatives: torch.Tensor,
+                mask: torch.Tensor | None = None, want_map: bool = False, texts: Unpadded | None = None
+                ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """hidden [R, T, width], or [M, width] of unpadded texts; k, v [R or images, heads, N, D]; mask bool, True = may
         attend.
+
+        With `negatives`, keys and values as well, the second third of the rows attends to them, and the first and the
+        last one to k and v: the images' keys and values are not copied for either.
+        """
+        q = self.split(pad(self.self.query(hidden), texts))
+        if negatives:
+            thirds = q.unflatten(0, (3, -1))
+            both = thirds[::2].permute(1, 2, 0, 3, 4).flatten(2, 3)  # [B, heads, 2 T, D]
+            context, log_map = map(in_thirds, self.attend(both, k, v, None, want_map),
+                                   self.attend(thirds[1], *negatives, None, want_map))
+        else:
+            context, log_map = self.attend(q, k, v, mask, want_map)
+        return self.output(unpad(context.transpose(1, 2).flatten(2), texts), hidden), log_map
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, want_map: bool
+               ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """q [R, heads, T, D] -> context [R, heads, T, D] and, where it is wanted, the log-map [R, heads, T, N].
 
         With fewer images than rows (R = images x group, rows of an image side by side), the rows of an image
         are folded into the query length, so that beams and texts share its keys and values without a copy.
         """
-        q = self.split(pad(self.self.query(hidden), texts))
         rows, _, length, _ = q.shape
         group = rows // k.shape[0]
         if group > 1:
@@ -128,8 +146,17 @@ class Attention(nn.Module):
         else:
             context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         if group > 1:
-            context = context.unflatten(2, (group, length)).transpose(1, 2).flatten(0, 1)
-        return self.output(unpad(context.transpose(1, 2).flatten(2), texts), hidden), log_map
+            context, log_map = (x if x is None else x.unflatten(2, (group, length)).transpose(1, 2).flatten(0, 1)
+                                for x in (context, log_map))
+        return context, log_map
+
+
+def in_thirds(both: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor | None:
+    """both [B, heads, 2 T, D], of the first and the last third, and other [B, heads, T, D] -> [3 B, heads, T, D]"""
+    if both is None:
+        return None
+    first, last = both.unflatten(2, (2, -1)).unbind(2)
+    return torch.cat([x.transpose(1, 2) for x in (first, other, last)]).transpose(1, 2)  # as attention lays it out
 
 
 class Intermediate(nn.Module):
@@ -156,7 +183,7 @@ class TextLayer(nn.Module):
             k, v = extend(k, v)
         if first_only:
             hidden, texts = pad(hidden, texts)[:, :1], None
-        hidden, self_map = self.attention(hidden, k, v, mask, want_maps, texts)
+        hidden, self_map = self.attention(hidden, k, v, mask=mask, want_map=want_maps, texts=texts)
         cross_map = None
         if image_kv is not None:
             hidden, cross_map = self.crossattention(hidden, *image_kv, want_map=want_maps, texts=texts)

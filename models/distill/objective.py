@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from models import losses
-from models.blip import BLIP, concat_images, select_images
+from models.blip import BLIP, select_images, with_negatives
 from models.distill.batch import Batch, Update, pad_to, row_noise, token_share, with_start
 from models.distill.hidden import STREAMS, HiddenStates, layer_pairs
 from models.distill.teacher import LiveTeacher, StoredTeacher
@@ -227,26 +227,22 @@ class Objective(nn.Module):
         """
         terms, size, pairs, mask = {}, len(batch.ids), texts, batch.mask
         ids = with_start(batch.ids, self.enc_id)
-        own = image_index = torch.arange(size, device=ids.device)
-        remote = None  # rows of the global batch whose images follow the own ones
+        images, from_all = None, self.negative_all_rank and world_size() > 1
         if negatives is not None:
-            image_negative, text_negative = negatives
-            all_ids, all_mask = ids, mask
-            if self.negative_all_rank and world_size() > 1:
+            images, text_negative = negatives
+            all_ids, all_mask, others = ids, mask, None
+            if from_all:
                 all_ids, all_mask = (all_gather(pad_to(rows, batch.width)) for rows in (ids, mask))
-                remote = image_negative
-                image_kv = concat_images(image_kv, self.student.project_image(all_gather_grad(tokens)[remote]))
-                image_negative = own + size
+                others = self.student.project_image(all_gather_grad(tokens)[images])
+            image_kv = with_negatives(image_kv, others or select_images(image_kv, images))
             width = all_ids.shape[1]
             ids = torch.cat([pad_to(ids, width), pad_to(ids, width), all_ids[text_negative]])
             mask = torch.cat([pad_to(mask, width), pad_to(mask, width), all_mask[text_negative]])
             pairs = unpadded(mask[:size], batch.lengths)
             # only the device knows the lengths of the negative texts: they keep their padding
             texts = unpadded(mask, batch.lengths + batch.lengths + size * [width])
-            image_index = torch.cat([own, image_negative, own])
         want_maps = self.uses('self_attn', 'cross_attn')
-        fused = self.student.text_encoder(ids, texts, image_kv=select_images(image_kv, image_index),
-                                          want_maps=want_maps, first_only=not want_maps,
+        fused = self.student.text_encoder(ids, texts, image_kv=image_kv, want_maps=want_maps, first_only=not want_maps,
                                           layers=self.hidden_layers('fused_hidden'))
         if negatives is not None:
             logits = self.student.itm_head(fused.hidden[:, 0])
@@ -255,8 +251,8 @@ class Objective(nn.Module):
         if not self.uses('itm_soft', 'fused_feat', 'self_attn', 'cross_attn', 'fused_hidden'):
             return terms
         if not self.uses('itm_soft'):  # then the teacher need not see the negatives
-            ids, texts, image_index, remote = ids[:size], pairs, own, None
-        target = batch.targets.matching(ids, texts, image_index, remote, want_maps)
+            ids, texts, images = ids[:size], pairs, None
+        target = batch.targets.matching(ids, texts, images, from_all, want_maps)
         if self.uses('itm_soft'):
             terms['itm_soft'] = losses.logit_kl_loss(logits[:len(target.logits)], target.logits)
         if self.uses('fused_feat'):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from data.target_store import LOWEST
 from models import losses
-from models.blip import BLIP, BLIPConfig, concat_images, select_images
+from models.blip import BLIP, BLIPConfig, select_images, with_negatives
 from models.linear import Unpadded
 from utils import all_gather
 
@@ -123,19 +123,20 @@ class LiveTargets:
         return self.teacher.image_feat(self.image_tokens), text
 
     @asked
-    def matching(self, ids: torch.Tensor, mask: torch.Tensor | Unpadded, image_index: torch.Tensor,
-                 remote: torch.Tensor | None, want_maps: bool) -> Matched:
-        """Texts [R, T] starting with [ENC], each with image `image_index` [R].
+    def matching(self, ids: torch.Tensor, mask: torch.Tensor | Unpadded, negatives: torch.Tensor | None,
+                 from_all: bool, want_maps: bool) -> Matched:
+        """Texts starting with [ENC], [B, T] of the pairs, or [3 B, T], of which the second third meets other images.
 
         Args:
-            remote: rows of the global batch [F] whose images follow the own ones in that count.
+            negatives: those images' rows [B] in this batch, or (`from_all`) in that of all processes.
         """
         kv = self.image_kv
-        if remote is not None:
-            more = self.teacher.project_image(all_gather(self.image_tokens)[remote])
-            kv = concat_images(kv, more)
-        fused = self.teacher.text_encoder(ids, mask, image_kv=select_images(kv, image_index), want_maps=want_maps,
-                                          first_only=not want_maps, layers=self.layers.get('fused_hidden', ()))
+        if negatives is not None:
+            others = self.teacher.project_image(all_gather(self.image_tokens)[negatives]) if from_all else \
+                select_images(kv, negatives)
+            kv = with_negatives(kv, others)
+        fused = self.teacher.text_encoder(ids, mask, image_kv=kv, want_maps=want_maps, first_only=not want_maps,
+                                          layers=self.layers.get('fused_hidden', ()))
         hidden = fused.hidden[:, 0]
         return Matched(hidden, self.teacher.itm_head(hidden), fused.self_map, fused.cross_map, fused.states)
 
@@ -181,7 +182,7 @@ class StoredTargets:
     def features(self, ids: torch.Tensor, mask: torch.Tensor | Unpadded) -> tuple[torch.Tensor, torch.Tensor]:
         return self.stored['image_feat'].float(), self.stored['text_feat'].float()
 
-    def matching(self, ids, mask, image_index, remote, want_maps) -> Matched:
+    def matching(self, ids, mask, negatives, from_all, want_maps) -> Matched:
         found = [self.stored.get(name) for name in ('fused_hidden', 'itm_logits', 'self_map', 'cross_map')]
         if want_maps:  # texts of other processes may be longer than the own ones
             found[2:] = [self._widened(name, ids.shape[1]) for name in ('self_map', 'cross_map')]

@@ -103,8 +103,7 @@ def answers(teacher: BLIP, images: torch.Tensor, ids: torch.Tensor, mask: torch.
     if uses('ita_soft', 'image_feat', 'text_feat'):
         found['image_feat'], found['text_feat'] = targets.features(with_start(ids, cls_id), texts)
     if uses(*FUSED):
-        pairs = torch.arange(len(ids), device=ids.device)
-        matched = targets.matching(with_start(ids, enc_id), texts, pairs, None, uses('self_attn', 'cross_attn'))
+        matched = targets.matching(with_start(ids, enc_id), texts, None, False, uses('self_attn', 'cross_attn'))
         found |= {'fused_hidden': matched.hidden, 'itm_logits': matched.logits, 'self_map': matched.self_map,
                   'cross_map': matched.cross_map}
     if uses(*DECODER):
