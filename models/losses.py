@@ -11,6 +11,7 @@ from functools import wraps
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 IGNORE = -100  # label of a position that carries no loss
 
@@ -126,6 +127,20 @@ def lm_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float =
     loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE,
                            label_smoothing=label_smoothing, reduction='sum')
     return loss / (labels != IGNORE).sum().clamp(min=1)
+
+
+def in_chunks(function, size: int, *rows: torch.Tensor) -> torch.Tensor:
+    """`function(*rows)`, a tensor of means over M rows, from chunks of at most `size` rows.
+
+    More than one are computed again for the backward pass, so that what a row makes large, logits over a vocabulary,
+    is never held for all rows at once.
+    """
+    count = len(rows[0])
+    if count <= size:
+        return function(*rows)
+    parts = zip(*(x.split(size) for x in rows), strict=True)
+    return sum(checkpoint(function, *part, use_reentrant=False, preserve_rng_state=False) * (len(part[0]) / count)
+               for part in parts)
 
 
 @in_float32

@@ -23,6 +23,8 @@ from models.momentum import MomentumQueue
 from models.text import ImageKV
 from utils import all_gather, all_gather_grad, alone, rank, to_device, world_size
 
+LOGITS = 2 ** 25  # over the vocabulary, that are held at once
+
 
 class Objective(nn.Module):
     """Args:
@@ -50,6 +52,7 @@ class Objective(nn.Module):
         self.cls_id, self.enc_id, self.bos_id = start_ids
         self.prompt_length = prompt_length
         self.negative_all_rank = negative_all_rank
+        self.lm_loss, self.logit_kl_loss = losses.lm_loss, losses.logit_kl_loss
         check_terms({term for term in TERMS if self.uses(term)}, student.config, teacher and teacher.config,
                     momentum is not None)
         config = student.config
@@ -90,6 +93,18 @@ class Objective(nn.Module):
         for parameter, copied in zip(self.parameters(), probe.parameters(), strict=True):
             if copied.grad is None:
                 parameter.requires_grad_(False)
+
+    def compile_parts(self, **options) -> None:
+        """torch.compile of the layers of all nets, and of the losses over the vocabulary.
+
+        Args:
+            options: torch.compile's.
+        """
+        for net in (self.student, self.teacher, self.momentum):
+            if net is not None:
+                net.compile_towers(**options)
+        self.lm_loss, self.logit_kl_loss = (torch.compile(function, dynamic=True, **options)
+                                            for function in (losses.lm_loss, losses.logit_kl_loss))
 
     def uses(self, *terms: str) -> bool:
         return any(self.weights[term] for term in terms)
@@ -279,19 +294,28 @@ class Objective(nn.Module):
                                                  layers=self.hidden_layers('decoder_hidden'))
         hidden = decoded.hidden[:, :-1]
         share = token_share(valid, update.labels)
-        if self.uses('lm', 'lm_logits'):
+        target = None
+        if self.uses('lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn', 'decoder_hidden'):
+            target = batch.targets.decoding(ids, texts, want_maps)
+        names = [term for term in ('lm', 'lm_logits') if self.uses(term)]
+        if names:
             # The head runs on those positions only. They are found on the host: a mask as index waits for the device.
             rows = torch.tensor([row * valid.shape[1] + place for row, length in enumerate(batch.lengths)
                                  for place in range(before, length - 1)], dtype=torch.long)
             rows = to_device(rows, ids.device)
-            logits = self.student.text_decoder.logits(hidden.flatten(0, 1)[rows])
-        if self.uses('lm'):
-            terms['lm'] = share * losses.lm_loss(logits, ids[:, 1:].flatten()[rows])
-        if not self.uses('lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn', 'decoder_hidden'):
+
+            def next_tokens(hidden, labels, rows):
+                logits, values = self.student.text_decoder.logits(hidden), []
+                if 'lm' in names:
+                    values.append(self.lm_loss(logits, labels))
+                if 'lm_logits' in names:
+                    values.append(batch.targets.logit_loss(logits, target, rows, self.logit_kl_loss))
+                return torch.stack(values)
+            values = losses.in_chunks(next_tokens, max(1, LOGITS // self.student.config.vocab_size),
+                                      hidden.flatten(0, 1)[rows], ids[:, 1:].flatten()[rows], rows)
+            terms |= zip(names, share * values, strict=True)
+        if target is None:
             return terms
-        target = batch.targets.decoding(ids, texts, want_maps)
-        if self.uses('lm_logits'):
-            terms['lm_logits'] = share * batch.targets.logit_loss(logits, target, rows)
         if self.uses('decoder_feat'):
             terms['decoder_feat'] = share * losses.cosine_loss(self.decoder_proj(hidden), target.hidden, valid)
         if self.uses('decoder_hidden'):
