@@ -99,19 +99,8 @@ class BLIP(nn.Module):
         return self.visual_encoder.cls_token.dtype
 
     def compile_towers(self, **options) -> None:
-        """torch.compile of the towers' layers, in place. Equal layers share a compiled form, and texts of every length
-        do; forms of whole towers would not be faster, and take several times as long to compile.
-
-        Args:
-            options: torch.compile's.
-        """
-        # A layer has a form for each kind of pass of teacher and student: with more than 8 nothing is wrong.
-        torch._dynamo.config.recompile_limit = 64
-        for block in self.visual_encoder.blocks:
-            block.compile(**options)
-        for tower in (self.text_encoder, self.text_decoder and self.text_decoder.bert):
-            for layer in tower.layers if tower is not None else ():
-                layer.compile(dynamic=True, **options)
+        """`compile_layers` of all towers."""
+        compile_layers(self.visual_encoder, self.text_encoder, self.text_decoder and self.text_decoder.bert, **options)
 
     def encode_image(self, images: torch.Tensor, layers: Collection[int] | None = None):
         """images [B, 3, S, S] normalised float -> image tokens [B, N, vision_width]
@@ -163,6 +152,22 @@ class BLIP(nn.Module):
 def build_text_tower(config: BLIPConfig, cross_attention: bool = True) -> TextTower:
     return TextTower(config.vocab_size, config.text_width, config.text_depth, config.text_heads, config.text_ffn,
                      config.vision_width if cross_attention else 0, config.dropout, config.max_positions)
+
+
+def compile_layers(vision: VisionTower, *texts: TextTower | None, **options) -> None:
+    """torch.compile of the towers' layers, in place. Equal layers share a compiled form, and texts of every length do;
+    forms of whole towers would not be faster, and take several times as long to compile.
+
+    Args:
+        options: torch.compile's.
+    """
+    # A layer has a form for each kind of pass of teacher and student: with more than 8 nothing is wrong.
+    torch._dynamo.config.recompile_limit = 64
+    for block in vision.blocks:
+        block.compile(**options)
+    for tower in texts:
+        for layer in tower.layers if tower is not None else ():
+            layer.compile(dynamic=True, **options)
 
 
 def select_images(image_kv: ImageKV, image_index: torch.Tensor | None) -> ImageKV:

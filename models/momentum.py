@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.blip import BLIP, build_text_tower
+from models.blip import BLIP, build_text_tower, compile_layers
 from models.linear import Linear, Unpadded
 from models.vit import VisionTower, resample_positions
 
@@ -45,6 +45,10 @@ class MomentumQueue(nn.Module):
                 self.register_buffer(name, F.normalize(torch.randn(queue_size, dim), dim=1))
             self.register_buffer('id_queue', torch.full((queue_size,), NO_ID))
             self.register_buffer('pointer', torch.zeros((), dtype=torch.long))
+
+    def compile_towers(self, **options) -> None:
+        """`models.blip.compile_layers` of both towers."""
+        compile_layers(self.visual_encoder, self.text_encoder, **options)
 
     def pairs(self, student: BLIP) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The momentum encoder's parameters and the student's of the same names."""

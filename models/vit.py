@@ -5,8 +5,9 @@ from collections.abc import Collection
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,6 +30,19 @@ class CheckpointedBlock(Block):
         return super().forward(*args, **kwargs)
 
 
+class PlainAttention(Attention):
+    """timm's attention without its options, which a block passes all the same. Queries, keys and values stay where the
+    product puts them, and so do their gradients, which timm's way copies once more."""
+
+    def forward(self, x: torch.Tensor, **_) -> torch.Tensor:
+        q, k, v = (part.transpose(1, 2) for part in self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2))
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:
+            x = ((q * self.scale) @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
 class VisionTower(VisionTransformer):
     """images [B, 3, S, S] -> tokens [B, 1 + (S / patch)^2, width]; token 0 is the class token.
 
@@ -45,6 +59,8 @@ class VisionTower(VisionTransformer):
                          num_heads=heads, num_classes=0, block_fn=CheckpointedBlock, weight_init='skip',
                          norm_layer=partial(LayerNorm, eps=eps))
         Linear.take_over(self)
+        for block in self.blocks:
+            block.attn.__class__ = PlainAttention
         if not self.cls_token.is_meta:
             self.scratch_init(image_size // patch_size)
         for block in self.blocks[max(0, depth - checkpoint_layers):]:
