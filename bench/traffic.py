@@ -30,6 +30,8 @@ from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from inspect import signature
+from itertools import count as count_from
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -54,8 +56,8 @@ from models.distill.hidden import HiddenStates
 from models.distill.objective import Objective
 from models.engine.optim import build_optimizer
 from models.momentum import MomentumQueue
-from models.text import LMHead, TextTower
-from models.vit import VisionTower
+from models.text import LMHead, TextLayer, TextTower
+from models.vit import CheckpointedBlock, VisionTower
 from models.weights.checkpoint import architecture
 from utils import clean_exit
 
@@ -65,6 +67,9 @@ FREE = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.ne
 WRITES = {aten.zeros, aten.zeros_like, aten.ones, aten.ones_like, aten.full, aten.full_like, aten.new_zeros,
           aten.new_full, aten.new_ones, aten.fill_, aten.zero_, aten.arange, aten.rand, aten.scalar_tensor}
 GATHERS = {aten.index, aten.index_select, aten.gather, aten.embedding}  # read the rows they return
+UNFUSED = {aten.addmm, aten.mm, aten.bmm, aten.convolution, aten.convolution_backward, aten.index_copy, aten.index_put,
+           aten.embedding_dense_backward, aten._scaled_dot_product_efficient_attention,
+           aten._scaled_dot_product_efficient_attention_backward}  # what torch.compile leaves a kernel of its own
 TENSORS_PER_KERNEL, CHUNKS_PER_KERNEL, CHUNK = 110, 320, 65536  # of torch's multi_tensor_apply
 LINKS = {'NVLink': 300e9, '100 Gb/s Ethernet': 11e9}  # bytes a second that a GPU can send, of H100s and of a node
 GIB = 2 ** 30
@@ -77,6 +82,17 @@ class Count:
     flops: int = 0
     bytes: int = 0
     kernels: int = 0
+
+
+class Operation(NamedTuple):
+    """One that was dispatched: the numbers and bytes of the storages that it reads and writes."""
+
+    region: int | None
+    packet: object
+    reads: list[tuple[int | None, int]]
+    writes: list[tuple[int | None, int]]
+    moved: int
+    kernels: int
 
 
 class AsOnGPU(TorchFunctionMode):
@@ -135,19 +151,35 @@ class Traffic(TorchDispatchMode):
         self.operations: dict[tuple[str, str], Count] = defaultdict(Count)
         self.alive = self.peak = 0
         self.peak_part = ''
-        self.seen: set[int] = set()
+        self.seen: dict[int, int] = {}  # numbers of the storages that are alive
+        self.count = 0
         self.kept = self.gradients = 0
+        self.region: int | None = None  # number of the call of a layer that torch.compile would compile
+        self.log: list[Operation] = []
         self.sent: dict[str, int] = defaultdict(int)
-        self.made_by: list[str] = []  # parts, by autograd's sequence number of the node
+        self.made_by: list[tuple] = []  # parts and regions, by autograd's sequence number of the node
 
     def hold(self, *tensors: torch.Tensor) -> None:
         """Count the storages of tensors until they are freed."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage._cdata not in self.seen:
-                self.seen.add(storage._cdata)
+                self.count += 1
+                self.seen[storage._cdata] = self.count
                 self.alive += storage.nbytes()
                 weakref.finalize(storage, self.drop, storage._cdata, storage.nbytes())
+
+    def as_region(self, method):
+        """A method of a layer, each call of which is a region."""
+        numbers = count_from(1)
+
+        def run(*args, **kwargs):
+            self.region = next(numbers)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self.region = None
+        return run
 
     def all_gather(self, parts: list[torch.Tensor], x: torch.Tensor) -> None:
         """Stands for torch.distributed's: every process has what this one has."""
@@ -162,20 +194,24 @@ class Traffic(TorchDispatchMode):
         return Count(*(sum(getattr(part, field.name) for part in self.parts.values()) for field in fields(Count)))
 
     def drop(self, key: int, size: int) -> None:
-        self.seen.discard(key)
+        self.seen.pop(key, None)
         self.alive -= size
 
-    def part(self) -> str:
+    def place(self) -> tuple[str, int | None]:
+        """The part of the step, and the region (a negative one in the backward pass), of the present operation."""
         node = torch._C._current_autograd_node()
         if node is not None:
             number = node._sequence_nr()
-            return f'{self.made_by[number]}, backward' if number < len(self.made_by) else 'sums of gradients'
+            if number >= len(self.made_by):
+                return 'sums of gradients', None
+            part, region = self.made_by[number]
+            return f'{part}, backward', region and -region
         frame, found = sys._getframe(2), self.label
         while frame is not None:  # the outermost one that is claimed
             found, frame = self.part_of(frame) or found, frame.f_back
         new = torch._C._autograd._get_sequence_nr() - len(self.made_by)
-        self.made_by += [found] * new
-        return found
+        self.made_by += [(found, self.region)] * new
+        return found, self.region
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -184,7 +220,7 @@ class Traffic(TorchDispatchMode):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        part = self.part()
+        part, region = self.place()
         out = func(*args, **kwargs)
         inputs, outputs = tensors_of((args, kwargs)), tensors_of(out)
         packet = func.overloadpacket
@@ -207,12 +243,54 @@ class Traffic(TorchDispatchMode):
             moved += sum(map(size, outputs)) + sum(size(x) for x in inputs if not x.is_floating_point())
         elif packet not in WRITES:
             moved += sum(map(size, inputs))
+        reads, writes = ([(self.seen.get(x.untyped_storage()._cdata), size(x)) for x in xs] for xs in (inputs, written))
+        self.log.append(Operation(region, packet, reads, writes, moved, launches(packet.__name__, args)))
         flops = flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
         for count in (self.parts[part], self.operations[part, packet.__name__]):
             count.flops += flops
             count.bytes += moved
             count.kernels += launches(packet.__name__, args)
         return out
+
+
+def fused(log: list[Operation]) -> Count:
+    """Bytes and kernels if torch.compile compiles the regions.
+
+    Within a region, operations that hand over to each other with no product, attention or scatter between them become
+    one kernel, which reads what comes from outside and writes what others read.
+    """
+    groups, level, maker = list(range(len(log))), {}, {}
+
+    def group(number: int) -> int:
+        while groups[number] != number:
+            number = groups[number]
+        return number
+
+    for number, operation in enumerate(log):
+        region, known = operation.region, {storage for storage, _ in operation.reads}
+        at = max((level.get((region, storage), 0) for storage in known), default=0)
+        single = region is None or operation.packet in UNFUSED
+        for storage in known:
+            before = maker.get((region, storage))
+            if not single and before is not None and level[region, storage] == at and log[before].packet not in UNFUSED:
+                groups[group(before)] = group(number)
+        for storage, _ in operation.writes:
+            level[region, storage], maker[region, storage] = at + single, number
+    members, readers = defaultdict(list), defaultdict(set)
+    for number, operation in enumerate(log):
+        members[group(number)].append(operation)
+        for storage, _ in operation.reads:
+            readers[storage].add(group(number))
+    total = Count()
+    for number, operations in members.items():
+        total.kernels += operations[0].kernels
+        if len(operations) == 1:
+            total.bytes += operations[0].moved
+            continue
+        made = {storage: size for operation in operations for storage, size in operation.writes}
+        read = {storage: size for operation in operations for storage, size in operation.reads if storage not in made}
+        total.bytes += sum(read.values()) + sum(size for storage, size in made.items() if readers[storage] - {number})
+    return total
 
 
 def tensors_of(values) -> list[torch.Tensor]:
@@ -308,6 +386,8 @@ def count(config: dict, processes: int = 1) -> Traffic:
         ids, sample_ids = torch.ones(batch_size, length, dtype=torch.long), torch.ones(batch_size, dtype=torch.long)
         batch = images, ids, torch.ones_like(ids), sample_ids
         traffic = held.enter_context(Traffic(part_of))
+        for layer in (TextLayer, CheckpointedBlock):
+            held.enter_context(patch.object(layer, 'forward', traffic.as_region(layer.forward)))
         for name in ('all_gather', 'all_reduce'):
             held.enter_context(patch.object(dist, name, getattr(traffic, name)))
         traffic.hold(*objective.parameters(), *objective.buffers(), *objective.teacher.parameters(), *batch,
@@ -354,6 +434,8 @@ def main(argv: list[str] | None = None) -> None:
     print('| part | TFLOP | GB | kernels |\n|---|---:|---:|---:|')
     for name, part in [*sorted(traffic.parts.items()), ('all', traffic.total)]:
         print(f'| {name} | {part.flops / 1e12:.2f} | {part.bytes / 1e9:.1f} | {part.kernels} |')
+    compiled = fused(traffic.log)
+    print(f'| with compiled layers | | {compiled.bytes / 1e9:.1f} | {compiled.kernels} |')
     if args.processes > 1:
         print(f'\n{exchange(traffic, args.processes)}')
     print(f'\npeak memory {traffic.peak / GIB:.1f} GiB (in {traffic.peak_part}), of which {traffic.kept / GIB:.1f} are '

@@ -47,8 +47,8 @@ class MomentumQueue(nn.Module):
             self.register_buffer('pointer', torch.zeros((), dtype=torch.long))
 
     def compile_towers(self, **options) -> None:
-        """`models.blip.compile_layers` of both towers."""
-        compile_layers(self.visual_encoder, self.text_encoder, **options)
+        """`models.blip.compile_layers` of the vision tower; the text tower's pass is too short to repay its forms."""
+        compile_layers(self.visual_encoder, **options)
 
     def pairs(self, student: BLIP) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The momentum encoder's parameters and the student's of the same names."""
