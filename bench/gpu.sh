@@ -9,7 +9,7 @@
 set -u
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-output/gpu} PYTHONPATH=. HF_HUB_OFFLINE=1
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-expandable_segments:True}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$OUT/compiled}
 python=${PYTHON:-python3} device=${DEVICE:-cuda} quick=${1:-} scale=1
 [ "$device" = cuda ] || scale=10

@@ -83,13 +83,13 @@ class OurStep:
         momentum = MomentumQueue(student, queue_size, 0.995, teacher.config.embed_dim)
         self.objective = Objective(student, weights, (CLS, ENC, DEC), momentum, teacher).to(device).train()
         self.objective.teacher.to(device)
+        if device == 'cuda' and precision == 'bf16':  # as a run does
+            self.objective.frozen.compute_in(torch.bfloat16)
         self.device, self.lengths, self.precision, self.number = device, lengths, precision, 0
         self.optimizer = torch.optim.AdamW(parameter_groups(self.objective, 0.05), lr=lr, fused=True)
 
     def compile(self) -> None:
-        for net in (self.objective.student, self.objective.teacher):
-            if net is not None:
-                net.compile_towers()
+        self.objective.compile_parts()
 
     def forward(self, batch, stored: dict | None = None) -> torch.Tensor:
         self.number += 1

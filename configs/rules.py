@@ -117,6 +117,18 @@ class Layers:
         return value
 
 
+class Compile(Flag):
+    """A flag, or a mode of torch.compile."""
+
+    modes = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
+
+    def read(self, value) -> bool | str:
+        try:
+            return value if value in self.modes else super().read(value)
+        except ValueError:
+            raise ValueError(f'must be true or false, or one of {", ".join(self.modes)}') from None
+
+
 SHARE, FLAG, TEXT, OPTIONAL = Number(0, 1), Flag(), Text(), Text(null=True)
 
 RULES = {
@@ -166,7 +178,7 @@ RULES = {
     'train.epochs': whole(0, 100_000),
     'train.batch_size': whole(1, 10 ** 6),
     'train.precision': Text(('bf16', 'fp32')),
-    'train.compile': FLAG,
+    'train.compile': Compile(),
     'train.log_every': whole(1),
     'train.save_every': whole(0),
     'train.keep_checkpoints': whole(0, 10_000),

@@ -54,8 +54,7 @@ def test_compiled_towers_compute_the_same():
     compiled.load_state_dict(plain.state_dict())
     compiled.teacher.load_state_dict(plain.teacher.state_dict())
     compiled.momentum.load_state_dict(plain.momentum.state_dict())
-    for net in (compiled.student, compiled.teacher):
-        net.compile_towers(backend='aot_eager', fullgraph=True)
+    compiled.compile_parts(backend='aot_eager', fullgraph=True)
     first = micro_batch('cpu')
     short = replace(first, ids=first.ids[:, :10].contiguous(), mask=first.mask[:, :10].contiguous())
     for batch in (first, short):

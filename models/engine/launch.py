@@ -127,6 +127,9 @@ def setup_process(device: str = 'auto') -> torch.device:
         ValueError: the device is absent, there are more processes than GPUs on this machine, or the processes do not
             find each other.
     """
+    # Texts of other lengths in every step would leave GPU memory in pieces. Read when the first tensor is made there.
+    if 'PYTORCH_CUDA_ALLOC_CONF' not in os.environ:
+        os.environ.setdefault('PYTORCH_ALLOC_CONF', 'expandable_segments:True')
     end_with_torchrun()
     here, chosen = place(), choose_device(device)
     if here is not None and here.by == 'srun':

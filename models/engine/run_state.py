@@ -1,6 +1,7 @@
 """The state of a training run: what it saves, resumes and stops with. The loop itself is in each script."""
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -54,6 +55,8 @@ class RunState:
         self.accumulate = config['optim']['grad_accum_steps']
         self.steps_per_epoch = -(-self.batches_per_epoch // self.accumulate)
         self.dtype = arithmetic(train['precision'], device)  # of the autocast regions
+        if objective.teacher is not None and device.type == 'cuda' and self.dtype == torch.bfloat16:
+            objective.frozen.compute_in(self.dtype)
         self.epoch = self.batch = 0
         self.best = -math.inf, -math.inf
         self.checkpoints = CheckpointManager(output_dir, train['keep_checkpoints'])
@@ -64,9 +67,9 @@ class RunState:
         self.trained = [names[id(parameter)] for group in self.optimizer.param_groups for parameter in group['params']]
         self._resume()
         if train['compile']:
-            for net in (objective.student, objective.teacher):
-                if net is not None:
-                    net.compile_towers()
+            # beside the checkpoints, so that a resumed run does not compile again
+            os.environ.setdefault('TORCHINDUCTOR_CACHE_DIR', str(output_dir / 'compiled'))
+            objective.compile_parts(mode=None if train['compile'] is True else train['compile'])
         self.model = parallel(self.objective, device)
         self.started, self.held = False, ExitStack()
         logger.info('%d training samples; a step takes %d processes x batch %d x %d accumulated = %d of them; %d steps '

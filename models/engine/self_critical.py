@@ -32,6 +32,9 @@ class SelfCritical(nn.Module):
         self.samples, self.max_length = samples, max_length
         self.prompt_ids = tokenizer([prompt], student.config.max_positions, DEC)[0][0, :-1]
 
+    def compile_parts(self, **options) -> None:
+        self.student.compile_towers(**options)
+
     def forward(self, images: torch.Tensor, image_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """images [B, 3, S, S], image_ids [B] (which `reward` knows them by).
 
