@@ -322,7 +322,7 @@ def part_of(frame) -> str | None:
     name, file = frame.f_code.co_name, frame.f_code.co_filename
     if file == teaching.__file__ and name != 'logit_loss':
         return 'teacher'
-    if file == losses.__file__:
+    if file == losses.__file__ and name != 'in_chunks':
         return frame.f_locals['function'].__name__ if name == 'run' else name
     return None
 
@@ -388,6 +388,8 @@ def count(config: dict, processes: int = 1) -> Traffic:
         traffic = held.enter_context(Traffic(part_of))
         for layer in (TextLayer, CheckpointedBlock):
             held.enter_context(patch.object(layer, 'forward', traffic.as_region(layer.forward)))
+        for name in ('lm_loss', 'logit_kl_loss'):
+            setattr(objective, name, traffic.as_region(getattr(objective, name)))
         for name in ('all_gather', 'all_reduce'):
             held.enter_context(patch.object(dist, name, getattr(traffic, name)))
         traffic.hold(*objective.parameters(), *objective.buffers(), *objective.teacher.parameters(), *batch,
