@@ -32,8 +32,8 @@ from configs import read_yaml
 from configs.rules import whole
 from models.blip import BLIP
 from models.linear import FLOPS
-from models.tokenizer import Tokenizer
 from models.weights.checkpoint import architecture
+from models.weights.sources import load_tokenizer
 from prod.precision import for_inference
 from utils import ROOT, atomic_write, clean_exit, shorten
 
@@ -84,7 +84,7 @@ class Bench:
 
 def sizes(tiny: bool) -> tuple:
     """Architectures of student and teacher."""
-    names = ('nano', 'nano') if tiny else ('small', 'base')
+    names = ('mini_4', 'mini') if tiny else ('small', 'base')
     return tuple(architecture(name, 32 if tiny else 224, VOCABULARY) for name in names)
 
 
@@ -203,14 +203,15 @@ def measure_largest(bench: Bench, tiny: bool) -> None:
 
 def measure_inference(bench: Bench, rounds: int, tiny: bool) -> None:
     """Student beside transformers' BLIP-Base, both in bf16; 20 new tokens forced."""
-    tokenizer = Tokenizer.from_pretrained(ROOT / 'tests' / 'vocab.txt')
+    tokenizer = load_tokenizer(ROOT / 'tests' / 'vocab.txt')
     torch.manual_seed(0)
-    student = BLIP(architecture('nano' if tiny else 'small', 224, len(tokenizer))).eval().to(bench.device)
-    theirs = [net.to(bench.device, torch.bfloat16) for net in transformers_base(224)]
+    size = 32 if tiny else 224
+    student = BLIP(architecture('mini_4' if tiny else 'small', size, len(tokenizer))).eval().to(bench.device)
+    theirs = [net.to(bench.device, torch.bfloat16) for net in transformers_base(size)]
     reference = f'transformers, bf16, {theirs[0].config._attn_implementation} attention'  # sdpa where it has it
     ours = for_inference(student, 'bf16')
-    for batch in (1, 64):
-        images = torch.randn(batch, 3, 224, 224, device=bench.device)
+    for batch in (1, 2 if tiny else 64):
+        images = torch.randn(batch, 3, size, size, device=bench.device)
         sides = {reference: transformers_work(*theirs, tokenizer, images.bfloat16()),
                  'DLIP, bf16': our_work(ours, tokenizer, images)}
         for work in sides['DLIP, bf16']:

@@ -322,7 +322,7 @@ def part_of(frame) -> str | None:
     name, file = frame.f_code.co_name, frame.f_code.co_filename
     if file == teaching.__file__ and name != 'logit_loss':
         return 'teacher'
-    if file == losses.__file__ and name != 'in_chunks':
+    if file == losses.__file__ and name not in ('in_chunks', '<genexpr>'):
         return frame.f_locals['function'].__name__ if name == 'run' else name
     return None
 

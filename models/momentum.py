@@ -3,9 +3,11 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from models.blip import BLIP, build_text_tower, compile_layers
 from models.linear import Linear, Unpadded
+from models.norm import autocast_dtype
 from models.vit import VisionTower, resample_positions
 
 NO_ID = torch.iinfo(torch.long).min  # of a queue entry that is nobody's pair: no sample's id
@@ -68,7 +70,22 @@ class MomentumQueue(nn.Module):
     @torch.no_grad()
     def encode(self, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | Unpadded
                ) -> tuple[torch.Tensor, torch.Tensor]:
-        """images [B, 3, S, S], ids and mask [B, T] -> unit-norm image and text features [B, embed_dim]"""
+        """images [B, 3, S, S], ids and mask [B, T] -> unit-norm image and text features [B, embed_dim]
+
+        Under autocast all weights are cast at once, which autocast does one by one.
+        """
+        dtype = autocast_dtype(images.device)
+        if dtype is None:
+            return self(images, ids, mask)
+        names, weights = zip(*self.named_parameters(), strict=True)
+        cast = [torch.empty_like(x, dtype=dtype) for x in weights]
+        torch._foreach_copy_(cast, weights)
+        with torch.autocast(images.device.type, enabled=False):
+            return functional_call(self, dict(zip(names, cast, strict=True)), (images.to(dtype), ids, mask))
+
+    def forward(self, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | Unpadded
+                ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `encode` returns, in the precision of the weights and of autocast."""
         image = self.vision_proj(self.visual_encoder(images)[:, 0]).float()
         text = self.text_proj(self.text_encoder(ids, mask, first_only=True).hidden[:, 0]).float()
         return F.normalize(image, dim=-1), F.normalize(text, dim=-1)

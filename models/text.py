@@ -251,7 +251,8 @@ class TextTower(nn.Module):
             extend = None if cache is None else (lambda k, v, i=i: cache.extend(i, k, v))
             last = i == len(self.layers) - 1
             first = first_only and last and i not in layers
-            run = layer if cache is None else layer.forward  # a compiled form would be compiled again at every length
+            # compiled, a cache would need a form for every length, and a layer for one position repays none
+            run = layer if cache is None and not first else layer.forward
             hidden, self_map, cross_map = run(hidden, attend, image_kv[i] if image_kv is not None else None,
                                               want_maps and last, extend, first, texts)
             if i in layers:

@@ -228,7 +228,7 @@ def test_hidden_loss_of_bfloat16_states_is_that_of_float32_up_to_their_rounding(
     for kept in (None, mask):
         found = []
         for dtype in (torch.float32, torch.bfloat16):
-            states = student.to(dtype).requires_grad_()
+            states = student.to(dtype, copy=True).requires_grad_()
             with torch.autocast('cpu', torch.bfloat16):
                 loss = losses.hidden_loss(states, teacher.to(dtype), kept)
             loss.backward()

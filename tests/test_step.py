@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import NANO
 
+from configs import load_config
 from models.blip import BLIP, BLIPConfig
 from models.distill.batch import Batch
 from models.distill.objective import Objective
@@ -70,3 +71,19 @@ def test_compiled_towers_compute_the_same():
         assert got == pytest.approx(want, abs=1e-5) and want.keys() == {*names, 'acc_i2t', 'acc_t2i', 'loss'}
         for a, b in zip(gradients, others, strict=True):
             assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_a_run_compiles_few_forms_whole():
+    """Of pre-training's own terms, no layer breaks into several graphs, and texts of any length share a form."""
+    torch.manual_seed(0)
+    forms, weights = [], load_config('configs/pretrain.yaml', 'configs/pretrain.yaml')['loss']
+    terms = objective([name for name, weight in weights.items() if weight])
+    terms.compile_parts(fullgraph=True, backend=lambda graph, _: forms.append(graph) or graph)
+    for width in (12, 10, 7, 8):
+        lengths = [min(length, width) for length in LENGTHS]
+        mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+        batch = Batch(torch.randn(4, 3, 32, 32), torch.randint(4, 40, mask.shape) * mask, mask, torch.arange(4), lengths)
+        with torch.autocast('cpu', torch.bfloat16):
+            update, [prepared] = terms.prepare([batch])
+            terms(prepared, update)['loss'].backward()
+    assert 6 < len(forms) <= 12
