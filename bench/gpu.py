@@ -10,17 +10,20 @@ and data, in bf16; "original" is bench/original_step.py in TF32. Model FLOPs uti
 a step, counted on an eager one, by what the GPU's data sheet gives for dense bf16 products.
 """
 
+if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+    import os
+    import sys
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+    from signals import end_at_once
+    end_at_once()
+
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-
-if __name__ == '__main__':  # run by its path, a script finds its own folder first on the path of modules
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode

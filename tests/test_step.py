@@ -82,7 +82,8 @@ def test_a_run_compiles_few_forms_whole():
     for width in (12, 10, 7, 8):
         lengths = [min(length, width) for length in LENGTHS]
         mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
-        batch = Batch(torch.randn(4, 3, 32, 32), torch.randint(4, 40, mask.shape) * mask, mask, torch.arange(4), lengths)
+        ids = torch.randint(4, 40, mask.shape) * mask
+        batch = Batch(torch.randn(4, 3, 32, 32), ids, mask, torch.arange(4), lengths)
         with torch.autocast('cpu', torch.bfloat16):
             update, [prepared] = terms.prepare([batch])
             terms(prepared, update)['loss'].backward()
