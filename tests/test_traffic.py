@@ -1,6 +1,6 @@
 """What a pre-training step of the real size asks of a GPU, counted on fake tensors."""
 
-from bench.traffic import GIB, count
+from bench.traffic import GIB, count, fused
 from configs import load_config
 
 
@@ -8,4 +8,6 @@ def test_a_step_asks_no_more_of_a_gpu_than_it_did():
     traffic = count(load_config('configs/pretrain.yaml', 'configs/pretrain.yaml'))
     total = traffic.total
     assert 33e12 < total.flops < 35e12  # the same work as ever
-    assert total.bytes < 485e9 and total.kernels < 6600 and traffic.peak < 36.5 * GIB
+    assert total.bytes < 340e9 and total.kernels < 5900 and traffic.peak < 23 * GIB
+    compiled = fused(traffic.log)
+    assert compiled.bytes < 276e9 and compiled.kernels < 4400
