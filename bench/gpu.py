@@ -41,6 +41,8 @@ from prod.precision import for_inference
 from utils import ROOT, atomic_write, clean_exit, shorten
 
 PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16 FLOP/s by the data sheets of the SXM cards
+NVLINK = 300e9  # bytes a second that an H100 can send to others
+PAIRS, EPOCHS = 5e6, 20  # of the original's pre-training
 GIB = 2 ** 30
 LIMITS = {'A100 or H100 of 40 GB': 38, 'of 80 GB': 76}  # GiB that a process may take
 
@@ -147,7 +149,9 @@ def measure_step(bench: Bench, side: str, terms: str, batch_size: int, rounds: i
     bench.record('step', side=side, terms=terms, batch=batch_size, ms=round(1000 * seconds, 2),
                  pairs_per_s=round(batch_size / seconds, 1), TFLOP=round(flops / 1e12, 2),
                  TFLOP_per_s=round(flops / seconds / 1e12, 1), mfu=bench.mfu(flops / seconds),
-                 first_steps_s=[round(x, 2) for x in first], **memory)
+                 first_steps_s=[round(x, 2) for x in first], **memory,
+                 gradients_MB=round(sum(4e-6 * x.numel() for group in step.optimizer.param_groups
+                                        for x in group['params']), 1))
     if isinstance(step, OurStep):
         step.lengths = batches[0][1]
         parts = step.split(batches[0][0], lambda: None, 3)
@@ -244,6 +248,12 @@ def note(out: Path, name: str, code: int, seconds: int, limit: int, log: Path) -
         file.write(json.dumps(line) + '\n')
 
 
+def hours(row: dict, gpus: int) -> float:
+    """Of the whole run on so many GPUs, from one GPU's measured step; the exchange of gradients comes on top."""
+    exchange = 2 * (gpus - 1) / gpus * row['gradients_MB'] * 1e6 / NVLINK
+    return PAIRS * EPOCHS / (gpus * row['batch']) * (row['ms'] / 1000 + exchange) / 3600
+
+
 def page(source: Path) -> None:
     """bench/gpu.json and bench/gpu.md from the lines of a run."""
     rows = [json.loads(line) for line in source.read_text().splitlines()]
@@ -262,6 +272,11 @@ def page(source: Path) -> None:
         lines.append(f'| {row["side"]} | {row["terms"]} | {row["batch"]} | {row["pairs_per_s"]:.0f} | {row["ms"]:.1f} '
                      f'| {row["TFLOP_per_s"]:.0f} | {mfu} | {row.get("peak_GiB", "")} '
                      f'| {row["first_steps_s"][0]:.1f} |')
+    whole_run = [row for row in by_part['step'] if row['side'] == 'compiled' and row['terms'] == 'config']
+    if whole_run:
+        lines += ['', f'The whole run, {PAIRS / 1e6:.0f} M pairs x {EPOCHS} epochs, of the compiled step: ' + ', '.join(
+            f'{hours(whole_run[-1], gpus):.1f} hours on {gpus} GPU{"s" * (gpus > 1)}' for gpus in (1, 4, 8))
+            + ' (computed; of several the gradients go over NVLink, none of it behind the backward pass).']
     for row in by_part['split']:
         lines += ['', f'Parts, {row["side"]}, {row["terms"]} terms (each waited for): '
                   + ', '.join(f'{name} {value:.1f} ms' for name, value in row['ms'].items()) + '.']
