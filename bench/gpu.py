@@ -239,7 +239,8 @@ def note(out: Path, name: str, code: int, seconds: int, limit: int, log: Path) -
     lines = log.read_text(errors='replace').splitlines() if log.exists() else []
     line = {'part': 'ended', 'name': name, 'exit': code, 'seconds': seconds, 'limit': limit}
     if name == 'tests':
-        line['failed'] = [shorten(ValueError(x), 400) for x in lines if x.startswith(('FAILED', 'ERROR'))]
+        line['passed'] = sum(' PASSED' in x for x in lines)
+        line['failed'] = [shorten(ValueError(x), 400) for x in lines if 'FAILED' in x or x.startswith('ERROR')]
         line['errors'] = [shorten(ValueError(x), 300) for x in lines if x.startswith('E  ')][:20]
         line['summary'] = lines[-1] if lines else ''
     elif code:

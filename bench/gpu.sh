@@ -31,7 +31,7 @@ measure() {
   part "$1" "$2" $python -m bench.gpu "${@:3}" --device "$device" --out "$OUT/gpu.jsonl"
 }
 
-part tests 120 $python -m pytest -q -p no:cacheprovider tests/test_gpu.py
+part tests 120 $python -m pytest -v -o addopts= -p no:cacheprovider tests/test_gpu.py
 measure compiled 150 step compiled
 measure eager 60 step eager
 measure original 90 step original compiled eager --terms original
