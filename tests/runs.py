@@ -51,11 +51,15 @@ def run(script, config: Path, out: Path, *overrides: str) -> dict:
     return read_checkpoint(out / 'last.pth')
 
 
-def run_on_two(config: Path, out: Path, *overrides: str) -> dict:
-    """`run` of `pretrain_dlip.py` on two processes."""
-    for done in joined(2, 'pretrain_dlip.py', *options(config, out), *overrides):
+def run_on(processes: int, config: Path, out: Path, *overrides: str) -> dict:
+    """`run` of `pretrain_dlip.py` on several processes."""
+    for done in joined(processes, 'pretrain_dlip.py', *options(config, out), *overrides):
         assert done.returncode == 0, done.stderr[-2000:]
     return read_checkpoint(out / 'last.pth') if '--store_teacher' not in overrides else {}
+
+
+def run_on_two(config: Path, out: Path, *overrides: str) -> dict:
+    return run_on(2, config, out, *overrides)
 
 
 def losses_of(objective: Objective, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor,
