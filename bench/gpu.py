@@ -3,7 +3,7 @@
     python -m bench.gpu step compiled eager --out gpu.jsonl      # a training step: compiled, eager or original
     python -m bench.gpu largest --out gpu.jsonl                 # the largest batches that fit GPUs of 40 and 80 GB
     python -m bench.gpu inference --out gpu.jsonl               # captions and embeddings beside transformers' BLIP
-    python -m bench.gpu page gpu.jsonl                          # bench/gpu.json and bench/gpu.md
+    python -m bench.gpu page gpu.jsonl                          # bench/gpu.json, and the pages that show it
 
 A step is that of configs/pretrain.yaml (or, with `--terms original`, of the loss terms of dlip-v2) with random weights
 and data, in bf16; "original" is bench/original_step.py in TF32. Model FLOPs utilisation (MFU) divides the operations of
@@ -20,6 +20,7 @@ if __name__ == '__main__':  # before the slow imports; run by its path, a script
 import argparse
 import json
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from datetime import date
@@ -28,6 +29,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import figures
 from bench.inference import our_work, transformers_base, transformers_work
 from bench.original_step import ORIGINAL_TERMS, Reference, ReferenceStep
 from bench.train_step import VOCABULARY, OurStep, random_batch
@@ -256,45 +258,36 @@ def hours(row: dict, gpus: int) -> float:
 
 
 def page(source: Path) -> None:
-    """bench/gpu.json and bench/gpu.md from the lines of a run."""
+    """bench/gpu.json from the lines of a run, and the documents that show its figures."""
     rows = [json.loads(line) for line in source.read_text().splitlines()]
-    by_part = {part: [row for row in rows if row['part'] == part] for part in
-               ('step', 'split', 'kernels', 'largest', 'inference', 'ended')}
-    device = next((row['device'] for row in rows if 'device' in row), 'no device')
-    version = next((row['torch'] for row in rows if 'torch' in row), '')
+    steps = [row for row in rows if row['part'] == 'step']
+    found = {'A pre-training step': [
+        {'side': row['side'], 'loss terms': row['terms'], 'batch': row['batch'], 'pairs/s': round(row['pairs_per_s']),
+         'ms': row['ms'], 'TFLOP/s': row['TFLOP_per_s'], 'MFU': '' if row['mfu'] is None else f'{row["mfu"]:.1%}',
+         'peak, GiB': row.get('peak_GiB', ''), 'first step, s': row['first_steps_s'][0]} for row in steps]}
+    found['The whole run, computed'] = [
+        {'GPUs': gpus, 'hours': round(hours(row, gpus), 1)} for row in steps[::-1]
+        if (row['side'], row['terms']) == ('compiled', 'config') for gpus in (1, 4, 8)][:3]
+    found['Parts of a step, each waited for'] = [
+        {'side': row['side'], 'loss terms': row['terms'], 'part': name, 'ms': value}
+        for row in rows if row['part'] == 'split' for name, value in row['ms'].items()]
+    found['Largest batch, eager'] = [{'GPU': row['card'], 'GiB': row['limit_GiB'], 'batch': row['batch']}
+                                     for row in rows if row['part'] == 'largest']
+    found['Inference'] = [
+        {'work': row['work'], 'batch': row['batch'], 'side': side, 'ms': ms,
+         'times transformers': row['times_transformers'][side]}
+        for row in rows if row['part'] == 'inference' for side, ms in row['ms'].items()]
+    found['Parts of the script'] = [
+        {'part': row['name'], 'exit code': row['exit'], 'seconds': row['seconds'],
+         'what failed': '; '.join(row.get('failed', [])) or row.get('error', '')} for row in rows
+        if row['part'] == 'ended']
+    device, version = next((row['device'], row['torch']) for row in rows if 'device' in row)
+    commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True).stdout
+    run = {'command': 'bench/gpu.sh', 'date': date.today().isoformat(), 'commit': commit.strip(),
+           'machine': f'{device}, torch {version}', 'tables': {title: rows for title, rows in found.items() if rows}}
     with atomic_write(ROOT / 'bench/gpu.json') as file:
-        json.dump({'device': device, 'torch': version, 'measured': date.today().isoformat(), **by_part}, file, indent=1)
-        file.write('\n')
-    lines = ['# One GPU', '', f'`bench/gpu.sh` on one {device}, torch {version}.', '', '## A pre-training step', '',
-             '| side | loss terms | batch | pairs/s | ms | TFLOP/s | MFU | peak, GiB | first step, s |',
-             '|---|---|---:|---:|---:|---:|---:|---:|---:|']
-    for row in by_part['step']:
-        mfu = '' if row['mfu'] is None else f'{row["mfu"]:.1%}'
-        lines.append(f'| {row["side"]} | {row["terms"]} | {row["batch"]} | {row["pairs_per_s"]:.0f} | {row["ms"]:.1f} '
-                     f'| {row["TFLOP_per_s"]:.0f} | {mfu} | {row.get("peak_GiB", "")} '
-                     f'| {row["first_steps_s"][0]:.1f} |')
-    whole_run = [row for row in by_part['step'] if row['side'] == 'compiled' and row['terms'] == 'config']
-    if whole_run:
-        lines += ['', f'The whole run, {PAIRS / 1e6:.0f} M pairs x {EPOCHS} epochs, of the compiled step: ' + ', '.join(
-            f'{hours(whole_run[-1], gpus):.1f} hours on {gpus} GPU{"s" * (gpus > 1)}' for gpus in (1, 4, 8))
-            + ' (computed; of several the gradients go over NVLink, none of it behind the backward pass).']
-    for row in by_part['split']:
-        lines += ['', f'Parts, {row["side"]}, {row["terms"]} terms (each waited for): '
-                  + ', '.join(f'{name} {value:.1f} ms' for name, value in row['ms'].items()) + '.']
-    for row in by_part['largest']:
-        lines += ['', f'The largest batch of a step, eager, on a GPU {row["card"]} ({row["limit_GiB"]} GiB): '
-                  f'{row["batch"]}.']
-    if by_part['inference']:
-        lines += ['', '## Inference', '', '224 px, 20 new tokens; random weights of the real sizes.', '',
-                  '| work | batch | side | ms | times transformers |', '|---|---:|---|---:|---:|']
-        lines += [f'| {row["work"]} | {row["batch"]} | {side} | {ms:.2f} | {row["times_transformers"][side]:.1f} |'
-                  for row in by_part['inference'] for side, ms in row['ms'].items()]
-    for row in by_part['ended']:
-        if row['exit']:
-            found = '; '.join(row.get('failed', [])) or row.get('error') or row.get('summary')
-            lines += ['', f'`{row["name"]}` ended with {row["exit"]} after {row["seconds"]} s: {found}']
-    with atomic_write(ROOT / 'bench/gpu.md') as file:
-        file.write('\n'.join(lines) + '\n')
+        json.dump([run], file, indent=1, ensure_ascii=False)
+    figures.main([])
 
 
 def main(argv: list[str] | None = None) -> None:

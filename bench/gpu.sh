@@ -5,7 +5,7 @@
 #
 # The parts run in order of worth, each with a time limit of its own. Each appends its results as JSON lines to
 # $OUT/gpu.jsonl as they come, so that whatever ends the script keeps what was measured; logs are beside it.
-# `python -m bench.gpu page $OUT/gpu.jsonl` makes bench/gpu.json and bench/gpu.md of them. DEVICE=cpu rehearses it.
+# `python -m bench.gpu page $OUT/gpu.jsonl` brings them into bench/gpu.json and the documents. DEVICE=cpu rehearses it.
 set -u
 cd "$(dirname "$0")/.."
 export OUT=${OUT:-output/gpu} PYTHONPATH=. HF_HUB_OFFLINE=1

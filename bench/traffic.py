@@ -433,13 +433,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     config = load_config('configs/pretrain.yaml', 'configs/pretrain.yaml', args.overrides)
     traffic = count(config, args.processes)
-    print('| part | TFLOP | GB | kernels |\n|---|---:|---:|---:|')
+    print('One step\n\n| part | TFLOP | GB | kernels |\n|---|---:|---:|---:|')
     for name, part in [*sorted(traffic.parts.items()), ('all', traffic.total)]:
         print(f'| {name} | {part.flops / 1e12:.2f} | {part.bytes / 1e9:.1f} | {part.kernels} |')
     compiled = fused(traffic.log)
     print(f'| with compiled layers | | {compiled.bytes / 1e9:.1f} | {compiled.kernels} |')
     if args.processes > 1:
-        print(f'\n{exchange(traffic, args.processes)}')
+        print(f'\nWhat {args.processes} processes exchange\n\n{exchange(traffic, args.processes)}')
     print(f'\npeak memory {traffic.peak / GIB:.1f} GiB (in {traffic.peak_part}), of which {traffic.kept / GIB:.1f} are '
           f'weights, optimizer, queues and batch')
     worst = sorted(traffic.operations.items(), key=lambda item: -item[1].bytes)[:args.operations]
