@@ -27,7 +27,6 @@ from collections.abc import Callable
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.data_throughput import photograph
 from bench.original_step import CLS, DEC, ENC, ORIGINAL_TERMS, Reference, ReferenceStep
 from configs import read_yaml
 from configs.rules import whole
@@ -49,6 +48,7 @@ VOCABULARY, TOKENS = 30524, 30
 
 def data(batch: int, image_size: int, device: str) -> Callable:
     """A function that makes a batch of JPEGs and captions, as the loader and the run do."""
+    from bench.data_throughput import photograph  # it needs OpenCV
     files = [photograph(seed, 75) for seed in range(batch)]
     transform, tokenizer = train_transform(image_size, 0.2, True), Tokenizer.from_file(ROOT / 'tests/vocab.txt')
 
