@@ -202,36 +202,7 @@ def cosine_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor
     return (distance * mask).sum() / mask.sum().clamp(min=1)
 
 
-class WhitenedError(torch.autograd.Function):
-    """Squared error of two layer-normalised states [..., E] of bfloat16, mean over E -> float32 [...].
-
-    Nothing of E elements is in float32 but within a kernel, and what waits for the backward pass is one tensor.
-    """
-
-    @staticmethod
-    def forward(ctx, student, teacher):
-        shape = student.shape[-1:]
-        with torch.autocast(student.device.type, enabled=False):
-            difference, mean, scale = torch.native_layer_norm(student, shape, None, None, 1e-5)
-            difference -= F.layer_norm(teacher, shape)
-            if ctx.needs_input_grad[0]:
-                ctx.save_for_backward(torch.ops.aten.native_layer_norm_backward(
-                    difference, student, shape, mean, scale, None, None, [True, False, False])[0])
-            return torch.linalg.vector_norm(difference, dim=-1, dtype=torch.float32).square() / shape[0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        slope, = ctx.saved_tensors
-        return torch.mul(slope, grad[..., None] * (2 / slope.shape[-1]), out=torch.empty_like(slope)), None
-
-
 @in_float32
-def whitened_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """What `WhitenedError` computes, in float32."""
-    student, teacher = (F.layer_norm(x, x.shape[-1:]) for x in (student, teacher))
-    return (student - teacher).square().mean(-1)
-
-
 def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """Squared error of layer-normalised states [..., E], mean over E and over the positions where mask [...] is 1.
 
@@ -239,8 +210,8 @@ def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor
     feature distillation (Wei et al. 2022, arXiv 2205.14141): the residual stream's size, which grows with the layers
     and differs from token to token, teaches nothing. 0 (equal up to scale and shift) to 4, 2 for unrelated states.
     """
-    both_bf16 = student.dtype == teacher.dtype == torch.bfloat16
-    error = WhitenedError.apply(student, teacher) if both_bf16 else whitened_error(student, teacher)
+    student, teacher = (F.layer_norm(x, x.shape[-1:]) for x in (student, teacher))
+    error = (student - teacher).square().mean(-1)
     if mask is None:
         return error.mean()
     mask = mask.to(error.dtype)
