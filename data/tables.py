@@ -151,8 +151,9 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     check_once(header, f'{path}, line 1')
     for number, (line, fields) in enumerate(csv_rows(text, delimiter, path)):
         if number and len(fields) != len(header):
-            raise ValueError(f'{path}, line {line}: {len(fields)} fields, but the header has {len(header)}: text with '
-                             f'{DELIMITERS[delimiter]} in it must be in quotation marks')
+            remedy = (f'text with {DELIMITERS[delimiter]} in it must be in quotation marks'
+                      if len(fields) > len(header) else f'add what is missing, if only {DELIMITERS[delimiter]}')
+            raise ValueError(f'{path}, line {line}: {len(fields)} fields, but the header has {len(header)}: {remedy}')
         if number:
             yield line, dict(zip(header, fields, strict=True))
 
