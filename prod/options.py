@@ -10,10 +10,12 @@ from pathlib import Path
 from types import UnionType
 from typing import get_args
 
-from configs.rules import Number, output_path
+from configs.rules import Number, output_path, whole
 from models.engine.launch import setup_process
 from prod import DLIPProd
 from utils import shorten
+
+POSITIVE = whole(1)
 
 
 def net_options(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +47,7 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('captions')
     for name, kinds in generate_kinds().items():
         how = {'action': 'store_true'} if bool in kinds else {'action': 'append'} if list in kinds else \
-            {'type': kinds[0]}
+            {'type': POSITIVE if name in ('num_beams', 'num_captions') else kinds[0]}
         more = ' May be repeated.' if list in kinds else ''
         group.add_argument(f'--{name}', **how, default=None, help=texts[name].replace('%', '%%') + more)
 
