@@ -515,8 +515,7 @@ def odd_shard(dice: random.Random, place: Path, world: World) -> None:
             path.write_bytes(damage(dice, path.read_bytes()))
     with refusing('00000') if broken else nullcontext():
         part = read_shard(shard)
-    text = ''.join(f'{record}0' for record in part.records.to_pylist())[len('},'):]
-    records = json.loads(f'[{text}}}]') if text else []
+    records = [json.loads(f'{record}0}}') for record in part.records.to_pylist()]
     assert len(records) == len(part.words) == len(part.sides) == len(part.identity)
     assert all(isinstance(record['caption'], str) and os.path.isfile(record['image_root']) for record in records)
     if not broken:
