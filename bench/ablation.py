@@ -5,11 +5,11 @@
     python -m bench.ablation --only 'all' 'no *'    # some of the variants (shell patterns)
     python -m bench.ablation --report               # the table and the plot of the runs there are
 
-A run trains on PAIRS of the demo's pairs, one thread each, and is measured on the validation scenes at its end; the
-variants whose learning curve is drawn, at POINTS points on their way too. Times are CPU seconds of one core, evaluation
-and the storing of targets not counted, so that another run beside it matters little. A finished run is a line of
-bench/ablation.jsonl and is not repeated; the tables are printed, and the plot is written to
-bench/ablation.png.
+A run trains on 1,200 of the demo's pairs unless its row says another number, in one thread, and is measured on the
+validation scenes at its end; the variants whose learning curve is drawn, at POINTS points on their way too. Times are
+CPU seconds of one core, evaluation and the storing of targets not counted, so that another run beside it matters
+little. A finished run is a line of bench/ablation.jsonl and is not repeated; the tables are printed, and the plot is
+written to bench/ablation.png.
 """
 
 if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 
 from bench.ablation_plan import PLAN, SEEDS, STUDENTS, Variant
+from bench.classifier import train_tower
 from configs import load_config, read_yaml
 from configs.rules import whole
 from data.datasets import ImageTextEval
@@ -47,7 +48,7 @@ from models.engine.logs import read_log
 from models.weights.checkpoint import load_model
 from utils import ROOT, atomic_write, clean_exit, make_output_dir, progress
 
-PAIRS, BATCH, POINTS = 1200, 8, 5
+PAIRS, BATCH, POINTS = 1200, 8, 5  # PAIRS: of finetunes
 PINNED = ('model.size=bench/sizes.yaml:micro', 'model.dropout=0.0', 'data.randaugment=false', 'train.precision=fp32')
 SCRIPTS = {'pretrain': ('pretrain_dlip.py', 'pretrain'),
            'retrieval': ('train_dlip_retrieval_flickr.py', 'retrieval_flickr'),
@@ -68,11 +69,11 @@ class Result:
 
 # ---------------------------------------------------------------- training and measuring
 
-def choose_pairs(path: Path) -> None:
-    """The same PAIRS pairs for every run."""
+def choose_pairs(path: Path, count: int) -> None:
+    """The same pairs for every run of as many."""
     pairs = json.loads((ROOT / read_yaml(ROOT / 'configs/demo/pretrain.yaml')['data']['train']).read_text())
     with atomic_write(path) as file:
-        json.dump(random.Random(0).sample(pairs, PAIRS), file)
+        json.dump(random.Random(0).sample(pairs, count), file)
 
 
 def choose_captioned(root: Path) -> None:
@@ -94,10 +95,12 @@ def train(variant: Variant, seed: int, folder: Path, place: Path) -> float:
     script, config = SCRIPTS[variant.stage]
     settings = [*PINNED, f'train.batch_size={BATCH}', *variant.settings]
     if variant.stage == 'pretrain':
-        settings = [f'data.train={place / "pairs.json"}', 'data.val_fraction=0', 'train.epochs=1',
+        settings = [f'data.train={place / f"pairs{variant.pairs}.json"}', 'data.val_fraction=0', 'train.epochs=1',
                     'optim.lr_scheduler=cosine', *settings]
         if variant.plotted:
-            settings += [f'train.keep_checkpoints={POINTS}', f'train.save_every={PAIRS // BATCH // POINTS}']
+            settings += [f'train.keep_checkpoints={POINTS}', f'train.save_every={variant.pairs // BATCH // POINTS}']
+        if variant.elsewhere:
+            settings += [f'model.init_vision={place / "classifier.pth"}', 'model.init_text=null']
     else:
         start = place / variant.start / str(seed) / 'last.pth'
         settings = ['--no_test', f'model.init={start}', f'data.root={place / "flickr30k"}', 'optim.lr=3.0e-4',
@@ -149,8 +152,8 @@ def run(variant: Variant, seed: int, place: Path) -> Result:
     kept = sorted(folder.glob('epoch*_batch*.pth'), key=lambda path: path.stat().st_mtime_ns)
     for path in kept if variant.plotted else ():
         epoch, batch = (int(part.strip('epochbat')) for part in path.stem.split('_'))
-        points.append((epoch * (PAIRS // BATCH) + batch, path))
-    points.append((variant.epochs * (PAIRS // BATCH), folder / 'last.pth'))
+        points.append((epoch * (variant.pairs // BATCH) + batch, path))
+    points.append((variant.epochs * (variant.pairs // BATCH), folder / 'last.pth'))
     curve = [{'steps': steps, 'seconds': seconds * steps / points[-1][0], **measure(path, variant.matching)}
              for steps, path in points]
     for path in kept:
@@ -255,7 +258,10 @@ def main(argv: list[str] | None = None) -> None:
         plan = [variant for variant in PLAN if any(fnmatch.fnmatch(variant.name, pattern) for pattern in args.only)]
         if not plan:
             raise ValueError(f'no variant is called {" or ".join(args.only)}: {", ".join(v.name for v in PLAN)}')
-        choose_pairs(place / 'pairs.json')
+        for count in {variant.pairs for variant in plan}:
+            choose_pairs(place / f'pairs{count}.json', count)
+        if any(variant.elsewhere for variant in plan) and not (place / 'classifier.pth').exists():
+            train_tower(place / 'classifier.pth', 'mini_4')
         choose_captioned(place / 'flickr30k')
         work(plan, place, args.workers)
     print(report())

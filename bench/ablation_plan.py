@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from bench.photos_plan import DEFAULT, STUDENT_ROWS
+from bench.photos_plan import terms as only
+
 SEEDS = (1, 2, 3)
 # The twelve terms between last layers, as weighed when all are on.
 TERMS = {'image_tokens': 5, 'image_feat': 1, 'text_feat': 1, 'fused_feat': 1, 'decoder_feat': 1, 'ita_soft': 1,
@@ -22,6 +25,8 @@ class Variant:
     """Args:
         settings: overrides of the demo's config of the stage ('pretrain', 'retrieval' or 'caption').
         epochs: passes over the pairs of a pre-training run.
+        pairs: how many there are.
+        elsewhere: the vision tower starts as a classifier of scenes (bench/classifier.py), the text tower from scratch.
         start: folder of the pre-training run that a finetune starts from.
         plotted: whether its learning curve is drawn.
         stored: the teacher's targets are stored first, and the run trains without it.
@@ -33,6 +38,8 @@ class Variant:
     settings: tuple[str, ...] = ()
     stage: str = 'pretrain'
     epochs: int = 1
+    pairs: int = 1200
+    elsewhere: bool = False
     start: str = ''
     plotted: bool = False
     stored: bool = False
@@ -70,6 +77,11 @@ def retrieval(*names: str) -> tuple[str, ...]:
 
 PRETRAINING, SINGLE = 'Pre-training, from layers of the teacher', 'One term alone, and all of the last layers but one'
 START, STEPS, SIZES = 'Where the student starts', 'More steps', 'Sizes of the student, 3 times the steps'
+ELSEWHERE, MANY = 'A quarter that starts as in a real run, 800 steps', 6400
+ELSEWHERE_ROWS = {name: STUDENT_ROWS[name] for name in (
+    'no teacher', "the original's nine terms", 'default', 'default and both embeddings', 'storable terms alone')} | {
+    'default, hidden states of 3 layers': (*only(**DEFAULT), 'hidden_layers.vision=[3, 5, 7]',
+                                           'hidden_layers.text=[2, 4, 6]')}
 CAPTION, RETRIEVAL = 'Caption finetune', 'Retrieval finetune'
 
 PLAN = [
@@ -97,6 +109,10 @@ PLAN = [
     *(Variant(f'1/{part}', SIZES, (*six(), f'model.size={size}', 'train.epochs=3'), epochs=3)
       for part, size in {2: 'bench/sizes.yaml:mini_2', 4: 'mini_4', 6: 'bench/sizes.yaml:mini_6',
                          10: 'bench/sizes.yaml:mini_10'}.items()),
+    *(Variant(f'elsewhere: {name}', ELSEWHERE, (*settings, 'model.size=mini_4'), pairs=MANY, elsewhere=True)
+      for name, settings in ELSEWHERE_ROWS.items()),
+    Variant('elsewhere: no teacher, 1,600 steps', ELSEWHERE, (*NO_TEACHER, 'model.size=mini_4'), pairs=2 * MANY,
+            elsewhere=True),
     *(Variant(f'caption: {name}', CAPTION, settings, 'caption', start='the_five') for name, settings in {
         'image_tokens, lm_logits': caption('image_tokens', 'lm_logits'),
         'no teacher': NO_TEACHER,

@@ -1,4 +1,5 @@
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '2')
@@ -24,6 +25,10 @@ TINY = dict(image_size=64, patch_size=16, vision_width=64, vision_depth=2, visio
             text_width=64, text_depth=2, text_heads=4, text_ffn=128)
 NANO = dict(image_size=32, patch_size=16, vision_width=32, vision_depth=2, vision_heads=2, text_width=32,
             text_depth=2, text_heads=2, text_ffn=64, embed_dim=16, dropout=0.0)
+# Started by nohup or in the background, pytest and what it starts would ignore these, which tests send.
+for number in (signal.SIGINT, signal.SIGHUP) if os.name == 'posix' else ():
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, {signal.SIGINT: signal.default_int_handler}.get(number, signal.SIG_DFL))
 # A worker must not be left alone with one of these.
 LONGEST = ('test_readme', 'test_recovery', 'test_distributed', 'test_training', 'test_finetune')
 
