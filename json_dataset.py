@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from configs.rules import output_path, whole
 from data.downloads import Part, find_shards, read_shard, read_visual_genome
 from data.folders import locked
-from utils import WORKERS, as_worker, atomic_write, clean_exit, make_output_dir, progress, shorten
+from utils import TEMPORARY, WORKERS, as_worker, atomic_write, clean_exit, make_output_dir, progress, shorten
 
 SOURCES = {'cc3m': 'cc3m.json', 'mscoco': 'coco.json', 'sbu': 'sbu.json', 'vgo': 'vgo.json'}
 FAILED = pa.schema({'url': pa.string(), 'caption': pa.string()})
@@ -135,9 +135,10 @@ def build(root: Path, out: Path, sources: list[str], workers: int) -> dict[str, 
         if source not in present:
             print(f'{root / source}: not there, skipped')
     if not present:
-        raise FileNotFoundError(f'none of {", ".join(sources)} in {root}: download at least one (README, "Data")')
+        raise FileNotFoundError(f'none of {", ".join(sources)} in {root}: download at least one (data/README.md, '
+                                f'"Download")')
     for name in ('all.json', *SOURCES.values(), '*_failed.parquet', 'pairs.png'):
-        for leftover in out.glob(f'{name}.tmp*'):  # of a build that was killed: `main` locks the folder
+        for leftover in out.glob(f'{name}{TEMPORARY}'):  # of a build that was killed: `main` locks the folder
             leftover.unlink()
     tallies = {source: Tally() for source in present}
     # Older files are replaced together, when every source has been read.

@@ -247,6 +247,9 @@ def seed_everything(*parts: int) -> None:
 
 # ---------------------------------------------------------------- files
 
+TEMPORARY = f'.tmp{"[0-9a-f]" * 12}'  # how the names of `replacing` end, as a pattern of glob
+
+
 @contextmanager
 def replacing(path: str | os.PathLike):
     """A new name beside `path` for a file that replaces it when the block ends well: whole or not at all.

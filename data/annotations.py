@@ -107,7 +107,7 @@ def load_annotated(root: str | Path, split: str, how: str | float = 'standard') 
         raise ValueError(f'data.split: {shorten(how)} is neither standard nor hash, nor a share')
     if not os.path.isdir(root):
         raise FileNotFoundError(f'no folder {shorten(root)}: data.root is one of images and their annotation '
-                                f'(README, "Data")')
+                                f'(data/README.md, "Annotated folders")')
     files, layout = find_annotation(root)
     captions: dict[str, list[str]] = {}
     splits: dict[str, str | None] = {}

@@ -137,7 +137,7 @@ def read_parquet(path: Path, key_length: int) -> dict[str, pa.StringArray | np.n
     there = set(file.schema_arrow.names)
     if not there >= REQUIRED:
         raise ValueError(f'{path} has no column {", ".join(sorted(REQUIRED - there))}: download the shard again '
-                         f'as the README says, or remove it to read the .json and .txt files')
+                         f'as data/README.md says, or remove it to read the .json and .txt files')
     twice = [name for name in there if file.schema_arrow.names.count(name) > 1]
     if twice:
         raise ValueError(f'{path} has the column {shorten(twice[0])} twice: remove it to read the .json and .txt files')

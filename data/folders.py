@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from utils import gather_objects, is_main, logger, make_output_dir
+from utils import TEMPORARY, gather_objects, is_main, logger, make_output_dir
 
 LOCK_WAIT = 10  # seconds that a run waits for the one before it, which may be about to end
 DAY = 86400  # seconds
@@ -33,7 +33,8 @@ def locked(*folders: str | os.PathLike):
                 lock.acquire(timeout=LOCK_WAIT)
             except Timeout:
                 problem = (f'another run is writing to {folder}: wait for it or stop it, or choose another folder (if '
-                           f'srun launched this one, its processes did not join: see "SLURM" in README.md)')
+                           f'srun launched this one, its processes did not join: see models/README.md, "Several nodes '
+                           f'and SLURM")')
                 break
             except (OSError, NotImplementedError) as error:
                 if getattr(error, 'errno', None) not in {None, *NO_LOCKS}:
@@ -75,7 +76,7 @@ def run_folder(args: argparse.Namespace, *inner: str):
 def sweep(path: str | os.PathLike) -> None:
     """Delete what killed writers of `path` left behind: temporary files that nobody has written to for a day."""
     path = Path(path)
-    for leftover in path.parent.glob(f'{glob.escape(path.name)}.tmp*'):
+    for leftover in path.parent.glob(f'{glob.escape(path.name)}{TEMPORARY}'):
         with suppress(OSError):  # another process may sweep as well
             if time.time() - leftover.stat().st_mtime > DAY:
                 leftover.unlink()

@@ -59,9 +59,9 @@ from prod import DLIPProd
 from prod.capfilt import ShardWorker
 from prod.options import generate_options, generate_settings, net_options
 from signals import interrupting
-from utils import ROOT, atomic_write, clean_exit, logger, make_output_dir, progress, shorten
+from utils import ROOT, TEMPORARY, atomic_write, clean_exit, logger, make_output_dir, progress, shorten
 
-TEMPORARY = ('*/*.attempts', f'*/*.tmp{"[0-9a-f]" * 12}')  # names of what killed workers leave
+LEFTOVERS = ('*/*.attempts', f'*/*{TEMPORARY}')  # names of what killed workers leave
 
 
 def named(urls: list[str]) -> dict[str, str]:
@@ -127,7 +127,7 @@ def prepared(options: argparse.Namespace) -> Path:
 
 def sweep(out: Path) -> None:
     """Delete what killed workers left in OUT, which no other run writes to."""
-    for leftover in chain.from_iterable(map(out.glob, TEMPORARY)):
+    for leftover in chain.from_iterable(map(out.glob, LEFTOVERS)):
         leftover.unlink()
 
 

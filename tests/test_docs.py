@@ -1,5 +1,6 @@
 """Documents: the page of DLIPProd is that of the docstrings and true, the notebook runs, figures are those measured."""
 
+import ast
 import doctest
 import json
 import re
@@ -60,6 +61,17 @@ def test_links_between_documents_lead_somewhere():
     for path in [*figures.documents(), docs.PAGE]:
         for target in re.findall(r'\]\((?!https?:|#)([^)#]+)', path.read_text(encoding='utf-8')):
             assert (path.parent / target).exists(), f'{path}: {target}'
+
+
+def test_sections_that_messages_name_are_there():
+    """A message says `(data/README.md, "Download")`."""
+    named = [pair for path in (*ROOT.glob('*.py'), *ROOT.glob('[!.]*/**/*.py'))
+             for node in ast.walk(ast.parse(path.read_text(encoding='utf-8')))
+             if isinstance(node, ast.Constant) and isinstance(node.value, str)
+             for pair in re.findall(r'([\w/]*README[\w.]*), "([^"]+)"', node.value)]
+    for document, section in named:
+        assert re.search(f'^#+ {section}$', (ROOT / document).read_text(encoding='utf-8'), re.MULTILINE), document
+    assert len(named) >= 3
 
 
 def test_the_readme_is_short():

@@ -19,6 +19,7 @@ import pretrain_dlip
 from bench.stress import workers_of
 from data import folders, loader
 from data.index import build_index
+from models.engine.checkpoint_manager import CheckpointManager
 from models.engine.launch import choose_device, hosts, place
 from models.engine.logs import read_log
 from models.weights.checkpoint import read_checkpoint
@@ -233,12 +234,20 @@ def test_writers_with_the_same_process_number(tmp_path):
 
 def test_what_killed_writers_left_is_deleted_when_it_is_old(tmp_path):
     (tmp_path / 'all.json').write_text('[{"caption": "a dog", "image_root": "a.jpg", "id": 0}]')
-    old, new = tmp_path / 'all.json.arrow.tmp1', tmp_path / 'all.json.arrow.tmp2'
+    old, new = tmp_path / f'all.json.arrow.tmp{1:012x}', tmp_path / f'all.json.arrow.tmp{2:012x}'
     for path in (old, new):
         path.touch()
     os.utime(old, (0, 0))
     build_index(tmp_path / 'all.json')
     assert new.exists() and not old.exists()
+
+
+def test_a_run_deletes_no_file_of_the_users(tmp_path):
+    left, own = tmp_path / 'last.pth.tmp0123456789ab', tmp_path / 'notes.tmpl'
+    for path in (left, own):
+        path.touch()
+    CheckpointManager(tmp_path, 1).sweep()
+    assert own.exists() and not left.exists()
 
 
 @pytest.mark.parametrize('name', ['', 'x' * 300, 'file', 'file/sub', 'a\0b'])

@@ -142,7 +142,7 @@ def test_storing_goes_on_where_it_stopped(stored, tmp_path, capsys):
         run(pretrain_dlip, config, tmp_path / 'out', f'teacher.cache={copy}')
     (copy / 'epoch0-00001.targets').unlink()
     damage(copy / 'epoch1-00002.targets')
-    (copy / 'epoch1-00000.targets.tmp7').write_bytes(b'half')
+    (copy / 'epoch1-00000.targets.tmp0123456789ab').write_bytes(b'half')
     kept = (copy / 'epoch0-00000.targets').stat().st_mtime_ns
     store(config, copy, 1)
     shards = len(manifest['shards'])

@@ -111,6 +111,23 @@ def test_save_and_load_is_bit_exact(tmp_path, small_tokenizer, task):
         'tokenizer_config.json', 'vocab.txt']
 
 
+def test_a_folder_whose_writing_was_cut_short_is_no_net(tmp_path, small_tokenizer, monkeypatch):
+    """Rather than the weights of one net beside the tokenizer of another, which was there before."""
+    net = BLIP(config(small_tokenizer))
+    write_folder(tmp_path, net, small_tokenizer, {})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr('models.weights.transformers_format.model_card', raising)
+        write_folder(tmp_path, BLIP(config(small_tokenizer)), small_tokenizer, {})
+    with pytest.raises(FileNotFoundError, match='has no config.json'):
+        load_model(tmp_path)
+    write_folder(tmp_path, net, small_tokenizer, {})
+    assert same(load_model(tmp_path)[0], net)
+
+
+def raising(*_):
+    raise KeyboardInterrupt
+
+
 def test_both_classes_of_transformers_find_their_part_of_a_pretraining_net(tmp_path, small_tokenizer):
     import transformers
     model = BLIP(config(small_tokenizer)).eval()

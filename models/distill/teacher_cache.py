@@ -40,6 +40,7 @@ from models.linear import arithmetic, unpadded
 from models.tokenizer import Tokenizer
 from models.weights.checkpoint import fingerprint
 from utils import (
+    TEMPORARY,
     atomic_write,
     barrier,
     gather_objects,
@@ -203,7 +204,7 @@ def write_targets(folder: Path, config: dict, teacher: BLIP, dataset: Captioned,
                 'pairs': len(dataset), 'shard': SHARD if fresh else manifest['shard'], 'fields': fields, 'shards': {}}
     if is_main():
         write_manifest(folder, manifest)
-        for leftover in folder.glob('*.targets*' if fresh else '*.tmp*'):
+        for leftover in folder.glob('*.targets*' if fresh else f'*{TEMPORARY}'):
             leftover.unlink()
     barrier()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from models.weights.checkpoint import not_finite, read_checkpoint
-from utils import logger
+from utils import TEMPORARY, logger
 
 # What a run's checkpoint holds beside the net.
 PARTS = ('objective', 'optimizer', 'config', 'seed', 'epoch', 'batch', 'steps_per_epoch', 'world_size', 'meters')
@@ -83,7 +83,7 @@ class CheckpointManager:
 
     def sweep(self) -> None:
         """Delete what processes that were killed left half written."""
-        for leftover in self.folder.glob('*.tmp*'):
+        for leftover in self.folder.glob(f'*{TEMPORARY}'):
             leftover.unlink()
 
 

@@ -142,7 +142,8 @@ def write_config(config: BLIPConfig, tokenizer: Tokenizer, extra: dict) -> str:
 
 
 def write_folder(folder: str | os.PathLike, model: BLIP, tokenizer: Tokenizer, info: dict) -> None:
-    """Write a net with its tokenizer, image settings and model card; each file appears whole or not at all.
+    """Write a net with its tokenizer, image settings and model card; each file appears whole or not at all, and
+    config.json last: what was cut short is no net, rather than one of two nets' files.
 
     Args:
         info: `config`, `metrics` of the run that made it (kept in config.json and shown in the card).
@@ -158,6 +159,7 @@ def write_folder(folder: str | os.PathLike, model: BLIP, tokenizer: Tokenizer, i
             weights[rename(key, to_theirs=True)] = weight.cpu()
     if model.config.task == 'pretrain':  # what encoder and decoder share is written twice: each class finds all of its
         weights = {key: weight.clone() for key, weight in weights.items()}
+    (folder / 'config.json').unlink(missing_ok=True)  # a folder without it is none, until all is written
     with replacing(folder / WEIGHT_FILES[0]) as part:
         save_file(weights, part, metadata={'format': 'pt'})
     tokenizer.save(folder)
@@ -165,8 +167,8 @@ def write_folder(folder: str | os.PathLike, model: BLIP, tokenizer: Tokenizer, i
                 'do_convert_rgb': True, 'do_resize': True, 'do_rescale': True, 'do_normalize': True,
                 'size': {'height': model.config.image_size, 'width': model.config.image_size}, 'resample': 3,
                 'rescale_factor': 1 / 255, 'image_mean': list(MEAN), 'image_std': list(STD)}
-    for name, text in (('config.json', write_config(model.config, tokenizer, extra)),
-                       ('preprocessor_config.json', json.dumps(images, indent=2) + '\n'),
-                       ('README.md', model_card(model, info))):
+    for name, text in (('preprocessor_config.json', json.dumps(images, indent=2) + '\n'),
+                       ('README.md', model_card(model, info)),
+                       ('config.json', write_config(model.config, tokenizer, extra))):
         with atomic_write(folder / name) as file:
             file.write(text)
