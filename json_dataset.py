@@ -11,7 +11,7 @@ duplicates are found).
 """
 
 if __name__ == '__main__':  # before the slow imports
-    from signals import end_at_once
+    from utils import end_at_once
     end_at_once()
 
 import argparse
@@ -28,9 +28,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from configs.rules import output_path, whole
+from data.distributed import progress
 from data.downloads import Part, find_shards, read_shard, read_visual_genome
 from data.folders import locked
-from utils import TEMPORARY, WORKERS, as_worker, atomic_write, clean_exit, make_output_dir, progress, shorten
+from utils import TEMPORARY, WORKERS, as_worker, atomic_write, clean_exit, make_output_dir, shorten
 
 SOURCES = {'cc3m': 'cc3m.json', 'mscoco': 'coco.json', 'sbu': 'sbu.json', 'vgo': 'vgo.json'}
 FAILED = pa.schema({'url': pa.string(), 'caption': pa.string()})

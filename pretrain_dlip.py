@@ -12,7 +12,7 @@ resumes from OUTPUT_DIR/last.pth; `--dry_run` says beforehand what the run will 
 """
 
 if __name__ == '__main__':  # before the slow imports
-    from signals import end_at_once
+    from utils import end_at_once
     end_at_once()
 
 import argparse
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from data.distributed import rank, seed_everything
 from data.pairs import open_pairs
 from data.transforms import eval_transform, train_transform
 from eval.caption import caption_pictures
@@ -33,7 +34,7 @@ from models.engine.optim import ramp, set_learning_rate
 from models.engine.run_state import RunState
 from models.engine.setup import build_nets, epoch_loader, script_run
 from models.engine.stopping import STOP
-from utils import clean_exit, logger, rank, seed_everything
+from utils import clean_exit, logger
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -11,7 +11,7 @@ resumes.
 """
 
 if __name__ == '__main__':  # before the slow imports
-    from signals import end_at_once
+    from utils import end_at_once
     end_at_once()
 
 import argparse
@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from data.datasets import AnnotatedTrain, AnnotatedWhole, Captioned, ImageTextEval
+from data.distributed import barrier, is_main, rank, seed_everything, to_device
 from data.transforms import eval_transform, normalise, train_transform
 from eval.caption import evaluate_captions
 from eval.cider import CiderReward
@@ -42,7 +43,7 @@ from models.generation import generate
 from models.tokenizer import DEC
 from models.weights.build import build_student
 from models.weights.checkpoint import load_model
-from utils import atomic_write, barrier, clean_exit, is_main, logger, rank, seed_everything, shorten, to_device
+from utils import atomic_write, clean_exit, logger, shorten
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,7 +10,7 @@ Relaunching the same command resumes.
 """
 
 if __name__ == '__main__':  # before the slow imports
-    from signals import end_at_once
+    from utils import end_at_once
     end_at_once()
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from data.datasets import AnnotatedTrain, ImageTextEval
+from data.distributed import barrier, rank, seed_everything
 from data.transforms import eval_transform, train_transform
 from eval.retrieval import evaluate_retrieval
 from eval.table import finetune_table
@@ -33,7 +34,7 @@ from models.engine.run_state import RunState
 from models.engine.setup import build_nets, epoch_loader, script_run
 from models.engine.stopping import STOP
 from models.weights.checkpoint import load_model
-from utils import barrier, clean_exit, logger, rank, seed_everything
+from utils import clean_exit, logger
 
 
 def main(argv: list[str] | None = None) -> None:

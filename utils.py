@@ -1,4 +1,8 @@
-"""Mechanics shared by the scripts: errors, processes, atomic files, progress bars."""
+"""What every script needs: signals, errors, worker processes, files written whole.
+
+Only the standard library is imported here: a script calls `end_at_once` before its slow imports, during which Python
+would answer Ctrl-C with a traceback.
+"""
 
 import ctypes
 import errno
@@ -6,7 +10,6 @@ import json
 import logging
 import multiprocessing
 import os
-import random
 import re
 import reprlib
 import secrets
@@ -15,15 +18,9 @@ import signal
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import numpy as np
-import torch
-import torch.distributed as dist
-from tqdm import tqdm
-
-from signals import NAMES, interrupting
 
 ROOT = Path(__file__).resolve().parent
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
@@ -32,7 +29,76 @@ REMEDIES = dict.fromkeys(FULL, ': the disk is full, make room or write elsewhere
     errno.ENAMETOOLONG: ': choose a shorter one'}
 # How worker processes start: under another method a killed parent may leave them behind, or they import for seconds.
 WORKERS = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
+# What ends a process: Ctrl-C, a scheduler, a closed terminal or ssh session.
+SIGNALS = {signal.SIGINT: 'Ctrl-C', signal.SIGTERM: 'SIGTERM'}
+if hasattr(signal, 'SIGHUP'):  # not on Windows
+    SIGNALS[signal.SIGHUP] = 'SIGHUP, as the terminal was closed'
 logger = logging.getLogger('dlip')
+
+
+# ---------------------------------------------------------------- signals
+
+class Interrupt(KeyboardInterrupt):
+    """A signal has come.
+
+    Attributes:
+        code: exit code of a process that it ends.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f'stopped by {SIGNALS[number]}')
+        self.code = 128 + number
+
+
+def listen(handler: Callable) -> Callable:
+    """Let `handler(number, frame)` answer the signals, but for SIGHUP under nohup -> what is set for SIGINT now."""
+    owner = os.getpid()
+
+    def answer(number, frame):
+        if os.getpid() == owner:
+            handler(number, frame)
+        elif number == signal.SIGTERM:  # in a new worker process, before `as_worker`
+            os._exit(128 + number)
+
+    for number in SIGNALS:
+        if number in (signal.SIGINT, signal.SIGTERM) or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, answer)
+    return answer
+
+
+def end_at_once() -> None:
+    """From now on a signal ends the process with one line on stderr and exit code 128 + its number."""
+    listen(_end)
+
+
+@contextmanager
+def interrupting():
+    """A block in which the first signal raises `Interrupt`, and another one ends the process at once."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    ours = listen(_interrupt)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is ours:  # a training's STOP stays
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def say(line: str) -> None:
+    """Write a line to stderr, in a signal's handler too, and though the terminal may be gone."""
+    with suppress(OSError):
+        os.write(2, f'{line}\n'.encode())
+
+
+def _interrupt(number, frame):
+    end_at_once()
+    raise Interrupt(number)
+
+
+def _end(number, frame):
+    if os.environ.get('RANK', '0') == '0':  # one line for all processes of torchrun
+        say(f'stopped by {SIGNALS[number]}')
+    os._exit(128 + number)
 
 
 # ---------------------------------------------------------------- errors
@@ -90,9 +156,10 @@ def explanation(error: BaseException) -> str | None:
     text = str(error)
     if isinstance(error, KeyboardInterrupt):
         return text or 'stopped by Ctrl-C'
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, 'errno', None) == errno.ENOMEM or \
+    on_gpu = type(error).__name__ == 'OutOfMemoryError'  # torch's, which is not imported here
+    if on_gpu or isinstance(error, MemoryError) or getattr(error, 'errno', None) == errno.ENOMEM or \
             isinstance(error, RuntimeError) and "can't allocate memory" in text:
-        what = 'the GPU' if isinstance(error, torch.OutOfMemoryError) else 'this machine'
+        what = 'the GPU' if on_gpu else 'this machine'
         return (f'error: {what} is out of memory: lower the batch size (train.batch_size, for which '
                 f'optim.grad_accum_steps makes up, eval.batch_size or --batch_size), data.num_workers or the size '
                 f'of the net ({text[:120]})')
@@ -111,98 +178,7 @@ def explanation(error: BaseException) -> str | None:
     return f'error: {shorten(ValueError(text), 1000)}{remedy}'
 
 
-# ---------------------------------------------------------------- processes
-
-_alone = False
-
-
-@contextmanager
-def alone():
-    """Within it this process counts as the only one: world size 1, nothing is gathered."""
-    global _alone
-    before, _alone = _alone, True
-    try:
-        yield
-    finally:
-        _alone = before
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() and not _alone else 1
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() and not _alone else 0
-
-
-def is_main() -> bool:
-    return rank() == 0
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def local_rank() -> int:
-    """The number of this process among those of its run on this machine."""
-    return int(os.environ.get('LOCAL_RANK', 0)) if dist.is_initialized() else 0
-
-
-def local_world_size() -> int:
-    """How many processes of this run are on this machine."""
-    return int(os.environ.get('LOCAL_WORLD_SIZE', 1)) if dist.is_initialized() else 1
-
-
-@torch.no_grad()
-def all_gather(x: torch.Tensor) -> torch.Tensor:
-    """[B, ...] of every process -> [W * B, ...] in rank order, without gradient; identity on one process."""
-    if world_size() == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)
-
-
-class _GatherWithGrad(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return all_gather(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)  # every process's loss depends on these rows; DDP then averages over processes
-        return grad.chunk(world_size())[rank()]
-
-
-def all_gather_grad(x: torch.Tensor) -> torch.Tensor:
-    """`all_gather` through which gradients flow back to the process that owns each row."""
-    return _GatherWithGrad.apply(x) if world_size() > 1 else x
-
-
-def gather_objects(item) -> list:
-    """The picklable `item` of every process, in rank order, on every process."""
-    if world_size() == 1:
-        return [item]
-    items = [None] * world_size()
-    dist.all_gather_object(items, item)
-    return items
-
-
-def any_process(flag: bool) -> bool:
-    """True on every process when it is true on any; the hosts exchange it, no GPU is waited for."""
-    if world_size() == 1:
-        return flag
-    value = torch.tensor(float(flag))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value)
-
-
-def to_device(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """`x` of the host on a device; a GPU copies it from pinned memory, while the host goes on."""
-    return (x.pin_memory() if torch.device(device).type == 'cuda' else x).to(device, non_blocking=True)
-
+# ---------------------------------------------------------------- worker processes
 
 def end_with_parent() -> bool:
     """Ask the kernel to kill this process when the thread that started it ends; whether this system can."""
@@ -217,7 +193,7 @@ def as_worker(*_) -> None:
     Ctrl-C, a scheduler's SIGTERM and a closed terminal's SIGHUP reach every process of a job; what they end is the
     parent's to decide.
     """
-    for number in NAMES.keys() - {signal.SIGTERM}:
+    for number in SIGNALS.keys() - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, 'sigwaitinfo'):  # not on macOS and Windows
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -230,19 +206,6 @@ def _end_at_parents_word() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != multiprocessing.parent_process().pid:
         pass
     os._exit(0)
-
-
-def seed_everything(*parts: int) -> None:
-    """Seed python, numpy and torch from a tuple of integers.
-
-    Training seeds every step by (seed, step, rank): a resumed run draws what the uninterrupted run drew.
-    """
-    state = int(np.random.SeedSequence(parts).generate_state(1)[0])
-    random.seed(state)
-    np.random.seed(state)
-    torch.default_generator.manual_seed(state)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed(state)
 
 
 # ---------------------------------------------------------------- files
@@ -313,9 +276,3 @@ def shown(name: str | os.PathLike) -> str:
         return name if name.isprintable() else json.dumps(name)
     except UnicodeEncodeError:
         return json.dumps(name)
-
-
-def progress(iterable, total: int | None = None, desc: str = ''):
-    """A progress bar with ETA on the main process; silent elsewhere."""
-    return tqdm(iterable, total=total, desc=desc, disable=not is_main(), mininterval=1.0, leave=False,
-                dynamic_ncols=True)

@@ -12,12 +12,10 @@ little. A finished run is a line of bench/ablation.jsonl and is not repeated; th
 written to bench/ablation.png.
 """
 
-if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+if __name__ == '__main__':  # run by its path, a script looks for modules in its own folder
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
-    end_at_once()
 
 import argparse
 import fnmatch
@@ -40,13 +38,14 @@ from bench.classifier import train_tower
 from configs import load_config, read_yaml
 from configs.rules import whole
 from data.datasets import ImageTextEval
+from data.distributed import progress
 from data.transforms import eval_transform
 from eval.caption import evaluate_captions
 from eval.retrieval import evaluate_retrieval
 from models.engine.curves import pyplot
 from models.engine.logs import read_log
 from models.weights.checkpoint import load_model
-from utils import ROOT, atomic_write, clean_exit, make_output_dir, progress
+from utils import ROOT, atomic_write, clean_exit, make_output_dir
 
 PAIRS, BATCH, POINTS = 1200, 8, 5  # PAIRS: of finetunes
 PINNED = ('model.size=bench/sizes.yaml:micro', 'model.dropout=0.0', 'data.randaugment=false', 'train.precision=fp32')

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from configs import read_yaml
+from data.distributed import progress
 from data.scenes import BACKGROUNDS, COLOURS, FILLS, SHAPES, Scene, render, sample_split
 from data.transforms import eval_transform
 from models.blip import BLIP
 from models.weights.checkpoint import architecture
-from utils import ROOT, atomic_write, progress
+from utils import ROOT, atomic_write
 
 LABELS = (*SHAPES, *COLOURS, *FILLS, *BACKGROUNDS)
 LR, WARMUP = 1e-3, 100

@@ -9,12 +9,10 @@ the original's way is json.load and a dataset that keeps the list. Memory of a w
 with it (USS: private pages, Linux), with that of the same loader over 1,000 pairs beside it.
 """
 
-if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+if __name__ == '__main__':  # run by its path, a script looks for modules in its own folder
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
-    end_at_once()
 
 import argparse
 import json

@@ -10,12 +10,10 @@ included). All take turns, round by round; the ratio is the median over the roun
 The pictures are noise with the spectrum of photographs (none is at hand): what a decoder costs depends on the detail.
 """
 
-if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+if __name__ == '__main__':  # run by its path, a script looks for modules in its own folder
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
-    end_at_once()
 
 import argparse
 import io

@@ -7,12 +7,10 @@ folder, which both sides load. Float32, CPU. Prints a Markdown table: the larges
 value, and whether greedy and beam-3 ids are the same on 8 images.
 """
 
-if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+if __name__ == '__main__':  # run by its path, a script looks for modules in its own folder
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
-    end_at_once()
 
 import argparse
 import tempfile

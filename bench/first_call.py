@@ -6,12 +6,10 @@ transformers' BLIP-Base and DLIP's student at 384 px, random weights in a folder
 new tokens forced; the sides take turns, medians of seconds. Files are in the page cache.
 """
 
-if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+if __name__ == '__main__':  # run by its path, a script looks for modules in its own folder
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
-    end_at_once()
 
 import argparse
 import json
@@ -25,11 +23,12 @@ from PIL import Image
 
 from bench.inference import SERVED
 from configs.rules import whole
+from data.distributed import progress
 from models.blip import BLIP
 from models.tokenizer import Tokenizer
 from models.weights.checkpoint import architecture
 from models.weights.transformers_format import write_folder
-from utils import ROOT, clean_exit, progress
+from utils import ROOT, clean_exit
 
 DLIP = """
 from prod import DLIPProd

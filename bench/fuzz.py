@@ -7,12 +7,10 @@ The kinds of cases are those of tests/odd.py, and `interrupted`: a tool is stopp
 SIGHUP or SIGKILL and launched again; it must leave no process behind and end with what an uninterrupted run gives.
 """
 
-if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+if __name__ == '__main__':  # run by its path, a script looks for modules in its own folder
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
-    end_at_once()
 
 import argparse
 import contextlib

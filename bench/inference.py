@@ -16,12 +16,10 @@ At the end the image encoder's share of the fastest matrix product that this mac
 how much of it is left to gain.
 """
 
-if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+if __name__ == '__main__':  # run by its path, a script looks for modules in its own folder
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
-    end_at_once()
 
 import argparse
 import atexit
@@ -40,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs.rules import whole
 from data.captions import PROMPT
+from data.distributed import progress
 from models.blip import BLIP
 from models.generation import generate_ids, search
 from models.generation.constraints import Constraints
@@ -50,7 +49,7 @@ from prod.onnx_backend import ONNXBLIP
 from prod.onnx_export import export_onnx
 from prod.openvino_backend import HINTS, core
 from prod.precision import for_inference
-from utils import ROOT, clean_exit, progress
+from utils import ROOT, clean_exit
 
 SERVED = (('fp32', 'torch'), ('bf16', 'torch'), ('fp32', 'openvino'), ('bf16', 'openvino'), ('int8', 'openvino'))
 EXPORTED = ('fp32', 'int8')  # to ONNX

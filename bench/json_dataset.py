@@ -12,12 +12,10 @@ read by the command as a user starts it; the largest resident memory of all its 
 100 ms (Linux).
 """
 
-if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+if __name__ == '__main__':  # run by its path, a script looks for modules in its own folder
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
-    end_at_once()
 
 import argparse
 import json
@@ -37,7 +35,8 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from configs.rules import whole
-from utils import ROOT, clean_exit, progress
+from data.distributed import progress
+from utils import ROOT, clean_exit
 
 SHARD = 10_000  # pictures
 OURS = """

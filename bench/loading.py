@@ -9,12 +9,10 @@ every weight for NaN, so the time until all weights have been read is given too.
 mapped file pages included, with that of the imports alone beside it (Linux).
 """
 
-if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+if __name__ == '__main__':  # run by its path, a script looks for modules in its own folder
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
-    end_at_once()
 
 import argparse
 import json

@@ -6,12 +6,10 @@ ViT-S + BERT-Small without a teacher (ITA, ITM, LM), queue 57600, batch 8, on CP
 "kept" is what autograd holds from the forward for the backward pass, counted tensor by tensor.
 """
 
-if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+if __name__ == '__main__':  # run by its path, a script looks for modules in its own folder
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
-    end_at_once()
 
 import argparse
 import statistics
@@ -23,6 +21,7 @@ import torch
 
 from bench.train_step import CLS, DEC, ENC, VOCABULARY, random_batch
 from configs.rules import whole
+from data.distributed import progress
 from models.blip import BLIP
 from models.distill.batch import Batch
 from models.distill.objective import Objective
@@ -30,7 +29,7 @@ from models.engine.dry_run import SavedTensors
 from models.engine.logs import memory_used
 from models.momentum import MomentumQueue
 from models.weights.checkpoint import architecture
-from utils import clean_exit, progress
+from utils import clean_exit
 
 GIB = 2 ** 30
 

@@ -8,12 +8,10 @@ the folders that `prod/export.py --format onnx` writes, of nets with random weig
 `--sizes` prints alone.
 """
 
-if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+if __name__ == '__main__':  # run by its path, a script looks for modules in its own folder
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
-    end_at_once()
 
 import argparse
 import json
@@ -21,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from bench.inference import SERVED
+from data.distributed import progress
 from data.scene_captions import slots_match
 from data.scenes import Scene
 from eval.metrics import recall_at_k
@@ -29,7 +28,7 @@ from models.tokenizer import Tokenizer
 from models.weights.checkpoint import architecture, load_model
 from prod import DLIPProd
 from prod.onnx_export import PRECISIONS, export_onnx
-from utils import ROOT, clean_exit, progress
+from utils import ROOT, clean_exit
 
 CHECKPOINTS = {'teacher, 7.8M': ('data/demo_teacher.pth',) * 2,
                'student': ('output/demo/caption/best.pth', 'output/demo/retrieval/best.pth')}

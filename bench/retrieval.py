@@ -11,12 +11,10 @@ eval/retrieval.py, and a text's query of the original. The whole is projected fr
 side and the pairs, many of which are candidates in both directions, on the other; the ratio is the rounds' median.
 """
 
-if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+if __name__ == '__main__':  # run by its path, a script looks for modules in its own folder
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
-    end_at_once()
 
 import argparse
 import random
@@ -28,11 +26,12 @@ import torch
 
 from bench.inference import with_plain_linear_maps
 from configs.rules import whole
+from data.distributed import progress
 from eval.retrieval import Texts, matching_logits, nearest, text_feats
 from models.blip import BLIP
 from models.tokenizer import ENC, Tokenizer
 from models.weights.checkpoint import architecture
-from utils import ROOT, clean_exit, progress
+from utils import ROOT, clean_exit
 
 IMAGE_SIZE, MAX_TOKENS, K_TEST, BATCH = 384, 35, 128, 64
 WORDS = 12.4, 5.0  # words of a text: mean and standard deviation

@@ -12,12 +12,10 @@ ten best that are found.
 - faiss flat, faiss IVF: `IndexFlatIP` and the same structure as the index builds, in memory, without names.
 """
 
-if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+if __name__ == '__main__':  # run by its path, a script looks for modules in its own folder
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
-    end_at_once()
 
 import argparse
 import multiprocessing
@@ -33,9 +31,10 @@ import torch
 import torch.nn.functional as F
 
 from configs.rules import whole
+from data.distributed import progress
 from prod import cells
 from prod.index import CHUNK, PictureIndex
-from utils import clean_exit, progress
+from utils import clean_exit
 
 WIDTH, CENTRES, BATCH, QUERIES, K = 256, 1000, 256, 20, 10
 

@@ -10,12 +10,10 @@ nets are loaded and compiled, do not count. `filter` and `training`: rendered sc
 of whose captions are another scene's.
 """
 
-if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+if __name__ == '__main__':  # run by its path, a script looks for modules in its own folder
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
-    end_at_once()
 
 import argparse
 import io
@@ -37,6 +35,7 @@ from bench.ablation import launch, measure
 from bench.ablation_plan import terms
 from bench.inference import NEW_TOKENS, VOCAB, transformers_base
 from configs.rules import SHARE, whole
+from data.distributed import progress
 from data.scene_captions import captions
 from data.scenes import render, sample_split
 from data.shards import list_shards
@@ -46,7 +45,7 @@ from models.generation import PROMPT
 from models.tokenizer import DEC, Tokenizer
 from models.weights.checkpoint import architecture, save_checkpoint
 from prod import shards
-from utils import ROOT, clean_exit, progress
+from utils import ROOT, clean_exit
 
 SIZES = {'1 M': 10 ** 6, '100 M': 10 ** 8, '5 B': 5 * 10 ** 9}  # images
 STUDENT = 'output/demo/pretrain/last.pth'

@@ -7,12 +7,10 @@ and without those whose targets are large (image tokens, decoder states, attenti
 and turns; the stored side reads and pads its targets from a shard on disk within its time.
 """
 
-if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+if __name__ == '__main__':  # run by its path, a script looks for modules in its own folder
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
-    end_at_once()
 
 import argparse
 import math
@@ -28,13 +26,14 @@ from bench.original_step import CLS, DEC, ENC, ORIGINAL_TERMS
 from bench.train_step import VOCABULARY, OurStep, random_batch, seconds_now
 from configs import read_yaml
 from configs.rules import whole
+from data.distributed import progress
 from data.target_store import ROW, Fields, Shard, ShardWriter, pad_targets, sides
 from models.blip import BLIP
 from models.distill.teacher import StoredTeacher
 from models.distill.teacher_cache import answers, fields_of
 from models.distill.terms import TEACHER_TERMS
 from models.weights.checkpoint import architecture
-from utils import clean_exit, progress
+from utils import clean_exit
 
 LARGE = ('image_tokens', 'decoder_feat', 'self_attn', 'cross_attn', 'decoder_self_attn', 'decoder_cross_attn')
 PAIRS, TOKENS = 5_000_000, 13  # of the whole data, and of a caption of CC3M (10.3 words) with [CLS] and [SEP]

@@ -15,12 +15,10 @@ an unhurt run, bit for bit. The injuries:
 `tests/test_recovery.py` runs one of each.
 """
 
-if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+if __name__ == '__main__':  # run by its path, a script looks for modules in its own folder
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
-    end_at_once()
 
 import argparse
 import contextlib
@@ -45,9 +43,10 @@ import json_dataset
 import pretrain_dlip
 from configs.rules import whole
 from data import scene_layouts
+from data.distributed import progress
 from models.engine.logs import read_log
 from models.weights.checkpoint import read_checkpoint
-from utils import ROOT, progress
+from utils import ROOT
 
 SAVE_EVERY = 3
 SIGNALS = {'SIGTERM': signal.SIGTERM, 'SIGINT': signal.SIGINT, 'SIGKILL': signal.SIGKILL}

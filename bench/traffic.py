@@ -19,7 +19,7 @@ if __name__ == '__main__':  # before the slow imports; run by its path, a script
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
+    from utils import end_at_once
     end_at_once()
 
 import argparse

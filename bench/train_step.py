@@ -11,12 +11,10 @@ part is that of one loader without workers: JPEGs of 640 x 480 decoded and augme
 to the device.
 """
 
-if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
+if __name__ == '__main__':  # run by its path, a script looks for modules in its own folder
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
-    end_at_once()
 
 import argparse
 import io
@@ -31,6 +29,7 @@ from bench.original_step import CLS, DEC, ENC, ORIGINAL_TERMS, Reference, Refere
 from configs import read_yaml
 from configs.rules import whole
 from data.datasets import first_readable
+from data.distributed import progress, to_device
 from data.transforms import normalise, train_transform
 from models.blip import BLIP
 from models.distill.batch import Batch
@@ -41,7 +40,7 @@ from models.linear import FLOPS, Linear, unpadded
 from models.momentum import MomentumQueue
 from models.tokenizer import Tokenizer
 from models.weights.checkpoint import architecture
-from utils import ROOT, clean_exit, progress, to_device
+from utils import ROOT, clean_exit
 
 VOCABULARY, TOKENS = 30524, 30
 

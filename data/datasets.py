@@ -18,10 +18,11 @@ import torch
 
 from data.annotations import AnnotatedImage, load_annotated
 from data.captions import clean_caption, is_empty
+from data.distributed import barrier, local_rank
 from data.images import BrokenPicture, file_name, open_image, open_part
 from data.index import COLUMNS, build_index, read_index
 from data.transforms import eval_transform, train_transform, whole_transform
-from utils import barrier, local_rank, logger, shorten
+from utils import logger, shorten
 
 MOST_HELD_OUT = 1000  # images: enough for a curve, and soon looked at
 MAX_TRIES = 20  # broken pictures in a row that end the run

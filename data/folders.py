@@ -10,7 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from utils import TEMPORARY, gather_objects, is_main, logger, make_output_dir
+from data.distributed import gather_objects, is_main
+from utils import TEMPORARY, logger, make_output_dir
 
 LOCK_WAIT = 10  # seconds that a run waits for the one before it, which may be about to end
 DAY = 86400  # seconds

@@ -10,9 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from data.captions import is_empty, storable
+from data.distributed import progress
 from data.folders import sweep
 from data.json_list import read_json_list
-from utils import atomic_write, logger, progress
+from utils import atomic_write, logger
 
 SCHEMA = pa.schema({'image_root': pa.binary(), 'caption': pa.string(), 'id': pa.int64()})
 COLUMNS = tuple(SCHEMA.names)

@@ -12,9 +12,10 @@ import torch
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from data.datasets import Captioned
+from data.distributed import gather_objects, local_world_size
 from data.shards import ShardDataset, ShardStream
 from data.target_store import WithTargets, pad_targets
-from utils import WORKERS, as_worker, gather_objects, local_world_size
+from utils import WORKERS, as_worker
 
 SHARED_MEMORY = Path('/dev/shm')  # where Linux keeps the tensors that processes share
 PREFETCH = 2  # batches that each worker makes ahead

@@ -13,7 +13,7 @@ if __name__ == '__main__':  # before the slow imports; run by its path, a script
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
+    from utils import end_at_once
     end_at_once()
 
 import argparse
@@ -28,9 +28,10 @@ import pyarrow.parquet as pq
 
 from configs.rules import SHARE, output_path, whole
 from data.captions import PROMPT
+from data.distributed import progress
 from data.scene_captions import captions, vocabulary
 from data.scenes import KINDS, Scene, render, sample_split
-from utils import WORKERS, as_worker, atomic_write, clean_exit, make_output_dir, progress, shorten
+from utils import WORKERS, as_worker, atomic_write, clean_exit, make_output_dir, shorten
 
 SHARES = {'cc3m': 0.45, 'mscoco': 0.35, 'sbu': 0.17, 'vgo': 0.03}
 SHARD = 1000  # samples a shard

@@ -22,9 +22,10 @@ from webdataset.shardlists import expand_urls
 
 from data.captions import is_empty
 from data.datasets import first_readable, held_out_count
+from data.distributed import gather_objects, progress, rank, world_size
 from data.tars import SCHEME, TAR, count_images, one_line_of, read_shard
 from data.transforms import train_transform
-from utils import gather_objects, progress, rank, shorten, world_size
+from utils import shorten
 
 MOST_SHARDS = 10 ** 6
 RANGE = re.compile(r'\{(\d+)\.\.(\d+)\}')

@@ -14,7 +14,7 @@ if __name__ == '__main__':  # before the slow imports; run by its path, a script
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
+    from utils import end_at_once
     end_at_once()
 
 import json
@@ -27,6 +27,7 @@ import torch
 from configs import load_config
 from data.captions import PROMPT
 from data.datasets import ImageTextEval
+from data.distributed import gather_objects, is_main
 from data.images import open_image
 from data.scene_captions import slots_match
 from data.scenes import Scene
@@ -41,7 +42,7 @@ from models.engine.launch import setup_process
 from models.generation import generate
 from models.tokenizer import Tokenizer
 from models.weights.checkpoint import load_model
-from utils import clean_exit, gather_objects, is_main, logger, make_output_dir
+from utils import clean_exit, logger, make_output_dir
 
 CONFIG = 'configs/caption_flickr.yaml'
 

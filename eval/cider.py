@@ -5,8 +5,8 @@ from collections import Counter
 
 from pycocoevalcap.cider.cider_scorer import precook
 
+from data.distributed import progress
 from eval.metrics import simple_tokens
-from utils import progress
 
 ORDERS, SIGMA = 4, 6.0  # pycocoevalcap's: n-grams up to 4 words, width of the length penalty
 END = '[SEP]'  # a word that the simple tokenizer does not give

@@ -8,9 +8,10 @@ import torch
 from torch.utils.data import Subset
 
 from configs.rules import output_path
+from data.distributed import progress, rank, world_size
 from data.loader import load
 from models.weights.originals import VOCABULARY
-from utils import atomic_write, progress, rank, world_size
+from utils import atomic_write
 
 
 def evaluation_parser(description: str, config: str) -> argparse.ArgumentParser:

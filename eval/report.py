@@ -12,7 +12,7 @@ if __name__ == '__main__':  # before the slow imports; run by its path, a script
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
+    from utils import end_at_once
     end_at_once()
 
 import argparse
@@ -23,6 +23,7 @@ import torch
 
 from configs import load_config
 from data.datasets import ImageTextEval
+from data.distributed import is_main
 from data.transforms import eval_transform
 from eval.caption import evaluate_captions
 from eval.common import hardware, machine_options, spread, write_json
@@ -36,7 +37,7 @@ from models.blip import BLIP
 from models.engine.launch import setup_process
 from models.tokenizer import Tokenizer
 from models.weights.checkpoint import load_model
-from utils import atomic_write, clean_exit, is_main, logger, make_output_dir
+from utils import atomic_write, clean_exit, logger, make_output_dir
 
 TEACHER, PLAIN, STUDENT = 'teacher', 'undistilled', 'student'
 RETRIEVAL_CONFIG, CAPTION_CONFIG = 'configs/retrieval_flickr.yaml', 'configs/caption_flickr.yaml'

@@ -12,7 +12,7 @@ if __name__ == '__main__':  # before the slow imports; run by its path, a script
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
+    from utils import end_at_once
     end_at_once()
 
 import time
@@ -22,6 +22,7 @@ import torch
 
 from configs import load_config
 from data.datasets import ImageTextEval
+from data.distributed import gather_objects, is_main, progress
 from data.transforms import eval_transform
 from eval.common import compared, evaluation_parser, hardware, image_batches, shard, spread, write_json
 from eval.metrics import retrieval_metrics
@@ -32,7 +33,7 @@ from models.blip import BLIP
 from models.engine.launch import setup_process
 from models.tokenizer import Tokenizer
 from models.weights.checkpoint import load_model
-from utils import clean_exit, gather_objects, is_main, logger, make_output_dir, progress
+from utils import clean_exit, logger, make_output_dir
 
 CONFIG = 'configs/retrieval_flickr.yaml'
 NOT_RANKED = -100.0  # score of what is not among the k_test best, as in BLIP: below every re-ranked score

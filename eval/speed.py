@@ -12,7 +12,7 @@ if __name__ == '__main__':  # before the slow imports; run by its path, a script
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
+    from utils import end_at_once
     end_at_once()
 
 import statistics
@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs import load_config
 from configs.rules import whole
 from data.captions import PROMPT
+from data.distributed import is_main, progress
 from eval.common import checkpoint_parser, compared, hardware, write_json
 from eval.page import section, table, write_page
 from eval.table import markdown, number
@@ -37,7 +38,7 @@ from models.linear import FLOPS
 from models.tokenizer import DEC, Tokenizer
 from models.weights.build import count_parameters
 from models.weights.checkpoint import load_model
-from utils import clean_exit, is_main, logger, make_output_dir, progress
+from utils import clean_exit, logger, make_output_dir
 
 CONFIG = 'configs/caption_flickr.yaml'
 NEW_TOKENS = 20

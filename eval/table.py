@@ -6,8 +6,9 @@ column per net, and behind each net its share of the first one, the teacher. A f
 
 from pathlib import Path
 
+from data.distributed import is_main
 from models.engine.logs import read_log
-from utils import atomic_write, is_main, logger
+from utils import atomic_write, logger
 
 # measure -> (its name in tables, number of decimals)
 MEASURES = {**{f'{way}_r{k}': (f'{way} R@{k}', 1) for way in ('txt', 'img') for k in (1, 5, 10)},

@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from data.captions import clean_caption
 from data.datasets import ImageTextEval
+from data.distributed import gather_objects, rank, world_size
 from data.images import BrokenPicture, open_image
 from data.loader import load
 from data.transforms import eval_transform
@@ -15,7 +16,7 @@ from eval.metrics import retrieval_metrics
 from models import losses
 from models.blip import BLIP
 from models.tokenizer import DEC, Tokenizer
-from utils import gather_objects, logger, rank, world_size
+from utils import logger
 
 FEW = 50  # images of a validation split: with fewer, recalls and CIDEr tie or hang on single images
 

@@ -13,7 +13,7 @@ if __name__ == '__main__':  # before the slow imports; run by its path, a script
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
+    from utils import end_at_once
     end_at_once()
 
 import os
@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from configs.rules import whole
 from data.datasets import clean_caption
+from data.distributed import gather_objects, is_main
 from data.images import open_image
 from data.scan import is_hidden, list_images
 from data.transforms import eval_transform
@@ -37,7 +38,7 @@ from models.blip import BLIP
 from models.engine.launch import setup_process
 from models.tokenizer import Tokenizer
 from models.weights.checkpoint import load_model
-from utils import clean_exit, gather_objects, is_main, logger, make_output_dir, shorten, shown
+from utils import clean_exit, logger, make_output_dir, shorten, shown
 
 TEMPLATES = ('{}', 'a {}', 'a photo of a {}', 'a picture of a {}', 'a close-up of a {}', 'a photo of the {}')
 MAX_TOKENS = 35  # of a prompt

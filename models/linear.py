@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import logger, shorten, to_device
+from data.distributed import to_device
+from utils import logger, shorten
 
 
 @cache

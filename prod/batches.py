@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import torch
 
+from data.distributed import to_device
 from models.tokenizer import DEC
 from prod.images import named_images, read_image
 from prod.memory import check_batch_size, fitting, pair_bytes, picture_bytes
 from prod.texts import checked_texts
-from utils import shorten, to_device
+from utils import shorten
 
 NEEDS = {'caption': 'text_decoder', 'retrieval': 'text_encoder'}
 

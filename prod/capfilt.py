@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 import torch
 
 from data.captions import clean_caption, is_empty, storable
+from data.distributed import to_device
 from data.images import is_machines, open_image
 from data.tars import SCHEME, caption_of, image_suffix, one_line_of, read_samples
 from models.engine.launch import setup_process
@@ -30,7 +31,7 @@ from models.tokenizer import ENC
 from prod import DLIPProd
 from prod.batches import Prepared
 from prod.caption_files import listed
-from utils import atomic_write, explanation, shorten, to_device
+from utils import atomic_write, explanation, shorten
 
 ATTEMPTS = 4  # at a shard whose worker dies: it may be the shard that kills it
 TEXT, SCORE = pa.string(), pa.float32()

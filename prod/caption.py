@@ -22,7 +22,7 @@ if __name__ == '__main__':  # before the slow imports; run by its path, a script
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
+    from utils import end_at_once
     end_at_once()
 
 import argparse
@@ -34,12 +34,13 @@ from pathlib import Path
 from PIL import Image
 
 from configs.rules import whole
+from data.distributed import progress
 from data.json_lines import JsonLines, encoded
 from prod import DLIPProd
 from prod.caption_files import Captions, listed, shared_sidecars, sidecar, write_sidecar
 from prod.images import find_pictures, is_excluded, read_image
 from prod.options import generate_options, generate_settings, log_to_stderr, net_options, net_settings, output_file
-from utils import clean_exit, logger, progress, shorten
+from utils import clean_exit, logger, shorten
 
 
 def given_images(source: str, exclude: list[str]) -> list[str]:

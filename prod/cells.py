@@ -4,7 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import atomic_write, logger, progress
+from data.distributed import progress
+from utils import atomic_write, logger
 
 CHUNK = 1 << 16  # rows added at once
 PROBED = 1 / 16  # share of the cells that a query looks into

@@ -18,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.distributed import progress
 from data.json_lines import JsonLines
 from prod import cells
 from prod.arguments import checked
 from prod.defaults import on_its_own_devices
 from prod.images import find_pictures
-from utils import atomic_write, logger, progress, shown
+from utils import atomic_write, logger, shown
 
 CHUNK = 1 << 16  # rows copied at once
 CANDIDATES = 20  # of faiss for every hit asked for; their exact cosines decide

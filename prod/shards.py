@@ -28,7 +28,7 @@ if __name__ == '__main__':  # before the slow imports; run by its path, a script
     import os
     import sys
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
-    from signals import end_at_once
+    from utils import end_at_once
     end_at_once()
 
 import argparse
@@ -50,6 +50,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from configs.rules import Number, whole
+from data.distributed import progress
 from data.folders import locked
 from data.shards import list_shards
 from data.tars import TAR
@@ -58,8 +59,7 @@ from models.weights.checkpoint import fingerprint
 from prod import DLIPProd
 from prod.capfilt import ShardWorker
 from prod.options import generate_options, generate_settings, net_options
-from signals import interrupting
-from utils import ROOT, TEMPORARY, atomic_write, clean_exit, logger, make_output_dir, progress, shorten
+from utils import ROOT, TEMPORARY, atomic_write, clean_exit, interrupting, logger, make_output_dir, shorten
 
 LEFTOVERS = ('*/*.attempts', f'*/*{TEMPORARY}')  # names of what killed workers leave
 

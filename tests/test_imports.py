@@ -20,7 +20,7 @@ def folder_of(module: str) -> str | None:
     elif not (path / '__init__.py').is_file():
         return None
     if path == ROOT:
-        return 'utils' if module in ('utils', 'signals') else 'scripts'
+        return 'utils' if module == 'utils' else 'scripts'
     return path.relative_to(ROOT).as_posix()
 
 

@@ -157,7 +157,7 @@ def test_a_script_ends_without_a_traceback(block, code, message, tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(f"""
 import logging, os, signal, sys
-from signals import end_at_once
+from utils import end_at_once
 from utils import clean_exit
 ours, other = os.pipe()
 os.close(ours)

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data.distributed import to_device
 from data.transforms import normalise
 from models.distill.teacher import LiveTargets, StoredTargets
 from models.tokenizer import Tokenizer
-from utils import to_device
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from data.distributed import all_gather, all_gather_grad, alone, rank, to_device, world_size
 from models import losses
 from models.blip import BLIP, select_images, with_negatives
 from models.distill.batch import Batch, Update, pad_to, row_noise, token_share, with_start
@@ -21,7 +22,6 @@ from models.distill.terms import CONTRASTIVE, DECODER, FUSED, TEACHER_FEATURES, 
 from models.linear import Linear, Unpadded, unpadded
 from models.momentum import MomentumQueue
 from models.text import ImageKV
-from utils import all_gather, all_gather_grad, alone, rank, to_device, world_size
 
 LOGITS = 2 ** 25  # over the vocabulary, that are held at once
 

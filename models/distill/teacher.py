@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from data.distributed import all_gather
 from data.target_store import LOWEST
 from models import losses
 from models.blip import BLIP, BLIPConfig, select_images, with_negatives
 from models.linear import Unpadded
-from utils import all_gather
 
 
 class Matched(NamedTuple):

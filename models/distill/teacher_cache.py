@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import torch
 
 from data.datasets import Captioned
+from data.distributed import barrier, gather_objects, is_main, progress, rank, to_device, world_size
 from data.folders import locked
 from data.index import COLUMNS
 from data.loader import BadImages, collate, load
@@ -39,19 +40,7 @@ from models.distill.terms import DECODER, FUSED, TEACHER_TERMS
 from models.linear import arithmetic, unpadded
 from models.tokenizer import Tokenizer
 from models.weights.checkpoint import fingerprint
-from utils import (
-    TEMPORARY,
-    atomic_write,
-    barrier,
-    gather_objects,
-    is_main,
-    logger,
-    make_output_dir,
-    progress,
-    rank,
-    to_device,
-    world_size,
-)
+from utils import TEMPORARY, atomic_write, logger, make_output_dir
 
 # The fields that a term reads.
 READ_BY = {'image_tokens': ('image_tokens',), 'image_feat': ('image_feat', 'text_feat'),

@@ -8,6 +8,7 @@ import torch
 
 from data.captions import is_empty
 from data.datasets import AnnotatedWhole
+from data.distributed import gather_objects, is_main, progress, rank, world_size
 from data.json_lines import JsonLines
 from data.loader import collate, load
 from data.transforms import normalise
@@ -15,7 +16,7 @@ from models.blip import BLIP
 from models.generation import generate
 from models.tokenizer import Tokenizer
 from models.weights.checkpoint import fingerprint
-from utils import gather_objects, is_main, logger, progress, rank, world_size
+from utils import logger
 
 
 def teacher_captions(teacher: BLIP, tokenizer: Tokenizer, dataset: AnnotatedWhole, file: Path, *,

@@ -8,10 +8,11 @@ from contextlib import nullcontext
 
 import torch
 
+from data.distributed import world_size
 from models.engine.logs import memory_used
 from models.engine.run_state import RunState, in_groups
 from models.weights.build import count_parameters
-from utils import logger, world_size
+from utils import logger
 
 STEPS = 3
 

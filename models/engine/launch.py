@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from utils import end_with_parent, is_main, logger
+from data.distributed import is_main
+from utils import end_with_parent, logger
 
 TIMEOUT = timedelta(minutes=60)  # of what one process waits for another: evaluation may keep one busy
 MEETING = timedelta(minutes=10)  # within which all processes of a run must have started

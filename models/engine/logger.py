@@ -4,11 +4,12 @@ from pathlib import Path
 
 import torch
 
+from data.distributed import is_main
 from data.loader import BadImages
 from models.distill.terms import TERMS
 from models.engine.curves import Board, plot_curves
 from models.engine.logs import Clock, Meters, append_log, forget_after, log_test, memory_used
-from utils import is_main, logger, shorten
+from utils import logger, shorten
 
 
 class Logger:

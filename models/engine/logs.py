@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from utils import atomic_write, gather_objects, is_main, rank, world_size
+from data.distributed import gather_objects, is_main, rank, world_size
+from utils import atomic_write
 
 
 class Meters:

@@ -7,7 +7,7 @@ from inspect import signature
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import world_size
+from data.distributed import world_size
 
 
 def build_optimizer(model: torch.nn.Module, optim: dict, device: torch.device,

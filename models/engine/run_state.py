@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from data.distributed import any_process, barrier, is_main, world_size
 from models.engine.checkpoint_manager import CheckpointManager
 from models.engine.logger import Logger
 from models.engine.optim import build_optimizer, load_optimizer, parallel, starts_pretrained
@@ -19,7 +20,7 @@ from models.engine.stopping import STOP
 from models.linear import arithmetic
 from models.tokenizer import Tokenizer
 from models.weights.checkpoint import load_weights, save_checkpoint
-from utils import any_process, barrier, is_main, logger, world_size
+from utils import logger
 
 
 class RunState:

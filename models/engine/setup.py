@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from configs import script_arguments
+from data.distributed import rank, seed_everything, world_size
 from data.folders import run_folder
 from data.loader import make_loader
 from models.blip import BLIP
@@ -18,7 +19,6 @@ from models.engine.stopping import STOP
 from models.tokenizer import Tokenizer
 from models.weights.build import at_resolution, build_student, build_teacher
 from models.weights.sources import load_tokenizer
-from utils import rank, seed_everything, world_size
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 
-from signals import listen, say
+from utils import listen, say
 
 
 class StopSignal:

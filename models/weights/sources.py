@@ -19,9 +19,10 @@ from urllib.request import Request, urlopen
 import torch
 from safetensors.torch import load, load_file
 
+from data.distributed import barrier, local_rank, progress
 from models.tokenizer import Tokenizer
 from models.weights.checks import check_tensors
-from utils import atomic_write, barrier, local_rank, progress, shorten
+from utils import atomic_write, shorten
 
 INDEX = '.index.json'  # of weights that are split over several files
 # Of a folder or repository, the better one first.
