@@ -71,6 +71,24 @@ class Linear(nn.Linear):
                 part.__class__ = cls
 
 
+def on_cpu(x: torch.Tensor) -> bool:
+    return x.device.type == 'cpu'
+
+
+def joins(x: torch.Tensor, maps: list[nn.Linear]) -> bool:
+    """Whether one product of x [..., K] is faster than one for each of `maps`: where reading x again takes more memory
+    traffic than to put their weights together. On a CPU, traffic is not what products wait for."""
+    return not on_cpu(x) and x.numel() > x.shape[-1] * sum(linear.out_features for linear in maps)
+
+
+def all_of(maps: list[nn.Linear], x: torch.Tensor) -> list[torch.Tensor]:
+    """x [..., K] through several linear maps of one width -> [..., N] each."""
+    if not joins(x, maps):
+        return [linear(x) for linear in maps]
+    weight, bias = (torch.cat([getattr(linear, name) for linear in maps]) for name in ('weight', 'bias'))
+    return F.linear(x, weight, bias).unflatten(-1, (len(maps), -1)).unbind(-2)
+
+
 # For torch's FlopCounterMode, which does not know the operation.
 FLOPS = {torch.ops.mkldnn._linear_pointwise:
          lambda x, weight, *_, out_shape=None, **__: 2 * math.prod(x) * weight[0]} if prefers_onednn() else {}
@@ -106,29 +124,66 @@ def arithmetic(precision: str, device: torch.device) -> torch.dtype:
 # ---------------------------------------------------------------- texts without padding
 
 class Unpadded(NamedTuple):
-    """The mask [R, T] of right-padded texts, and the positions [M] of their tokens in the flattened R * T.
+    """The mask [R, T] of right-padded texts, the positions [M] of their tokens in the flattened R * T, and for each of
+    those the number [R * T] of its token among the M; the padding of a text has that of the text's last token.
 
     If given instead of a mask, token-wise layers skip the padding. The states returned are padded with zeros.
     """
 
     mask: torch.Tensor
     rows: torch.Tensor
+    places: torch.Tensor
 
 
 def unpadded(mask: torch.Tensor, lengths: list[int]) -> Unpadded:
     """The mask [R, T] of texts of these lengths and their tokens' positions. The host knows the lengths, so nothing
     waits for the device."""
-    rows = [row * mask.shape[1] + place for row, length in enumerate(lengths) for place in range(length)]
-    return Unpadded(mask, to_device(torch.tensor(rows), mask.device))
+    width, rows, places = mask.shape[1], [], []
+    for row, length in enumerate(lengths):
+        first = len(rows)
+        rows += range(row * width, row * width + length)
+        places += (first + min(place, length - 1) for place in range(width))
+    return Unpadded(mask, *(to_device(torch.tensor(numbers), mask.device) for numbers in (rows, places)))
+
+
+class Unpad(torch.autograd.Function):
+    """`unpad`, both of whose directions gather rows: indexing alone would scatter the gradient with atomic sums."""
+
+    @staticmethod
+    def forward(ctx, x, mask, rows, places):
+        ctx.save_for_backward(mask, places)
+        return x.flatten(0, 1)[rows]
+
+    @staticmethod
+    def backward(ctx, grad):
+        mask, places = ctx.saved_tensors
+        return torch.where(mask.bool()[..., None], grad[places].unflatten(0, mask.shape), 0), None, None, None
+
+
+class Spread(torch.autograd.Function):
+    """`spread`: the gradient of the padding is dropped."""
+
+    @staticmethod
+    def forward(ctx, x, mask, rows, places):
+        ctx.save_for_backward(rows)
+        return x[places].unflatten(0, mask.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, = ctx.saved_tensors
+        return grad.flatten(0, 1)[rows], None, None, None
 
 
 def unpad(x: torch.Tensor, texts: Unpadded | None) -> torch.Tensor:
     """[R, T, width] -> [M, width]"""
-    return x if texts is None else x.flatten(0, 1)[texts.rows]
+    return x if texts is None else Unpad.apply(x, *texts)
+
+
+def spread(x: torch.Tensor, texts: Unpadded | None) -> torch.Tensor:
+    """[M, width] -> [R, T, width] for attention, which masks the padding or drops what it gives: it repeats a token."""
+    return x if texts is None else Spread.apply(x, *texts)
 
 
 def pad(x: torch.Tensor, texts: Unpadded | None) -> torch.Tensor:
-    """[M, width] -> [R, T, width]"""
-    if texts is None:
-        return x
-    return x.new_zeros(texts.mask.numel(), x.shape[1]).index_copy(0, texts.rows, x).unflatten(0, texts.mask.shape)
+    """[M, width] -> [R, T, width], the padding 0"""
+    return x if texts is None else torch.where(texts.mask.bool()[..., None], spread(x, texts), 0)

@@ -32,6 +32,14 @@ def as_float32(x):
     return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
+def masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean of values [...] over the positions where mask [...] is 1 (0 if there are none), or over all."""
+    if mask is None:
+        return values.mean()
+    mask = mask.to(values.dtype)
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
 def positives(ids: torch.Tensor, all_ids: torch.Tensor) -> torch.Tensor:
     """Contrastive targets [B, N]: row-normalised `ids[i] == all_ids[j]` (an image's captions share an id)."""
     same = (ids[:, None] == all_ids[None, :]).float()
@@ -179,6 +187,17 @@ def top_k_kl_loss(logits: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tens
 
 
 @in_float32
+def next_token_losses(logits: torch.Tensor, labels: torch.Tensor | None, said: tuple[torch.Tensor, ...] | None
+                      ) -> torch.Tensor:
+    """`lm_loss`, and the KL to what the teacher said: its logits alone (`logit_kl_loss`), or the three tensors of
+    `top_k_kl_loss`; of the two those that are given, stacked."""
+    values = [] if labels is None else [lm_loss(logits, labels)]
+    if said is not None:
+        values.append((logit_kl_loss if len(said) == 1 else top_k_kl_loss)(logits, *said))
+    return torch.stack(values)
+
+
+@in_float32
 def self_critical_loss(log_probs: torch.Tensor, mask: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
     """Policy gradient with the mean reward of an image's other captions as baseline (Luo 2020, arXiv 2003.09971).
 
@@ -193,29 +212,37 @@ def self_critical_loss(log_probs: torch.Tensor, mask: torch.Tensor, rewards: tor
 
 
 @in_float32
-def cosine_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """1 - cosine similarity of vectors [..., E], mean over the positions where mask [...] is 1."""
-    distance = 1 - F.cosine_similarity(student, teacher, dim=-1)
-    if mask is None:
-        return distance.mean()
-    mask = mask.to(distance.dtype)
-    return (distance * mask).sum() / mask.sum().clamp(min=1)
+def cosine_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """1 - cosine similarity of vectors [..., E] -> [...]"""
+    return 1 - F.cosine_similarity(student, teacher, dim=-1)
 
 
 @in_float32
-def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Squared error of layer-normalised states [..., E], mean over E and over the positions where mask [...] is 1.
+def hidden_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Squared error of layer-normalised states [..., E], mean over E -> [...]
 
     TinyBERT's hidden-state loss (arXiv 1909.10351) on states that a layer norm without weights has whitened, as in
     feature distillation (Wei et al. 2022, arXiv 2205.14141): the residual stream's size, which grows with the layers
     and differs from token to token, teaches nothing. 0 (equal up to scale and shift) to 4, 2 for unrelated states.
     """
     student, teacher = (F.layer_norm(x, x.shape[-1:]) for x in (student, teacher))
-    error = (student - teacher).square().mean(-1)
-    if mask is None:
-        return error.mean()
-    mask = mask.to(error.dtype)
-    return (error * mask).sum() / mask.sum().clamp(min=1)
+    return (student - teacher).square().mean(-1)
+
+
+def recomputed(error, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """`error(student, teacher)`, for whose backward pass only these two are kept: float32 copies of all image tokens,
+    or of the states of several layers, would be gigabytes."""
+    return checkpoint(error, student, teacher, use_reentrant=False, preserve_rng_state=False)
+
+
+def cosine_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean `cosine_error` of vectors [..., E] over the positions where mask [...] is 1."""
+    return masked_mean(recomputed(cosine_error, student, teacher), mask)
+
+
+def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean `hidden_error` of states [..., E] over the positions where mask [...] is 1."""
+    return masked_mean(recomputed(hidden_error, student, teacher), mask)
 
 
 @in_float32
@@ -226,5 +253,4 @@ def attention_kl_loss(log_map: torch.Tensor, teacher_log_map: torch.Tensor, mask
     probability of exactly zero in both maps and contribute nothing.
     """
     kl = F.kl_div(log_map, teacher_log_map, log_target=True, reduction='none').sum(-1).mean(1)
-    mask = mask.to(kl.dtype)
-    return (kl * mask).sum() / mask.sum().clamp(min=1)
+    return masked_mean(kl, mask)

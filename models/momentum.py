@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from models.blip import BLIP, build_text_tower, compile_layers
+from models.blip import BLIP, build_text_tower
 from models.linear import Linear, Unpadded
 from models.norm import autocast_dtype
 from models.vit import VisionTower, resample_positions
@@ -47,10 +47,6 @@ class MomentumQueue(nn.Module):
                 self.register_buffer(name, F.normalize(torch.randn(queue_size, dim), dim=1))
             self.register_buffer('id_queue', torch.full((queue_size,), NO_ID))
             self.register_buffer('pointer', torch.zeros((), dtype=torch.long))
-
-    def compile_towers(self, **options) -> None:
-        """`models.blip.compile_layers` of the vision tower; the text tower's pass is too short to repay its forms."""
-        compile_layers(self.visual_encoder, **options)
 
     def pairs(self, student: BLIP) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """The momentum encoder's parameters and the student's of the same names."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.linear import Linear, Unpadded, pad, unpad
+from models.linear import Linear, Unpadded, all_of, pad, spread, unpad
 from models.norm import LayerNorm
 from models.vit import prefers_plain_attention
 
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         return x.reshape(*x.shape[:-1], self.heads, -1).transpose(1, 2)
 
     def keys_values(self, memory: torch.Tensor, texts: Unpadded | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.split(pad(self.self.key(memory), texts)), self.split(pad(self.self.value(memory), texts))
+        return tuple(self.split(spread(project(memory), texts)) for project in (self.self.key, self.self.value))
 
     def forward(self, hidden: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *negatives: torch.Tensor,
                 mask: torch.Tensor | None = None, want_map: bool = False, texts: Unpadded | None = None
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         With `negatives`, keys and values as well, the second third of the rows attends to them, and the first and the
         last one to k and v: the images' keys and values are not copied for either.
         """
-        q = self.split(pad(self.self.query(hidden), texts))
+        q = self.split(spread(self.self.query(hidden), texts))
         if negatives:
             thirds = q.unflatten(0, (3, -1))
             both = thirds[::2].permute(1, 2, 0, 3, 4).flatten(2, 3)  # [B, heads, 2 T, D]
@@ -126,8 +126,7 @@ class Attention(nn.Module):
         With fewer images than rows (R = images x group, rows of an image side by side), the rows of an image
         are folded into the query length, so that beams and texts share its keys and values without a copy.
         """
-        rows, _, length, _ = q.shape
-        group = rows // k.shape[0]
+        length, group = q.shape[2], q.shape[0] // k.shape[0]
         if group > 1:
             q = q.unflatten(0, (-1, group)).transpose(1, 2).flatten(2, 3)  # [images, heads, group * T, D]
         log_map = None
@@ -182,7 +181,7 @@ class TextLayer(nn.Module):
         if extend is not None:
             k, v = extend(k, v)
         if first_only:
-            hidden, texts = pad(hidden, texts)[:, :1], None
+            hidden, texts = spread(hidden, texts)[:, :1], None
         hidden, self_map = self.attention(hidden, k, v, mask=mask, want_map=want_maps, texts=texts)
         cross_map = None
         if image_kv is not None:
@@ -225,7 +224,9 @@ class TextTower(nn.Module):
 
     def project_image(self, image_tokens: torch.Tensor) -> ImageKV:
         """image tokens [images, N, image_width] -> every layer's keys and values."""
-        return [layer.crossattention.keys_values(image_tokens) for layer in self.layers]
+        maps = [getattr(layer.crossattention.self, name) for layer in self.layers for name in ('key', 'value')]
+        found = [self.layers[0].crossattention.split(x) for x in all_of(maps, image_tokens)]
+        return list(zip(found[::2], found[1::2], strict=True))
 
     def forward(self, ids: torch.Tensor, mask: torch.Tensor | Unpadded | None = None, causal: bool = False,
                 image_kv: ImageKV | None = None, want_maps: bool = False, first_only: bool = False,
@@ -237,16 +238,14 @@ class TextTower(nn.Module):
         [R, 1, width]): all that an embedding or a matching score reads; not where `layers`, the indices of those whose
         states are returned, has the last one.
         """
-        start = cache.length if cache else 0
-        length = ids.shape[1]
+        start, length = cache.length if cache else 0, ids.shape[1]
         texts, mask = (mask, mask.mask) if isinstance(mask, Unpadded) else (None, mask)
         attend = mask[:, None, None, :].bool() if mask is not None else None
         if causal and length > 1:
             past = torch.ones(length, start + length, dtype=torch.bool, device=ids.device).tril(start)
             attend = past if attend is None else attend & past
         hidden = unpad(self.embeddings(ids, start), texts)
-        self_map = cross_map = None
-        states = {}
+        self_map, cross_map, states = None, None, {}
         for i, layer in enumerate(self.layers):
             extend = None if cache is None else (lambda k, v, i=i: cache.extend(i, k, v))
             last = i == len(self.layers) - 1

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from models import linear
-from models.linear import Linear
+from models.linear import Linear, all_of, pad, spread, unpad, unpadded
 
 
 @pytest.mark.parametrize('shape', [(5,), (7, 5), (2, 7, 5), (0, 5), (3, 1, 5)])
@@ -36,3 +36,31 @@ def test_modules_of_other_libraries_are_taken_over():
     before = theirs[0].weight
     Linear.take_over(theirs)
     assert type(theirs[0]) is Linear and theirs[0].weight is before and type(theirs[2]) is nn.Bilinear
+
+
+def test_texts_without_padding_and_back():
+    """Gathered both ways, as are the gradients: the padding is 0, or a token whose gradient is dropped."""
+    lengths, width = [3, 1, 4], 4
+    mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
+    texts, x = unpadded(mask, lengths), torch.randn(3, width, 5, requires_grad=True)
+    tokens = unpad(x, texts)
+    assert torch.equal(tokens, x[mask.bool()])
+    tokens.square().sum().backward()
+    assert torch.equal(x.grad, 2 * x.detach() * mask[..., None])
+    rows = tokens.detach().requires_grad_()
+    for back in (pad, spread):
+        rows.grad = None
+        out = back(rows, texts)
+        assert torch.equal(out[mask.bool()], rows) and (back is spread or not out[~mask.bool()].any())
+        out.sum().backward()
+        assert torch.equal(rows.grad, torch.ones_like(rows))
+
+
+def test_one_product_equals_several(monkeypatch):
+    torch.manual_seed(0)
+    maps, x = [Linear(6, 4) for _ in range(3)], torch.randn(9, 5, 6)
+    apart = all_of(maps, x)
+    monkeypatch.setattr(linear, 'on_cpu', lambda _: False)
+    assert linear.joins(x, maps) and not linear.joins(x[:2, :1], maps)  # of few rows, weights would move more
+    for ours, theirs in zip(all_of(maps, x), apart, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-6)

@@ -58,6 +58,7 @@ class HiddenStates(nn.Module):
         super().__init__()
         self.pairs = pairs
         self.ours, self.theirs = map(sorted, map(set, zip(*pairs, strict=True)))  # layers to keep the states of
+        self.recomputed = losses.recomputed
         self.projs = nn.ModuleDict({projection_name(*pair): Linear(width, teacher_width) for pair in pairs})
         if width == teacher_width:
             for linear in self.projs.values():
@@ -67,6 +68,7 @@ class HiddenStates(nn.Module):
     def forward(self, states: dict[int, torch.Tensor], teacher_states: dict[int, torch.Tensor],
                 mask: torch.Tensor | None = None) -> torch.Tensor:
         """Mean over the pairs of `losses.hidden_loss`; states by layer, [B, T, width] and [B, T, teacher_width]."""
-        values = [losses.hidden_loss(self.projs[projection_name(*pair)](states[pair[0]]), teacher_states[pair[1]], mask)
-                  for pair in self.pairs]
+        errors = (self.recomputed(losses.hidden_error, self.projs[projection_name(ours, theirs)](states[ours]),
+                                  teacher_states[theirs]) for ours, theirs in self.pairs)
+        values = [losses.masked_mean(error, mask) for error in errors]
         return sum(values) / len(values)

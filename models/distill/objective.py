@@ -52,7 +52,7 @@ class Objective(nn.Module):
         self.cls_id, self.enc_id, self.bos_id = start_ids
         self.prompt_length = prompt_length
         self.negative_all_rank = negative_all_rank
-        self.lm_loss, self.logit_kl_loss = losses.lm_loss, losses.logit_kl_loss
+        self.next_token_losses, self.recomputed = losses.next_token_losses, losses.recomputed
         check_terms({term for term in TERMS if self.uses(term)}, student.config, teacher and teacher.config,
                     momentum is not None)
         config = student.config
@@ -95,16 +95,19 @@ class Objective(nn.Module):
                 parameter.requires_grad_(False)
 
     def compile_parts(self, **options) -> None:
-        """torch.compile of the layers of all nets, and of the losses over the vocabulary.
+        """torch.compile of the layers of all nets, and of the losses over the vocabulary and over states.
 
         Args:
             options: torch.compile's.
         """
-        for net in (self.student, self.teacher, self.momentum):
+        for net in (self.student, self.teacher):  # in the momentum encoder nothing would fuse
             if net is not None:
                 net.compile_towers(**options)
-        self.lm_loss, self.logit_kl_loss = (torch.compile(function, dynamic=True, **options)
-                                            for function in (losses.lm_loss, losses.logit_kl_loss))
+        self.next_token_losses, self.recomputed = (
+            torch.compile(function, dynamic=True, **options)
+            for function in (losses.next_token_losses, losses.recomputed))
+        for states in self.hidden.values():
+            states.recomputed = self.recomputed
 
     def uses(self, *terms: str) -> bool:
         return any(self.weights[term] for term in terms)
@@ -183,7 +186,8 @@ class Objective(nn.Module):
         """Distillation of the vision tower."""
         terms = {}
         if self.uses('image_tokens'):
-            terms['image_tokens'] = losses.cosine_loss(self.token_proj(tokens), batch.targets.image_tokens)
+            terms['image_tokens'] = self.recomputed(losses.cosine_error, self.token_proj(tokens),
+                                                    batch.targets.image_tokens).mean()
         if self.uses('vision_hidden'):
             terms['vision_hidden'] = self.hidden['vision_hidden'](states, batch.targets.image_states)
         return terms
@@ -305,12 +309,9 @@ class Objective(nn.Module):
             rows = to_device(rows, ids.device)
 
             def next_tokens(hidden, labels, rows):
-                logits, values = self.student.text_decoder.logits(hidden), []
-                if 'lm' in names:
-                    values.append(self.lm_loss(logits, labels))
-                if 'lm_logits' in names:
-                    values.append(batch.targets.logit_loss(logits, target, rows, self.logit_kl_loss))
-                return torch.stack(values)
+                said = batch.targets.next_tokens(target, rows) if 'lm_logits' in names else None
+                return self.next_token_losses(self.student.text_decoder.logits(hidden),
+                                              labels if 'lm' in names else None, said)
             values = losses.in_chunks(next_tokens, max(1, LOGITS // self.student.config.vocab_size),
                                       hidden.flatten(0, 1)[rows], ids[:, 1:].flatten()[rows], rows)
             terms |= zip(names, share * values, strict=True)

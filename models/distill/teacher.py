@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from data.distributed import all_gather
 from data.target_store import LOWEST
-from models import losses
 from models.blip import BLIP, BLIPConfig, select_images, with_negatives
 from models.linear import Unpadded
 
@@ -147,15 +146,10 @@ class LiveTargets:
                                                  layers=self.layers.get('decoder_hidden', ()))
         return Decoded(decoded.hidden[:, :-1], decoded.self_map, decoded.cross_map, decoded.states)
 
-    def logit_loss(self, logits: torch.Tensor, decoded: Decoded, rows: torch.Tensor, kl_loss=losses.logit_kl_loss
-                   ) -> torch.Tensor:
-        """KL to the teacher's next-token distribution; logits [M, V] of the positions `rows` [M] of B * (T - 1)."""
-        return kl_loss(logits, self.next_logits(decoded.hidden.flatten(0, 1)[rows]))
-
     @asked
-    def next_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [M, width] -> logits [M, V]"""
-        return self.teacher.text_decoder.logits(hidden)
+    def next_tokens(self, decoded: Decoded, rows: torch.Tensor) -> tuple[torch.Tensor]:
+        """What `losses.next_token_losses` takes: logits [M, V] at the positions `rows` [M] of B * (T - 1)."""
+        return self.teacher.text_decoder.logits(decoded.hidden.flatten(0, 1)[rows]),
 
 
 class StoredTeacher:
@@ -199,7 +193,6 @@ class StoredTargets:
     def decoding(self, ids, mask, want_maps) -> Decoded:
         return Decoded(*(self.stored.get(name) for name in ('decoder_hidden', 'decoder_self_map', 'decoder_cross_map')))
 
-    def logit_loss(self, logits: torch.Tensor, decoded: Decoded, rows: torch.Tensor, _=None) -> torch.Tensor:
+    def next_tokens(self, decoded: Decoded, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The same, of the teacher's k most probable tokens and the sum of all others."""
-        ids, log_probs, rest = (self.stored[name].flatten(0, 1)[rows] for name in ('lm_ids', 'lm_log_probs', 'lm_rest'))
-        return losses.top_k_kl_loss(logits, ids, log_probs, rest)
+        return tuple(self.stored[name].flatten(0, 1)[rows] for name in ('lm_ids', 'lm_log_probs', 'lm_rest'))
