@@ -18,7 +18,7 @@ import train_dlip_caption_flickr
 import train_dlip_retrieval_flickr
 from bench.stress import same
 from models.blip import BLIP
-from models.engine.dry_run import too_short
+from models.engine.dry_run import loading, too_short
 from models.engine.launch import setup_process
 from models.engine.logs import read_log
 from models.engine.optim import learning_rate, parameter_groups, starts_pretrained
@@ -243,6 +243,13 @@ def test_a_dry_run_warns_where_queue_and_momentum_do_not_fit_its_length():
     assert found(1024, 0.99, 12, 1000, init_vision='teacher') == []
 
 
+def test_a_dry_run_says_how_loading_keeps_up():
+    assert loading(500, 900, 4, 16).endswith('enough')
+    assert loading(500, 2400, 4, 16).endswith('set data.num_workers=6')
+    assert 'needs 10 cores and there are 8: set data.num_workers=8, and keep copies of the images at 256' in loading(
+        300, 2400, 4, 8)
+
+
 def test_learning_rate_schedules():
     shared = dict(steps_per_epoch=10, epochs=4, lr=1.0, min_lr=0.1, warmup_steps=5, warmup_lr=0.0)
     step = [learning_rate(s, **shared, schedule='step', decay=0.5) for s in range(40)]
@@ -271,7 +278,8 @@ def test_a_dry_run_measures_and_writes_nothing(pretrained, scenes, tmp_path, cap
     for line in ('student 0.1M, momentum encoder', '8 x 1 processes = 8 pairs', '7 x 2 epochs = 14', 'GiB free',
                  'GiB kept for the backward pass of a batch'):
         assert line in printed
-    assert re.search(r'the whole run +[\d.]+ hours', printed) and not out.exists()
+    assert re.search(r'the whole run +[\d.]+ hours .* on 1, 4 or 8 of this cpu [\d.]+, [\d.]+, [\d.]+', printed)
+    assert re.search(r'loading +\d+ images/s a core x \d+ workers, training takes \d+: ', printed) and not out.exists()
     for script, name in ((train_dlip_retrieval_flickr, 'retrieval_flickr'),
                          (train_dlip_caption_flickr, 'caption_flickr')):
         path = write_config(tmp_path, name, scenes)

@@ -1,5 +1,7 @@
 """`--dry_run`: what a run of an objective will take, measured on a few of its steps."""
 
+import math
+import os
 import shutil
 import statistics
 import time
@@ -7,14 +9,16 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
-from data.distributed import world_size
+from data.distributed import local_world_size, world_size
 from models.engine.logs import memory_used
 from models.engine.run_state import RunState, in_groups
 from models.weights.build import count_parameters
 from utils import logger
 
 STEPS = 3
+LOADING = 1.0  # seconds for which items are loaded to measure their rate
 
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
@@ -61,6 +65,40 @@ def too_short(config: dict, pairs: int, updates: int) -> list[str]:
     return found
 
 
+def loading_rate(loader: DataLoader) -> float:
+    """Items a second that one loading process makes, measured in this one on one core: decoding and augmentation."""
+    data, threads = loader.dataset, torch.get_num_threads()
+    items = iter(data) if isinstance(data, IterableDataset) else (
+        data[row] for rows in loader.batch_sampler for row in rows)
+    torch.set_num_threads(1)
+    try:
+        next(items)  # opens files
+        count, started = 0, time.perf_counter()
+        while time.perf_counter() - started < LOADING and next(items, None) is not None:
+            count += 1
+        return max(1, count) / (time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def loading(rate: float, wanted: float, workers: int, cores: int) -> str:
+    """Whether `workers` loading processes keep up with training, and what to do if they do not.
+
+    Args:
+        rate: items a second of one of them.
+        wanted: pairs a second that one training process takes.
+        cores: of this machine, for each training process.
+    """
+    found = f'{rate:.0f} images/s a core x {max(1, workers)} workers, training takes {wanted:.0f}: '
+    needed = math.ceil(1.2 * wanted / max(rate, 1e-9))  # a fifth more, as images differ in size
+    if needed <= max(1, workers):
+        return found + 'enough'
+    if needed <= cores:
+        return found + f'set data.num_workers={needed}'
+    return found + (f'that needs {needed} cores and there are {cores}: set data.num_workers={cores}, and keep copies '
+                    f'of the images at 256 px (img2dataset --image_size 256), in tars if they lie on a disk that seeks')
+
+
 def dry_run(run: RunState, loader, train_step: Callable[[RunState, list[dict]], dict]) -> None:
     """Train a few steps, write nothing, and print parameters, batch arithmetic, hours, memory and disk.
 
@@ -85,6 +123,7 @@ def dry_run(run: RunState, loader, train_step: Callable[[RunState, list[dict]], 
         seconds.append((time.perf_counter() - started) / len(batches))
     rate = statistics.median(seconds[1:] or seconds)
     samples, batches = train['batch_size'] * world_size(), run.batches_per_epoch * train['epochs']
+    hours = rate * batches * world_size() / 3600  # on one device
     moments = [value for state in run.optimizer.state.values() for value in state.values() if hasattr(value, 'nbytes')]
     size = sum(value.nbytes for value in [*nets.state_dict().values(), *moments]) / 2 ** 30
     copies = train['keep_checkpoints'] + 3  # the last, the best and one that is being written
@@ -96,7 +135,10 @@ def dry_run(run: RunState, loader, train_step: Callable[[RunState, list[dict]], 
             'batches': f'{run.batches_per_epoch} x {train["epochs"]} epochs = {batches}',
             'first batch': f'{seconds[0]:.2f} s',
             'a batch after it': f'{rate:.2f} s ({samples / rate:.1f} pairs/s), loading not counted',
-            'the whole run': f'{rate * batches / 3600:.1f} hours without evaluation',
+            'the whole run': f'{hours / world_size():.1f} hours without evaluation; on 1, 4 or 8 of this '
+                             f'{run.device.type} {", ".join(f"{hours / count:.1f}" for count in (1, 4, 8))}',
+            'loading': loading(loading_rate(loader), train['batch_size'] / rate, run.config['data']['num_workers'],
+                               (os.cpu_count() or 1) // local_world_size()),
             'loss of the last one': f'{losses["loss"]:.3f}',
             'activations': f'{saved.bytes / 2 ** 30:.2f} GiB kept for the backward pass of a batch',
             'memory': f'{before:.2f} GiB before, {memory_used(run.device):.2f} GiB at most in a step',
