@@ -30,6 +30,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import figures
+from bench.hours import hours
 from bench.inference import our_work, transformers_base, transformers_work
 from bench.original_step import ORIGINAL_TERMS, Reference, ReferenceStep
 from bench.train_step import VOCABULARY, OurStep, random_batch
@@ -43,8 +44,6 @@ from prod.precision import for_inference
 from utils import ROOT, atomic_write, clean_exit, shorten
 
 PEAKS = {'H100': 989e12, 'H200': 989e12, 'A100': 312e12}  # dense bf16 FLOP/s by the data sheets of the SXM cards
-NVLINK = 300e9  # bytes a second that an H100 can send to others
-PAIRS, EPOCHS = 5e6, 20  # of the original's pre-training
 GIB = 2 ** 30
 LIMITS = {'A100 or H100 of 40 GB': 38, 'of 80 GB': 76}  # GiB that a process may take
 
@@ -89,15 +88,10 @@ class Bench:
 
 # ---------------------------------------------------------------- a training step
 
-def sizes(tiny: bool) -> tuple:
-    """Architectures of student and teacher."""
-    names = ('mini_4', 'mini') if tiny else ('small', 'base')
-    return tuple(architecture(name, 32 if tiny else 224, VOCABULARY) for name in names)
-
-
 def make_step(bench: Bench, side: str, terms: str, lengths: list[int], tiny: bool) -> OurStep | ReferenceStep:
     config = read_yaml('configs/pretrain.yaml')
-    student, teacher = sizes(tiny)
+    student, teacher = (architecture(name, 32 if tiny else 224, VOCABULARY)
+                        for name in (('mini_4', 'mini') if tiny else ('small', 'base')))
     weights = dict.fromkeys(ORIGINAL_TERMS, 1.0) if terms == 'original' else config['loss']
     shared = (config['ita']['queue_size'], weights, config['optim']['lr'], bench.device)
     torch.manual_seed(0)
@@ -180,22 +174,21 @@ def costliest_kernels(function: Callable) -> dict:
 
 def measure_largest(bench: Bench, tiny: bool) -> None:
     """By the peaks of two batches, then tried with the process held to the GPU's memory; eager."""
-    def peak(size: int) -> float:
-        batch, lengths = make_batches(bench, size, tiny, 1)[0]
-        step = make_step(bench, 'eager', 'config', lengths, tiny)
-        torch.cuda.reset_peak_memory_stats()
-        for _ in range(2):
-            run_step(step, batch, lengths)
-        bench.wait()
-        return torch.cuda.max_memory_reserved() / GIB
+    step = make_step(bench, 'eager', 'config', [], tiny)
 
     def peak_of(size: int) -> float | None:
+        """GiB that PyTorch reserves; None: there are fewer."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
         try:
-            return peak(size)
+            batch, lengths = make_batches(bench, size, tiny, 1)[0]
+            for _ in range(2):
+                run_step(step, batch, lengths)
+            bench.wait()
+            return torch.cuda.max_memory_reserved() / GIB
         except torch.OutOfMemoryError:
+            step.optimizer.zero_grad()
             return None
-        finally:
-            torch.cuda.empty_cache()
     small, large = peak_of(96), peak_of(192)
     whole_memory = torch.cuda.get_device_properties(0).total_memory / GIB
     for card, limit in LIMITS.items():
@@ -236,25 +229,16 @@ def measure_inference(bench: Bench, rounds: int, tiny: bool) -> None:
 
 # ---------------------------------------------------------------- results
 
-def note(out: Path, name: str, code: int, seconds: int, limit: int, log: Path) -> None:
-    """Append how a part ended, and of tests the summary."""
+def failures(row: dict, folder: Path) -> str:
+    """What a part's log says of its end: of tests those that failed, of other parts the last lines."""
+    log = folder / f'{row["name"]}.log'
     lines = log.read_text(errors='replace').splitlines() if log.exists() else []
-    line = {'part': 'ended', 'name': name, 'exit': code, 'seconds': seconds, 'limit': limit}
-    if name == 'tests':
-        line['passed'] = sum(' PASSED' in x for x in lines)
-        line['failed'] = [shorten(ValueError(x), 400) for x in lines if 'FAILED' in x or x.startswith('ERROR')]
-        line['errors'] = [shorten(ValueError(x), 300) for x in lines if x.startswith('E  ')][:20]
-        line['summary'] = lines[-1] if lines else ''
-    elif code:
-        line['error'] = 'out of time' if code in (124, 137) else shorten(ValueError(' '.join(lines[-3:])), 600)
-    with out.open('a') as file:
-        file.write(json.dumps(line) + '\n')
-
-
-def hours(row: dict, gpus: int) -> float:
-    """Of the whole run on so many GPUs, from one GPU's measured step; the exchange of gradients comes on top."""
-    exchange = 2 * (gpus - 1) / gpus * row['gradients_MB'] * 1e6 / NVLINK
-    return PAIRS * EPOCHS / (gpus * row['batch']) * (row['ms'] / 1000 + exchange) / 3600
+    if row['name'] == 'tests':
+        passed, failed = sum(' PASSED' in x for x in lines), [x for x in lines if x.startswith(('FAILED', 'ERROR'))]
+        return '; '.join([f'{passed} passed', *(shorten(ValueError(x), 400) for x in failed)])
+    if row['exit'] in (124, 137):
+        return 'out of time'
+    return shorten(ValueError(' '.join(lines[-3:])), 600) if row['exit'] else ''
 
 
 def page(source: Path) -> None:
@@ -265,9 +249,10 @@ def page(source: Path) -> None:
         {'side': row['side'], 'loss terms': row['terms'], 'batch': row['batch'], 'pairs/s': round(row['pairs_per_s']),
          'ms': row['ms'], 'TFLOP/s': row['TFLOP_per_s'], 'MFU': '' if row['mfu'] is None else f'{row["mfu"]:.1%}',
          'peak, GiB': row.get('peak_GiB', ''), 'first step, s': row['first_steps_s'][0]} for row in steps]}
+    whole_run = [row for row in steps if (row['side'], row['terms']) == ('compiled', 'config')][-1:]
     found['The whole run, computed'] = [
-        {'GPUs': gpus, 'hours': round(hours(row, gpus), 1)} for row in steps[::-1]
-        if (row['side'], row['terms']) == ('compiled', 'config') for gpus in (1, 4, 8)][:3]
+        {'GPUs': gpus, 'hours': round(hours(row['batch'], row['ms'] / 1000, row['gradients_MB'] * 1e6, gpus), 1)}
+        for row in whole_run for gpus in (1, 4, 8)]
     found['Parts of a step, each waited for'] = [
         {'side': row['side'], 'loss terms': row['terms'], 'part': name, 'ms': value}
         for row in rows if row['part'] == 'split' for name, value in row['ms'].items()]
@@ -279,8 +264,7 @@ def page(source: Path) -> None:
         for row in rows if row['part'] == 'inference' for side, ms in row['ms'].items()]
     found['Parts of the script'] = [
         {'part': row['name'], 'exit code': row['exit'], 'seconds': row['seconds'],
-         'what failed': '; '.join(row.get('failed', [])) or row.get('error', '')} for row in rows
-        if row['part'] == 'ended']
+         'how it ended': failures(row, source.parent)} for row in rows if row['part'] == 'ended']
     device, version = next((row['device'], row['torch']) for row in rows if 'device' in row)
     commit = subprocess.run(['git', 'rev-parse', '--short', 'HEAD'], cwd=ROOT, capture_output=True, text=True).stdout
     run = {'command': 'bench/gpu.sh', 'date': date.today().isoformat(), 'commit': commit.strip(),
@@ -302,25 +286,25 @@ def main(argv: list[str] | None = None) -> None:
         part.add_argument('--device', choices=('cuda', 'cpu'), default='cuda')
         part.add_argument('--rounds', type=whole(1), default=12)
         part.add_argument('--out', type=Path, required=True)
-    noted = parts.add_parser('note')
-    for name, kind in (('out', Path), ('name', str), ('code', int), ('seconds', int), ('limit', int), ('log', Path)):
-        noted.add_argument(name, type=kind)
     parts.add_parser('page').add_argument('source', type=Path)
     args = vars(parser.parse_args(argv))
-    match args.pop('part'):
-        case 'note':
-            return note(**args)
-        case 'page':
-            return page(**args)
-        case part:
-            bench, tiny = Bench(args['device'], args['out']), args['device'] == 'cpu'
+    if args['part'] == 'page':
+        return page(args['source'])
+    part, bench, tiny = args['part'], Bench(args['device'], args['out']), args['device'] == 'cpu'
     if part == 'inference':
         measure_inference(bench, 1 if tiny else args['rounds'], tiny)
     elif part == 'largest' and not tiny:
         measure_largest(bench, tiny)
     elif part == 'step':
         for side in args['sides']:
-            measure_step(bench, side, args['terms'], 6 if tiny else args['batch'], 1 if tiny else args['rounds'], tiny)
+            size = 6 if tiny else args['batch']
+            while size:
+                try:
+                    measure_step(bench, side, args['terms'], size, 1 if tiny else args['rounds'], tiny)
+                    break
+                except torch.OutOfMemoryError:
+                    bench.record('does not fit', side=side, terms=args['terms'], batch=size)
+                    size //= 2
 
 
 if __name__ == '__main__':

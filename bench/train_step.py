@@ -34,6 +34,7 @@ from data.transforms import normalise, train_transform
 from models.blip import BLIP
 from models.distill.batch import Batch
 from models.distill.objective import Objective
+from models.distill.terms import TEACHER_FEATURES
 from models.engine.logs import memory_used
 from models.engine.optim import parameter_groups
 from models.linear import FLOPS, Linear, unpadded
@@ -133,14 +134,18 @@ class OurStep:
 
     @torch.no_grad()
     def teacher_alone(self, images, ids, mask, sample_ids) -> None:
-        teacher, texts = self.objective.teacher, unpadded(mask, self.lengths)
+        """What a step asks of it."""
+        objective, texts, times = self.objective, unpadded(mask, self.lengths), 1
+        targets, negatives = objective.frozen.targets(images), None
+        if objective.uses('itm_soft'):  # then it sees the negatives too
+            times, negatives = 3, torch.arange(len(ids), device=ids.device)
         with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == 'bf16'):
-            tokens = teacher.encode_image(images)
-            teacher.text_feat(ids, texts)
-            kv = teacher.project_image(tokens)
-            teacher.text_encoder(ids, texts, image_kv=kv, want_maps=True)
-            hidden = teacher.text_decoder.bert(ids, texts, causal=True, image_kv=kv, want_maps=True).hidden
-            teacher.text_decoder.logits(hidden[:, :-1][mask[:, 1:].bool()])
+            if objective.uses(*TEACHER_FEATURES):
+                targets.features(ids, texts)
+            targets.matching(ids.repeat(times, 1), unpadded(mask.repeat(times, 1), self.lengths * times), negatives,
+                             False, objective.uses('self_attn', 'cross_attn'))
+            decoded = targets.decoding(ids, texts, objective.uses('decoder_self_attn', 'decoder_cross_attn'))
+            targets.next_tokens(decoded, mask[:, 1:].flatten().nonzero().flatten())
 
 
 @torch.no_grad()
