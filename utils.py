@@ -23,6 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
+TEMPORARY = f'.tmp{"[0-9a-f]" * 12}'  # how the names of `replacing` end, as a pattern of glob
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 FULL = {errno.ENOSPC, errno.EDQUOT}
 REMEDIES = dict.fromkeys(FULL, ': the disk is full, make room or write elsewhere') | {
@@ -209,9 +210,6 @@ def _end_at_parents_word() -> None:
 
 
 # ---------------------------------------------------------------- files
-
-TEMPORARY = f'.tmp{"[0-9a-f]" * 12}'  # how the names of `replacing` end, as a pattern of glob
-
 
 @contextmanager
 def replacing(path: str | os.PathLike):

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pandas.util import hash_array
 
 from data.captions import one_line
+from data.folders import read_regular
 from data.json_list import read_json_list
 from data.text_columns import one_lines, quoted, text_column
 from utils import shorten
@@ -185,9 +186,9 @@ def read_side_files(shard: Path, files: set[str], dropped: Counter) -> dict[str,
         row = {}
         try:
             if f'{key}.json' in files:
-                row = dict(json.loads((shard / f'{key}.json').read_text(encoding='utf-8-sig')))
+                row = dict(json.loads(read_regular(shard / f'{key}.json').decode('utf-8-sig')))
             elif f'{key}.txt' in files:
-                row['caption'] = (shard / f'{key}.txt').read_text(encoding='utf-8-sig', errors='replace')
+                row['caption'] = read_regular(shard / f'{key}.txt').decode('utf-8-sig', errors='replace')
         except (OSError, ValueError, TypeError, RecursionError):  # the download was killed while it wrote, for example
             dropped['broken record'] += 1
             continue

@@ -1,12 +1,14 @@
-"""Folders that a run has for itself, and what killed runs left in them."""
+"""Folders that a run has for itself, what killed runs left in them, and files that can be read to their end."""
 
 import argparse
 import errno
 import glob
 import os
+import stat
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -81,3 +83,20 @@ def sweep(path: str | os.PathLike) -> None:
         with suppress(OSError):  # another process may sweep as well
             if time.time() - leftover.stat().st_mtime > DAY:
                 leftover.unlink()
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Open a path for reading bytes.
+
+    Raises:
+        ValueError: it is a pipe, a socket, a device or a folder, from which reading might never return.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError('it is no regular file')
+    return open(path, 'rb')
+
+
+def read_regular(path: str | os.PathLike) -> bytes:
+    """The content of a file; raises as `open_regular`."""
+    with open_regular(path) as file:
+        return file.read()

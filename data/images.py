@@ -9,7 +9,6 @@ ones do no harm.
 import errno
 import io
 import os
-import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -23,6 +22,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import functional as F
 
+from data.folders import open_regular
 from data.rgb import ORIENTATION, SAMPLE_FORMAT, SIGNED, orientation, to_rgb
 from utils import shorten
 
@@ -101,13 +101,15 @@ def end_jpeg(image: Image.Image) -> None:
 
 
 def plain_png(data: bytes) -> bytes:
-    """A PNG file with the chunks alone that its pixels and orientation need; the latter only if it is undamaged."""
-    kept, at = [data[:8]], 8
+    """A PNG file with the chunks alone that its pixels and orientation need; transparency and orientation only if they
+    are undamaged, as browsers take them."""
+    kept, at, clear = [data[:8]], 8, {0: 2, 2: 6}.get(data[25] if len(data) > 25 else 0)
     while at + 8 <= len(data):
         end = at + 12 + int.from_bytes(data[at:at + 4], 'big')
         kind = data[at + 4:at + 8]
-        if kind in (b'IHDR', b'PLTE', b'tRNS', b'IDAT', b'IEND') or \
-                kind == b'eXIf' and crc32(data[at + 4:end - 4]).to_bytes(4, 'big') == data[end - 4:end]:
+        if kind in (b'IHDR', b'PLTE', b'IDAT', b'IEND') or kind in (b'tRNS', b'eXIf') and \
+                crc32(data[at + 4:end - 4]).to_bytes(4, 'big') == data[end - 4:end] and \
+                (kind == b'eXIf' or end - at - 12 == clear or not clear):
             kept.append(data[at:end])
         at = end if kind != b'IEND' else len(data)
     return b''.join(kept)
@@ -137,13 +139,6 @@ def readers() -> dict[str, tuple[Callable, Callable | None]]:
         from pillow_heif import register_heif_opener
         register_heif_opener()
     return {kind: Image.OPEN[kind] for kind in FORMATS if kind in Image.OPEN}
-
-
-def regular_file(path: str | os.PathLike) -> BinaryIO:
-    """Open a path unless it is a pipe, a socket, a device or a folder, from which reading might never return."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise ValueError('it is no regular file')
-    return open(path, 'rb')
 
 
 def identified(file: BinaryIO, memory: float) -> Image.Image:
@@ -235,7 +230,7 @@ def opened(file: str | os.PathLike | BinaryIO, memory: float = MEMORY,
     """
     name, kind = shorten(Path(name or file_name(file)), 600), 'not a picture'
     try:
-        with regular_file(file) if isinstance(file, str | os.PathLike) else nullcontext(file) as stream, \
+        with open_regular(file) if isinstance(file, str | os.PathLike) else nullcontext(file) as stream, \
                 identified(stream, memory) as image:
             scale, kind = least_scale(image, memory), 'damaged'
             if image.format == 'JPEG':

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from data.folders import open_regular
 from utils import atomic_write, logger, make_output_dir
 
 BLOCK = 10_000  # lines parsed at once
@@ -59,11 +60,11 @@ class JsonLines:
         """The records; an absent file has none.
 
         Raises:
-            ValueError: a line is no JSON object.
+            ValueError: it is no regular file, or a line is no JSON object.
         """
         if not self.path.exists():
             return
-        with open(self.path, 'rb') as file:
+        with open_regular(self.path) as file:
             number = 0
             while lines := list(islice(file, BLOCK)):
                 if not lines[-1].endswith(b'\n'):

@@ -47,7 +47,8 @@ def read_text(path: str | os.PathLike) -> str:
     if encoding in ('utf-16', 'utf-32'):
         logger.info('%s is in %s', path, encoding.upper())
     try:
-        text = data.decode(encoding)
+        # of any encoding, if it holds NUL bytes, of which an error tells below
+        text = data.decode('latin-1' if b'\0' in data and encoding.startswith('utf-8') else encoding)
     except UnicodeDecodeError as error:
         line, begin = data.count(b'\n', 0, error.start) + 1, data.rfind(b'\n', 0, error.start) + 1
         piece = data[max(begin, error.start - 12):error.start + 12].partition(b'\n')[0]

@@ -22,6 +22,7 @@ from utils import atomic_write
 SHARD = 8192  # pairs
 ROW = np.dtype([('offset', '<u8'), ('digest', '<u8'), ('id', '<i8'), ('tokens', '<i8')])
 LOWEST = float(np.finfo(np.float16).min)  # log-probability of what is impossible, in float16
+MANIFEST = {'made_of', 'architecture', 'temperature', 'epochs', 'pairs', 'shard', 'fields', 'shards'}  # its keys
 
 # Name -> (dtype, shape), where a side may be 'T' or 'T-1'.
 Fields = dict[str, tuple[str, list[int | str]]]
@@ -210,14 +211,17 @@ def read_manifest(folder: Path) -> dict | None:
     """None where there is none.
 
     Raises:
-        ValueError: it is no JSON.
+        ValueError: it is none.
     """
     path = folder / 'manifest.json'
     try:
-        return json.loads(path.read_text(encoding='utf-8'))
+        manifest = json.loads(path.read_text(encoding='utf-8'))
+        if missing := MANIFEST - manifest.keys():
+            raise ValueError(f'without {min(missing)}')
+        return manifest
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f'{path} is damaged ({error}): delete it and store the targets again '
                          f'(--store_teacher)') from None
 

@@ -78,11 +78,12 @@ def caption_pictures(model: BLIP, tokenizer: Tokenizer, paths: list, prompt: str
 
 
 def scenes_of(dataset) -> dict[str, Scene] | None:
-    """File name -> scene, where the pictures are rendered scenes (`scenes.json` beside the annotation)."""
-    path = Path(dataset.root) / 'scenes.json'
-    if not path.is_file():
-        return None
-    return {name: Scene.from_dict(state) for name, state in json.loads(path.read_text(encoding='utf-8')).items()}
+    """File name -> scene, where the pictures are rendered scenes: by the `scenes.json` beside the annotation, if it is
+    ours and no file of the user's."""
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        states = json.loads((Path(dataset.root) / 'scenes.json').read_text(encoding='utf-8'))
+        return {path.name: Scene.from_dict(states[path.name]) for path in map(Path, dataset.paths)}
+    return None
 
 
 def evaluate_captions(model: BLIP, tokenizer: Tokenizer, dataset, *, meteor: bool = False, spice: bool = False,

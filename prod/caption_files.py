@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from data.folders import read_regular
 from data.json_lines import JsonLines
 from utils import FULL, atomic_write
 
@@ -129,17 +130,17 @@ def write_sidecar(image: str, captions: list[str], existing: str) -> dict[str, s
         if os.path.lexists(path) and existing != 'overwrite':
             if existing == 'skip':
                 return {}
-            before = path.read_bytes()
+            before = read_regular(path)
             before += b'\n' if before and not before.endswith(b'\n') else b''
         said = before.splitlines()
         new = [line for line in dict.fromkeys(caption.encode() for caption in captions) if line not in said]
         if new:
             with atomic_write(path, 'wb') as file:
                 file.write(before + b'\n'.join(new) + b'\n')
-    except OSError as error:
-        if error.errno in FULL:
+    except (OSError, ValueError) as error:
+        if getattr(error, 'errno', None) in FULL:
             raise
-        return {image: f'{path} cannot be written: {error.strerror}'}
+        return {image: f'{path} cannot be written: {getattr(error, "strerror", None) or error}'}
     return {}
 
 

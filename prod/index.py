@@ -9,6 +9,7 @@ the old one.
 """
 
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,7 +25,7 @@ from prod import cells
 from prod.arguments import checked
 from prod.defaults import on_its_own_devices
 from prod.images import find_pictures
-from utils import atomic_write, logger, shown
+from utils import atomic_write, logger, shorten, shown
 
 CHUNK = 1 << 16  # rows copied at once
 CANDIDATES = 20  # of faiss for every hit asked for; their exact cosines decide
@@ -97,6 +98,8 @@ class PictureIndex:
                 probe = torch.tensor(self._header['probe'], dtype=torch.float32, device='cpu')
                 self._apply(lines)
                 features = self.folder / self._header['features']
+                if not re.fullmatch(r'features-\w+\.f32', features.relative_to(self.folder).as_posix()):
+                    raise ValueError(f'its features are called {shorten(self._header["features"])}')
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(damaged % str(error)[:200]) from None
             if probe.shape != self._probe.shape or not float(probe @ self._probe) > 0.999:

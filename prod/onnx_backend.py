@@ -47,7 +47,7 @@ class ONNXBLIP:
             if self.info.get('format') != FORMAT:
                 raise ValueError(f'its format is not {FORMAT}')
             self.config = BLIPConfig(**self.info['architecture'])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f'{path} describes no ONNX graphs of this version ({shorten(error, 120)}): write them by '
                              f'python prod/export.py SOURCE FOLDER --format onnx') from None
         self.tokenizer = Tokenizer.from_file(self.folder / 'vocab.txt')

@@ -296,7 +296,8 @@ def test_a_table_of_ones_own_beside_what_spreadsheets_leave(tmp_path, header, ro
     ('image,caption,split\na.jpg,a cat,train\na.jpg,a dog,test\n',
      'line 3: a.jpg is in split test, and before in split train'),
     (b'image,caption\na.jpg,caf\xe9\n', "line 2: .* is not UTF-8; in Windows-1252 it would be .*café"),
-    ('image,caption\na.jpg,a cat\n'.encode('utf-16-le'), 'line 1: a NUL byte: .*UTF-16 without a byte-order mark')])
+    ('image,caption\na.jpg,a cat\n'.encode('utf-16-le'), 'line 1: a NUL byte: .*UTF-16 without a byte-order mark'),
+    ('image,caption\na.jpg,é\n'.encode('utf-16-le'), 'line 1: a NUL byte: .*UTF-16 without a byte-order mark')])
 def test_mistakes_in_a_csv_file_name_the_line(tmp_path, text, message):
     (tmp_path / 'mine.csv').write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=f'mine.csv.*{message}') as error:

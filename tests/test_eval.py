@@ -405,6 +405,14 @@ def test_right_captions_score_full_marks(dataset, flickr):
     assert wrong['exact'] == pytest.approx(100 / 14) and [r['right'] for r in records] == [False] * 13 + [True]
 
 
+@pytest.mark.parametrize('content', ['{}', '[1]', 'x', '{"test000000.jpg": 5}'])
+def test_a_scenes_json_of_the_users_is_left_alone(dataset, tmp_path, content):
+    (tmp_path / 'scenes.json').write_text(content)
+    result, _ = score_captions(SimpleNamespace(root=tmp_path, paths=dataset.paths, references=dataset.references),
+                               [['a picture']] * 14)
+    assert 'exact' not in result
+
+
 def test_evaluate_captions(dataset, tokenizer):
     result, records = evaluate_captions(random_net(tokenizer, 'caption'), tokenizer, dataset, num_beams=1,
                                         max_length=10, min_length=5, batch_size=4)

@@ -183,8 +183,9 @@ def chunk(kind: bytes, content: bytes) -> bytes:
     chunk(b'iTXt', b'a\0\1\0\0\0' + zlib.compress(b'x' * 3_000_000)), 70 * chunk(b'tEXt', b'a\0' + b'x' * 1_000_000),
     chunk(b'iCCP', b'a\0\0' + zlib.compress(b'x' * 3_000_000)), chunk(b'iCCP', b'a\0\0no zlib'),
     chunk(b'zTXt', b'a\0\7?'), chunk(b'tEXt', b'a\0b')[:-1] + b'?', chunk(b'pHYs', b''), chunk(b'eXIf', b'MM\0'),
-    chunk(b'eXIf', b'MM\0')[:-1] + b'?'],
-    ids=['tEXt', 'zTXt', 'iTXt', '70 MB', 'iCCP', 'no ICC', 'no method', 'checksum', 'pHYs', 'eXIf', 'eXIf checksum'])
+    chunk(b'eXIf', b'MM\0')[:-1] + b'?', chunk(b'tRNS', b'?'), chunk(b'tRNS', bytes(6))[:-1] + b'?'],
+    ids=['tEXt', 'zTXt', 'iTXt', '70 MB', 'iCCP', 'no ICC', 'no method', 'checksum', 'pHYs', 'eXIf', 'eXIf checksum',
+         'tRNS', 'tRNS checksum'])
 @pytest.mark.parametrize('place', ['before', 'after'])
 def test_png_with_any_text_or_profile(extra, place):
     data = saved(colours())

@@ -285,6 +285,7 @@ def test_damaged_files(tmp_path, caplog):
     with pytest.raises(ValueError, match='made with another checkpoint'):
         PictureIndex(place, torch.ones(5))
     for garbage in (b'', b'garbage\n', lines[:100] + b'\xff\n' + lines[100:], b'{}\n', b'[1]\n', b'[' * 9999 + b'\n',
+                    lines.replace(b'"features-', b'"../features-'), lines.replace(b'"features-', b'"/features-'),
                     lines + b'{"path": "x", "row": "1", "size": 1, "mtime": 1}\n',
                     lines + b'{"path": "x", "row": 3, "size": 1, "mtime": 1}\n'):
         (place / 'index.jsonl').write_bytes(garbage)

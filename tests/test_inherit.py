@@ -163,6 +163,15 @@ def test_text_towers_start_from_a_bert(bert, bert_tokenizer, small_tokenizer):
         load_bert(BLIP(BLIPConfig(**NANO | BIG, vocab_size=30524)), folder, bert_tokenizer)
 
 
+@pytest.mark.parametrize('content', ['', '[]', '[' * 100_000, '{}', '{"model_type": "roberta"}',
+                                     '{"hidden_size": "x", "num_hidden_layers": 1, "num_attention_heads": 1, '
+                                     '"intermediate_size": 1}'])
+def test_an_odd_config_of_a_bert_is_named(nano, tmp_path, small_tokenizer, content):
+    (tmp_path / 'config.json').write_text(content)
+    with pytest.raises(ValueError, match='config.json describes no BERT: '):
+        load_bert(nano, tmp_path, small_tokenizer)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 def test_the_vision_tower_starts_from_a_file_of_timm(tmp_path, nano, suffix):

@@ -338,14 +338,16 @@ def test_a_broken_side_file_costs_one_pair(tmp_path, capsys):
     odd = {'0': '[' * 100_000, '1': '{"caption": "a', '2': '5', '5': '\ufeff{"caption": "a cat"}',
            '3': '{"caption": "a dog", "width": NaN, "height": "x"}', '6': '{"caption": NaN}',
            '4': '{"caption": "a dog, far", "width": 1e300, "original_width": [], "url": 7}'}
-    shard = write_shard(tmp_path / 'cc3m' / '00000', dict.fromkeys([*odd, '7', '8'], 'a bird'))
+    shard = write_shard(tmp_path / 'cc3m' / '00000', dict.fromkeys([*odd, '7', '8', '9'], 'a bird'))
     for key, text in odd.items():
         (shard / f'{key}.json').write_text(text, encoding='utf-8')
     (shard / '7.json').unlink()
     (shard / '7.json').mkdir()
     (shard / '8.json').write_bytes(b'{"caption": "\xff"}')
+    (shard / '9.json').unlink()
+    os.mkfifo(shard / '9.json')
     assert [r['caption'] for r in read(run(tmp_path) / 'all.json')] == ['a dog', 'a dog, far', 'a cat']
-    assert counts(capsys.readouterr().out, 'cc3m') == {'kept': 3, 'broken record': 5, 'empty caption': 1}
+    assert counts(capsys.readouterr().out, 'cc3m') == {'kept': 3, 'broken record': 6, 'empty caption': 1}
 
 
 def test_folders_in_the_sources_and_the_default_output(tmp_path):

@@ -274,6 +274,15 @@ def test_a_best_pth_is_no_run(finetuned, tmp_path):
     assert 'last.pth holds a net and not the state of a run' in done.stderr and 'model.init' in done.stderr
 
 
+def test_a_log_that_a_crash_damaged_loses_those_lines_alone(pretrained, tmp_path):
+    config, out = pretrained
+    shutil.copytree(out, tmp_path / 'out')
+    path = tmp_path / 'out/log.txt'
+    path.write_bytes(path.read_bytes() + bytes(500) + b'\n{"epoch": 9\n\xff\n[1]\n{"cut')
+    run(pretrain_dlip, config, tmp_path / 'out', 'train.epochs=3')
+    assert [row['epoch'] for row in read_log(path)] == [0, 1, 2]
+
+
 def test_gradient_norm_and_temperature_are_logged(pretrained):
     _, out = pretrained
     for name in ('steps.txt', 'log.txt'):

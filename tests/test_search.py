@@ -249,7 +249,7 @@ def test_a_text_file_beside_each_image(command, caption, pictures, capsys):
         assert caption_tool.main([*beside, '--existing', 'append']) == 1
         assert (pictures / '0.txt').read_bytes() == b'\r\n\r\nmine \xe9\n' + said['0.png'].encode() + b'\n'
         assert (pictures / '1.txt').read_text() == said['1.png'] + '\n'
-        assert '6.txt cannot be written: Is a directory' in capsys.readouterr().out
+        assert '6.txt cannot be written: it is no regular file' in capsys.readouterr().out
     (pictures / 'more/6.txt').rmdir()
     for gone in ('broken.jpg', '2.bmp'):
         (pictures / gone).unlink()

@@ -162,7 +162,9 @@ def damage(path) -> None:
     (damage, r'epoch0-00001.targets is damaged: pair 15 of 16 has another checksum'),
     (lambda path: path.write_bytes(path.read_bytes()[:-1]), r'epoch0-00001.targets is damaged: it has \d+ bytes'),
     (lambda path: path.write_bytes(b'\1' + path.read_bytes()[1:]), 'is damaged: its table has another checksum'),
-    (lambda path: path.unlink(), r'epoch0-00001.targets is missing: store the targets again')])
+    (lambda path: path.unlink(), r'epoch0-00001.targets is missing: store the targets again'),
+    (lambda path: path.with_name('manifest.json').write_text('[]'), 'manifest.json is damaged'),
+    (lambda path: path.with_name('manifest.json').write_text('{}'), 'manifest.json is damaged .without architecture')])
 def test_a_damaged_shard_is_named(stored, tmp_path, how, message):
     config, folder = stored
     shutil.copytree(folder, tmp_path / 'targets')

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from data.distributed import gather_objects, is_main, rank, world_size
+from data.json_lines import is_object
 from utils import atomic_write
 
 
@@ -108,11 +109,11 @@ def log_test(path: Path, record: dict) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a JSON-lines file, less a last line that was cut off; an absent file has none."""
+    """The records of a JSON-lines file, less what a crash has cut off or damaged; an absent file has none."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines(keepends=True)
-            if line.endswith('\n')]
+    lines = path.read_bytes().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith(b'\n') and is_object(line)]
 
 
 def forget_after(folder: Path, epoch: int, position: float) -> None:

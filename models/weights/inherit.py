@@ -17,6 +17,7 @@ Sizes that agree are copied unchanged.
 
 import json
 import re
+from dataclasses import replace
 
 import torch
 
@@ -255,16 +256,18 @@ def load_bert(model: BLIP, source: str, tokenizer: Tokenizer, choice: str = 'spa
         FileNotFoundError: it is neither here nor downloadable.
         ValueError: no BERT, another vocabulary, or smaller than the student.
     """
-    settings = json.loads(find_file(source, 'config.json').read_text(encoding='utf-8'))
-    if settings.get('model_type', 'bert') != 'bert':
-        raise ValueError(f'{source} is a {shorten(settings["model_type"])}, not a BERT')
-    vocab = load_tokenizer(source).vocab
-    if vocab != tokenizer.vocab:
+    path = find_file(source, 'config.json')
+    try:
+        settings = json.loads(path.read_text(encoding='utf-8'))
+        if settings.get('model_type', 'bert') != 'bert':
+            raise ValueError(f'it is a {shorten(settings["model_type"])}')
+        theirs = replace(model.config, text_width=settings['hidden_size'], text_depth=settings['num_hidden_layers'],
+                         text_heads=settings['num_attention_heads'], text_ffn=settings['intermediate_size'])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f'{path} describes no BERT: {shorten(error, 120)}') from None
+    if load_tokenizer(source).vocab != tokenizer.vocab:
         raise ValueError(f'{source} has another vocabulary than `tokenizer`: its word embedding cannot be used')
     weights, ours = read_bert(source), model.config
-    theirs = BLIPConfig(**ours.to_dict() | {
-        'text_width': settings['hidden_size'], 'text_depth': settings['num_hidden_layers'],
-        'text_heads': settings['num_attention_heads'], 'text_ffn': settings['intermediate_size']})
     channels = strongest_channels(weights, ours.text_width)
     for name, tower, prefix in towers(model):
         lead = prefix.removesuffix('encoder.layer.')
