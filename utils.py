@@ -171,7 +171,8 @@ def explanation(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and re.search('Connection (closed|reset) by (remote )?peer', text):  # gloo's
         return ('error: another process of this run has ended, and so does this one: what it printed says why; the '
                 'same command goes on with what is saved')
-    if not isinstance(error, OSError | ValueError | FloatingPointError):
+    wanting = isinstance(error, ImportError) and error.name is None  # ours: it says which package to install
+    if not (wanting or isinstance(error, OSError | ValueError | FloatingPointError)):
         return None
     if 'Original Traceback' in text:  # of a loader's process: its last line is the error
         text = text.strip().splitlines()[-1].partition(': ')[2]

@@ -18,6 +18,7 @@ from webdataset.gopen import Pipe, gopen, set_options
 from data.captions import storable
 from utils import logger
 
+MOST = 10 ** 9  # images of a shard
 IMAGES = ('jpg', 'jpeg', 'png', 'webp')
 TAR = re.compile(r'\.(tar(\.(gz|bz2|xz))?|tgz)(?![\w.])', re.IGNORECASE)
 SCHEME = re.compile(r'[a-z][a-z0-9+-]+:', re.IGNORECASE)  # of two letters or more: C: is a drive
@@ -69,13 +70,27 @@ def failure(stream: BinaryIO, said: BinaryIO) -> str:
     return f'the command failed (exit code {code}) {" ".join(filter(None, map(str.strip, lines)))[:200]}'.strip()
 
 
+def open_tar(file: BinaryIO, stream: bool) -> tarfile.TarFile:
+    """Args: stream: it cannot be read again from its start, as is done where the first header is broken."""
+    try:
+        return tarfile.open(fileobj=file, mode='r|*' if stream else 'r:*')
+    except tarfile.ReadError:
+        if not stream:
+            file.seek(0)
+            with suppress(tarfile.ReadError):
+                tar = tarfile.open(fileobj=file, mode='r:', ignore_zeros=True)
+                if tar.firstmember:
+                    return tar
+        raise
+
+
 def members(url: str) -> Iterator[tuple[str, str, BinaryIO]]:
     """(key, suffix in lower case, content) of the files in a shard; each must be read before the next.
 
     By webdataset's rule the key ends at the first dot of the file name. Hidden files (macOS's `._NAME`), folders and
     links are passed over.
     """
-    with opened(url) as file, tarfile.open(fileobj=file, mode='r|*' if SCHEME.match(url) else 'r:*') as tar:
+    with opened(url) as file, open_tar(file, bool(SCHEME.match(url))) as tar:
         tar.ignore_zeros = True  # a broken header costs one file, and tars that were joined are read to the end
         for member in tar:
             tar.members = []  # would grow
@@ -102,7 +117,7 @@ def count_images(url: str) -> int:
         with suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError), \
                 opened(f'{url[:mark.start()]}_stats.json{url[mark.end():]}{quiet}') as file:
             successes = int(json.loads(file.read())['successes'])
-            if successes >= 0:
+            if 0 <= successes < MOST:
                 return successes
     count = more = 0
     try:

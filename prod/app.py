@@ -204,7 +204,7 @@ def serve(page, host: str, port: int, max_upload: str) -> None:
     except SystemExit:  # uvicorn has logged the reason
         raise OSError(f'cannot listen to {host}:{port}: choose another --port or --host') from None
     listening.listen()  # who comes before the server runs is answered then
-    print(f'Running on local URL:  http://{host}:{port}', flush=True)
+    print(f'Running on local URL:  http://{host}:{listening.getsockname()[1]}', flush=True)
     server.run(sockets=[listening])
 
 

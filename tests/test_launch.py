@@ -176,7 +176,8 @@ with clean_exit():
     (RuntimeError('DataLoader timed out after 1800 seconds'), 1, 'data.num_workers'),
     (OSError(errno.ENOSPC, 'No space left on device', 'x'), 1, "'x': the disk is full, make room"),
     (ValueError('Caught ValueError in DataLoader worker process 0.\nOriginal Traceback\n  File\nValueError: a: b\n'), 1,
-     'error: a: b\n')])
+     'error: a: b\n'),
+    (ImportError('backend onnx needs the package: pip install onnxruntime'), 1, 'error: backend onnx needs')])
 def test_a_failure_is_one_line(error, code, message, capsys):
     with pytest.raises(SystemExit) as stop, clean_exit():
         raise error
@@ -184,7 +185,8 @@ def test_a_failure_is_one_line(error, code, message, capsys):
     assert stop.value.code == code and message in printed and printed.count('\n') == 1
 
 
-@pytest.mark.parametrize('error', [RuntimeError('shapes differ'), KeyError('a'), TypeError('b')])
+@pytest.mark.parametrize('error', [RuntimeError('shapes differ'), KeyError('a'), TypeError('b'),
+                                   ModuleNotFoundError("No module named 'c'", name='c')])
 def test_a_fault_of_the_program_keeps_its_traceback(error):
     with pytest.raises(type(error)), clean_exit():
         raise error
