@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures everything that one GPU can show, without a network, in at most 8 minutes and a half, or 7 with --quick.
+# Measures everything that one GPU can show, without a network, in at most 8 minutes. --quick: tests and our steps, 5.
 #
 #   OUT=output/gpu bench/gpu.sh [--quick]
 #
@@ -33,12 +33,12 @@ measure() {
   part "$1" "$2" $python -m bench.gpu "${@:3}" --device "$device" --out "$OUT/gpu.jsonl"
 }
 
-part tests 110 $python -m pytest -v -o addopts= -p no:cacheprovider tests/test_gpu.py
-measure compiled 150 step compiled
+part tests 100 $python -m pytest -v -o addopts= -p no:cacheprovider tests/test_gpu.py
+measure compiled 140 step compiled
 measure eager 45 step eager
-measure original 75 step original eager compiled --terms original --rounds 4
-measure inference 70 inference
 if [ -z "$quick" ]; then
-  measure largest_batch 60 largest
+  measure original 75 step original eager compiled --terms original --rounds 4
+  measure inference 65 inference
+  measure largest_batch 55 largest
 fi
 echo "$((SECONDS - started)) s; results in $OUT/gpu.jsonl"

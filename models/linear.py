@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -138,12 +139,10 @@ class Unpadded(NamedTuple):
 def unpadded(mask: torch.Tensor, lengths: list[int]) -> Unpadded:
     """The mask [R, T] of texts of these lengths and their tokens' positions. The host knows the lengths, so nothing
     waits for the device."""
-    width, rows, places = mask.shape[1], [], []
-    for row, length in enumerate(lengths):
-        first = len(rows)
-        rows += range(row * width, row * width + length)
-        places += (first + min(place, length - 1) for place in range(width))
-    return Unpadded(mask, *(to_device(torch.tensor(numbers), mask.device) for numbers in (rows, places)))
+    count, column = np.array(lengths)[:, None], np.arange(mask.shape[1])
+    rows = np.flatnonzero(column < count)
+    places = np.cumsum(count)[:, None] - count + np.minimum(column, count - 1)
+    return Unpadded(mask, *(to_device(torch.from_numpy(numbers.ravel()), mask.device) for numbers in (rows, places)))
 
 
 class Unpad(torch.autograd.Function):
