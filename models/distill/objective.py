@@ -50,8 +50,7 @@ class Objective(nn.Module):
         self.frozen = LiveTeacher(teacher) if isinstance(teacher, BLIP) else teacher
         self.weights = {name: float(weights.get(name, 0)) for name in TERMS}
         self.cls_id, self.enc_id, self.bos_id = start_ids
-        self.prompt_length = prompt_length
-        self.negative_all_rank = negative_all_rank
+        self.prompt_length, self.negative_all_rank = prompt_length, negative_all_rank
         self.next_token_losses, self.recomputed = losses.next_token_losses, losses.recomputed
         check_terms({term for term in TERMS if self.uses(term)}, student.config, teacher and teacher.config,
                     momentum is not None)
@@ -59,10 +58,9 @@ class Objective(nn.Module):
         if self.uses('image_tokens'):
             same = config.vision_width == teacher.config.vision_width  # then the student speaks the teacher's own space
             self.token_proj = nn.Identity() if same else Linear(config.vision_width, teacher.config.vision_width)
-        if self.uses('fused_feat'):
-            self.fused_proj = Linear(config.text_width, teacher.config.text_width)
-        if self.uses('decoder_feat'):
-            self.decoder_proj = Linear(config.text_width, teacher.config.text_width)
+        for name in ('fused', 'decoder'):
+            if self.uses(f'{name}_feat'):
+                setattr(self, f'{name}_proj', Linear(config.text_width, teacher.config.text_width))
         self.hidden = nn.ModuleDict()  # the hidden-state terms in use
         for term, tower in STREAMS.items():
             if self.uses(term):
@@ -95,17 +93,11 @@ class Objective(nn.Module):
                 parameter.requires_grad_(False)
 
     def compile_parts(self, **options) -> None:
-        """torch.compile of the layers of all nets, and of the losses over the vocabulary and over states.
-
-        Args:
-            options: torch.compile's.
-        """
-        for net in (self.student, self.teacher):  # in the momentum encoder nothing would fuse
-            if net is not None:
-                net.compile_towers(**options)
-        self.next_token_losses, self.recomputed = (
-            torch.compile(function, dynamic=True, **options)
-            for function in (losses.next_token_losses, losses.recomputed))
+        """torch.compile, with its options, of the nets' layers and of the losses over the vocabulary and states."""
+        for net in filter(None, (self.student, self.teacher)):  # in the momentum encoder nothing would fuse
+            net.compile_towers(**options)
+        self.next_token_losses, self.recomputed = (torch.compile(function, dynamic=True, **options) for function in
+                                                   (losses.next_token_losses, losses.recomputed))
         for states in self.hidden.values():
             states.recomputed = self.recomputed
 
@@ -280,11 +272,8 @@ class Objective(nn.Module):
             states = ({layer: state[:size] for layer, state in output.states.items()} for output in (fused, target))
             terms['fused_hidden'] = token_share(pairs.mask, update.tokens) * self.hidden['fused_hidden'](
                 *states, pairs.mask)
-        for term, map_name in (('self_attn', 'self_map'), ('cross_attn', 'cross_map')):
-            if self.uses(term):
-                terms[term] = token_share(pairs.mask, update.tokens) * losses.attention_kl_loss(
-                    getattr(fused, map_name)[:size], getattr(target, map_name)[:size], pairs.mask)
-        return terms
+        return terms | self.map_terms({'self_attn': 'self_map', 'cross_attn': 'cross_map'}, fused, target, pairs.mask,
+                                      update)
 
     def decoder_terms(self, batch: Batch, update: Update, image_kv: ImageKV, texts: Unpadded
                       ) -> dict[str, torch.Tensor]:
@@ -296,17 +285,15 @@ class Objective(nn.Module):
         want_maps = self.uses('decoder_self_attn', 'decoder_cross_attn')
         decoded = self.student.text_decoder.bert(ids, texts, causal=True, image_kv=image_kv, want_maps=want_maps,
                                                  layers=self.hidden_layers('decoder_hidden'))
-        hidden = decoded.hidden[:, :-1]
-        share = token_share(valid, update.labels)
-        target = None
+        hidden, share, target = decoded.hidden[:, :-1], token_share(valid, update.labels), None
         if self.uses('lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn', 'decoder_hidden'):
             target = batch.targets.decoding(ids, texts, want_maps)
         names = [term for term in ('lm', 'lm_logits') if self.uses(term)]
         if names:
             # The head runs on those positions only. They are found on the host: a mask as index waits for the device.
-            rows = torch.tensor([row * valid.shape[1] + place for row, length in enumerate(batch.lengths)
-                                 for place in range(before, length - 1)], dtype=torch.long)
-            rows = to_device(rows, ids.device)
+            rows = [row * valid.shape[1] + place for row, length in enumerate(batch.lengths)
+                    for place in range(before, length - 1)]
+            rows = to_device(torch.tensor(rows, dtype=torch.long), ids.device)
 
             def next_tokens(hidden, labels, rows):
                 said = batch.targets.next_tokens(target, rows) if 'lm_logits' in names else None
@@ -322,8 +309,12 @@ class Objective(nn.Module):
         if self.uses('decoder_hidden'):
             terms['decoder_hidden'] = token_share(mask, update.tokens) * self.hidden['decoder_hidden'](
                 decoded.states, target.states, mask)
-        for term, map_name in (('decoder_self_attn', 'self_map'), ('decoder_cross_attn', 'cross_map')):
-            if self.uses(term):
-                terms[term] = token_share(mask, update.tokens) * losses.attention_kl_loss(
-                    getattr(decoded, map_name), getattr(target, map_name), mask)
-        return terms
+        return terms | self.map_terms({'decoder_self_attn': 'self_map', 'decoder_cross_attn': 'cross_map'}, decoded,
+                                      target, mask, update)
+
+    def map_terms(self, names: dict[str, str], ours, theirs, mask: torch.Tensor, update: Update
+                  ) -> dict[str, torch.Tensor]:
+        """Terms over the attention maps, given by their names, of the first rows of both, as many as in the mask."""
+        return {term: token_share(mask, update.tokens) * losses.attention_kl_loss(
+                    *(getattr(side, name)[:len(mask)] for side in (ours, theirs)), mask)
+                for term, name in names.items() if self.uses(term)}
