@@ -2,9 +2,9 @@
 
 Eager operations are counted as they are dispatched, compiled ones as torch.compile would run them: inductor lowers and
 fuses their graphs, forward and backward, and its scheduler says how many kernels there are and what each reads and
-writes. Nothing is generated and nothing is run. It lowers for the CPU, since it takes no other device that is not
-there; kernels that fuse for one device and not for the other are few. Memory within a compiled graph is that of its
-operations one by one, an upper bound.
+writes. Nothing is generated and nothing is run. It lowers for the CPU, as it takes no other device that is absent; on
+a GPU it may fuse a little otherwise. Memory within a compiled graph is that of its operations one by one, an upper
+bound. All this uses private parts of torch, which other versions may lack.
 """
 
 import copy
@@ -17,15 +17,8 @@ from unittest.mock import patch
 
 import sympy
 import torch
+from torch._inductor import compile_fx as inductor
 from torch._inductor import ir
-from torch._inductor.compile_fx import (
-    _recursive_post_grad_passes,
-    _recursive_record_original_output_strides,
-    compile_fx,
-    fake_tensor_prop,
-    shape_env_from_inputs,
-    view_to_reshape,
-)
 from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
 from torch._inductor.scheduler import NopKernelSchedulerNode
@@ -171,7 +164,7 @@ class Traffic(TorchDispatchMode):
         """For torch.compile: inductor up to where it would generate code; then what it scheduled is counted in each
         call."""
         with self.uncounted():
-            return compile_fx(graph, inputs, inner_compile=self.lowered)
+            return inductor.compile_fx(graph, inputs, inner_compile=self.lowered)
 
     @contextmanager
     def uncounted(self):
@@ -209,12 +202,12 @@ class Traffic(TorchDispatchMode):
 
 def lower(graph: torch.fx.GraphModule, inputs: list, is_backward: bool, is_inference: bool) -> GraphLowering:
     """A graph as inductor schedules it."""
-    view_to_reshape(graph)
-    mode = fake_tensor_prop(graph, inputs)
-    _recursive_record_original_output_strides(graph)
+    inductor.view_to_reshape(graph)
+    mode = inductor.fake_tensor_prop(graph, inputs)
+    inductor._recursive_record_original_output_strides(graph)
     with V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
-        _recursive_post_grad_passes(graph, is_inference=is_inference)
-        lowering = GraphLowering(graph, example_inputs=inputs, shape_env=shape_env_from_inputs(inputs),
+        inductor._recursive_post_grad_passes(graph, is_inference=is_inference)
+        lowering = GraphLowering(graph, example_inputs=inputs, shape_env=inductor.shape_env_from_inputs(inputs),
                                  is_backward=is_backward, is_inference=is_inference)
         with V.set_graph_handler(lowering):
             lowering.run(*inputs)

@@ -1,5 +1,8 @@
 """What a pre-training step of the real size asks of a GPU, counted on fake tensors."""
 
+import pytest
+from torch._inductor.sizevars import SizeVarAllocator
+
 from bench.traffic import GIB, count
 from configs import load_config
 
@@ -11,6 +14,7 @@ def test_a_step_asks_no_more_of_a_gpu_than_it_did():
     assert total.bytes < 396e9 and total.kernels < 6000 and traffic.peak < 24 * GIB
 
 
+@pytest.mark.skipif(not hasattr(SizeVarAllocator, 'optimization_hint'), reason='another inductor')
 def test_compiled_layers_move_less():
     """Of the vision tower's distillation, which takes seconds; bench/traffic.json has all terms."""
     config = load_config('configs/pretrain.yaml', 'configs/pretrain.yaml')
