@@ -3,6 +3,7 @@
 Each of the functions that inference calls is traced and compiled at its first use, which takes a second or two.
 """
 
+import os
 import sys
 import threading
 import warnings
@@ -75,7 +76,9 @@ class OpenVINOBLIP:
         self._kv_type = torch.float32 if precision == 'fp32' else torch.bfloat16  # they are read again at every step
         self._lock, self._of_thread = threading.Lock(), threading.local()  # a request serves one thread at a time
         self._settings = {'INFERENCE_PRECISION_HINT': HINTS[precision], 'PERFORMANCE_HINT': 'LATENCY',
-                          'INFERENCE_NUM_THREADS': torch.get_num_threads()}
+                          'INFERENCE_NUM_THREADS': torch.get_num_threads(),
+                          # threads of processes side by side would all be pinned to the first cores
+                          'ENABLE_CPU_PINNING': torch.get_num_threads() >= os.cpu_count()}
 
     def _run(self, name: str, function: Callable, *inputs: torch.Tensor,
              example: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:

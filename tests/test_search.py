@@ -107,8 +107,31 @@ def test_openvino_gives_what_torch_gives(folder, picture):
         DLIPProd(None, folder / 'save/last.pth', backend='tvm')
 
 
+@pytest.mark.skipif(not hasattr(os, 'sched_getaffinity') or os.cpu_count() == 1, reason='no cores to choose from')
+def test_openvino_leaves_the_choice_of_cores_to_the_system(folder, picture):
+    """Pinned, the threads of two processes of one thread each would share the first core."""
+    program = """if True:
+        import os, sys, threading, torch
+        from PIL import Image
+        from prod import DLIPProd
+        torch.set_num_threads(1)
+        net, seen, done = DLIPProd(None, sys.argv[1], backend='openvino'), set(), threading.Event()
+        def watch():
+            while not done.is_set():
+                seen.add(tuple(os.sched_getaffinity(os.getpid())))  # of the main thread
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        [net.get_image_feat([Image.new('RGB', (9, 9))] * 64) for _ in range(5)]
+        done.set()
+        watcher.join()
+        print(seen)"""
+    done = subprocess.run([sys.executable, '-c', program, str(folder / 'save/last.pth')], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.stdout == f'{ {tuple(os.sched_getaffinity(0))} }\n', done.stderr
+
+
 def test_a_signal_after_nets_of_openvino_are_gone_does_not_kill_python(folder):
-    """models/openvino_backend.py says when it did."""
+    """prod/openvino_backend.py says when it did."""
     program = """if True:
         import gc, os, signal, sys
         from PIL import Image
