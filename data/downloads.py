@@ -134,6 +134,8 @@ def read_parquet(path: Path, key_length: int) -> dict[str, pa.StringArray | np.n
 
     Args: key_length: of the keys, should they be numbers, which have lost their leading zeros.
     """
+    if path.exists() and not path.is_file():
+        raise OSError('it is no regular file')
     file = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
     there = set(file.schema_arrow.names)
     if not there >= REQUIRED:

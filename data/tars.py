@@ -16,6 +16,7 @@ from typing import BinaryIO
 from webdataset.gopen import Pipe, gopen, set_options
 
 from data.captions import storable
+from data.folders import open_regular
 from utils import logger
 
 MOST = 10 ** 9  # images of a shard
@@ -33,7 +34,7 @@ def opened(url: str) -> Iterator[BinaryIO]:
         OSError: in place of an error in the block, where the command has failed: says how.
     """
     if not SCHEME.match(url):
-        with open(url, 'rb') as file:
+        with open_regular(url) as file:
             yield file
         return
     with tempfile.TemporaryFile() as said:

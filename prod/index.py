@@ -123,12 +123,14 @@ class PictureIndex:
     def _apply(self, lines: Iterable[dict]) -> None:
         for line in lines:
             path, row = line['path'], line['row']
+            if not isinstance(path, str):
+                raise ValueError(f'the path {shorten(path)} is no text')
             if path in self._entries:
                 self._paths[self._entries.pop(path)[0]] = None
             if row is not None:
-                if row < len(self._paths):
-                    raise ValueError(f'row {row} is named twice')
-                self._paths += [None] * (row - len(self._paths)) + [path]
+                if row != len(self._paths):
+                    raise ValueError(f'row {shorten(row)} in the place of {len(self._paths)}')
+                self._paths.append(path)
                 self._entries[path] = row, line['size'], line['mtime']
 
     def _map(self, rows: int) -> None:

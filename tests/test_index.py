@@ -287,7 +287,9 @@ def test_damaged_files(tmp_path, caplog):
     for garbage in (b'', b'garbage\n', lines[:100] + b'\xff\n' + lines[100:], b'{}\n', b'[1]\n', b'[' * 9999 + b'\n',
                     lines.replace(b'"features-', b'"../features-'), lines.replace(b'"features-', b'"/features-'),
                     lines + b'{"path": "x", "row": "1", "size": 1, "mtime": 1}\n',
-                    lines + b'{"path": "x", "row": 3, "size": 1, "mtime": 1}\n'):
+                    lines + b'{"path": "x", "row": 3, "size": 1, "mtime": 1}\n',
+                    lines + b'{"path": "x", "row": 99999999999999, "size": 1, "mtime": 1}\n',
+                    lines + b'{"path": 5, "row": 9, "size": 1, "mtime": 1}\n'):
         (place / 'index.jsonl').write_bytes(garbage)
         with pytest.raises(ValueError, match=r'is damaged \(.*\): delete it, and the next run makes it again'):
             PictureIndex(place, PROBE)

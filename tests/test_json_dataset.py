@@ -346,6 +346,7 @@ def test_a_broken_side_file_costs_one_pair(tmp_path, capsys):
     (shard / '8.json').write_bytes(b'{"caption": "\xff"}')
     (shard / '9.json').unlink()
     os.mkfifo(shard / '9.json')
+    os.mkfifo(shard.with_suffix('.parquet'))
     assert [r['caption'] for r in read(run(tmp_path) / 'all.json')] == ['a dog', 'a dog, far', 'a cat']
     assert counts(capsys.readouterr().out, 'cc3m') == {'kept': 3, 'broken record': 6, 'empty caption': 1}
 
