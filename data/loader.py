@@ -1,5 +1,6 @@
 """Batches: the same global batches whatever the number of processes, resumable at any step."""
 
+import errno
 import math
 import shutil
 from collections import Counter
@@ -100,10 +101,7 @@ class InSharedMemory:
         except RuntimeError as error:
             if 'No space left' not in str(error):
                 raise
-            free, total = self.room.free, self.room.total
-            raise OSError(f'{SHARED_MEMORY} is full, which the processes that load pictures need (it has {mib(total)}, '
-                          f'of which {mib(free)} were free before): '
-                          + REMEDY.format(size='4g', workers=worker.num_workers // 2)) from None
+            raise full(self.room, worker.num_workers) from None
         return batch
 
     def check(self, size: int, workers: int) -> None:
@@ -124,6 +122,12 @@ def mib(size: int) -> str:
     return f'{math.ceil(size / 2 ** 20)} MiB'
 
 
+def full(room: Room, workers: int) -> OSError:
+    """Args: room: what there was without our own workers'."""
+    return OSError(f'{SHARED_MEMORY} is full, which the processes that load images need (it has {mib(room.total)}, of '
+                   f'which {mib(room.free)} were free before): ' + REMEDY.format(size='4g', workers=workers // 2))
+
+
 def tensors_of(batch) -> Iterator[torch.Tensor]:
     """The tensors with elements in a batch of dicts and lists."""
     if isinstance(batch, torch.Tensor) and batch.numel():
@@ -133,9 +137,28 @@ def tensors_of(batch) -> Iterator[torch.Tensor]:
             yield from tensors_of(part)
 
 
+class Loader(DataLoader):
+    """A DataLoader that names shared memory as what is full where its processes cannot even start.
+
+    Raises:
+        OSError: from `iter`.
+    """
+
+    def __iter__(self):
+        room = Room.now() if self.num_workers else None
+        if room is not None:
+            try:
+                tuple(WORKERS.Lock() for _ in range(8 * (self.num_workers + 1)))  # torch's queues take fewer
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                raise full(room, self.num_workers) from None
+        return super().__iter__()
+
+
 def load(dataset, workers: int, collate_fn: Callable = default_collate, **options) -> DataLoader:
     """A DataLoader whose `workers` processes end with this one, and which says so if they lack shared memory."""
-    return DataLoader(dataset, num_workers=workers, collate_fn=InSharedMemory(collate_fn), worker_init_fn=as_worker,
+    return Loader(dataset, num_workers=workers, collate_fn=InSharedMemory(collate_fn), worker_init_fn=as_worker,
                       timeout=PATIENCE if workers else 0, multiprocessing_context=WORKERS if workers else None,
                       **options)
 

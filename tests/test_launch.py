@@ -283,3 +283,12 @@ def test_shared_memory_that_fills_up_ends_the_run(monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'share_memory_', full)
     with pytest.raises(OSError, match='/dev/shm is full.*--ipc=host'):
         batches()
+
+
+@pytest.mark.skipif(not loader.SHARED_MEMORY.is_dir(), reason='this system has no /dev/shm')
+def test_shared_memory_without_room_for_a_semaphore_is_named(monkeypatch):
+    def full():
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(loader.WORKERS, 'Lock', full)
+    with pytest.raises(OSError, match='/dev/shm is full.*--ipc=host.*data.num_workers=1;'):
+        batches()
