@@ -26,7 +26,7 @@ setup: .venv/installed
 	touch $@
 
 # The README's path on rendered scenes. A step that was finished is not repeated; `make clean` starts over. The test
-# pictures are left to eval.report, which measures student and teacher once.
+# images are left to eval.report, which measures student and teacher once.
 demo: setup
 	$(PY) -m data.scene_layouts --out $(DATA) --pretrain 9000 --flickr_train 800 --prompted 0.1
 	$(PY) json_dataset.py --root $(DATA) --out $(DATA)/dataloader

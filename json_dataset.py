@@ -5,7 +5,7 @@
 Reads ROOT/cc3m, ROOT/mscoco, ROOT/sbu (img2dataset, `--output_format files`) and ROOT/vgo (Visual Genome:
 region_descriptions.json with VG_100K and VG_100K_2), whichever are there. Writes cc3m.json, coco.json, sbu.json,
 vgo.json and all.json: lists of {"caption", "image_root", "id"}, id unique and contiguous; SOURCE_failed.parquet, a list
-for img2dataset of what could not be downloaded; and pairs.png, histograms of caption lengths and picture sizes. The
+for img2dataset of what could not be downloaded; and pairs.png, histograms of caption lengths and image sizes. The
 files are replaced together at the end, and memory does not grow with the pairs (but for 8 bytes each, by which
 duplicates are found).
 """
@@ -119,7 +119,7 @@ def in_order(pool: ProcessPoolExecutor, function: Callable, items: list, ahead: 
 
 def parts_of(source: str, folder: Path, pool: ProcessPoolExecutor, workers: int) -> Iterator[Part]:
     if source == 'vgo':
-        return progress(read_visual_genome(folder), desc='vgo, thousands of pictures')
+        return progress(read_visual_genome(folder), desc='vgo, thousands of images')
     shards = find_shards(folder)
     return progress(in_order(pool, read_shard, shards, 2 * workers), len(shards), f'{source} shards')
 

@@ -23,8 +23,8 @@ import torch
 
 from data.distributed import rank, seed_everything
 from data.pairs import open_pairs
-from data.transforms import eval_transform, train_transform
-from eval.caption import caption_pictures
+from data.transforms import EvalTransform, TrainTransform
+from eval.caption import caption_images
 from eval.validation import HeldOut, validation
 from models.distill.batch import to_batch
 from models.distill.start import build_objective
@@ -46,10 +46,10 @@ def pretrain(args: argparse.Namespace, config: dict, device: torch.device, outpu
     model, data, train = config['model'], config['data'], config['train']
 
     # data
-    transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'], data['image_memory'])
+    transform = TrainTransform(model['image_size'], data['min_scale'], data['randaugment'], data['image_memory'])
     dataset = open_pairs(data['train'], transform, data['max_words'], args.seed)
     held_out = HeldOut(dataset.hold_out(data['val_fraction']),
-                       eval_transform(model['image_size'], data['image_memory']), data['max_words'])
+                       EvalTransform(model['image_size'], data['image_memory']), data['max_words'])
 
     # student, frozen teacher or its stored targets, momentum encoder and queues, losses
     tokenizer, student, teacher = build_nets(config, 'pretrain')
@@ -82,7 +82,7 @@ def pretrain(args: argparse.Namespace, config: dict, device: torch.device, outpu
         if val:
             logger.info('epoch %d val  %s', run.epoch, '  '.join(f'{name} {value:.3f}' for name, value in val.items()
                                                                 if name.startswith('loss') or name.endswith('_r1')))
-        run.end_epoch(val, caption_pictures(student, tokenizer, shown) if config['loss']['lm'] else ())
+        run.end_epoch(val, caption_images(student, tokenizer, shown) if config['loss']['lm'] else ())
     logger.info('done: %s', output_dir / 'last.pth')
 
 

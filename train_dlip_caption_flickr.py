@@ -24,7 +24,7 @@ import torch
 
 from data.datasets import AnnotatedTrain, AnnotatedWhole, Captioned, ImageTextEval
 from data.distributed import barrier, is_main, rank, seed_everything, to_device
-from data.transforms import eval_transform, normalise, train_transform
+from data.transforms import EvalTransform, TrainTransform, normalise
 from eval.caption import evaluate_captions
 from eval.cider import CiderReward
 from eval.table import finetune_table
@@ -58,11 +58,11 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
                          'teacher.cache to null')
 
     # data
-    transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'], data['image_memory'])
+    transform = TrainTransform(model['image_size'], data['min_scale'], data['randaugment'], data['image_memory'])
     dataset = AnnotatedTrain(data['root'], transform, data['max_words'], args.seed, data['split'],
                              data['teacher_captions'])
     images = AnnotatedWhole(data['root'], model['image_size'], data['max_words'], data['split'])
-    held_out = {split: ImageTextEval(data['root'], split, eval_transform(model['image_size'], data['image_memory']),
+    held_out = {split: ImageTextEval(data['root'], split, EvalTransform(model['image_size'], data['image_memory']),
                                      data['max_words'], data['split'])
                 for split in ('val', 'test')}
     pairs = first_captions(held_out['val'], data['max_words'])

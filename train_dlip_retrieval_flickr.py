@@ -21,7 +21,7 @@ import torch
 
 from data.datasets import AnnotatedTrain, ImageTextEval
 from data.distributed import barrier, rank, seed_everything
-from data.transforms import eval_transform, train_transform
+from data.transforms import EvalTransform, TrainTransform
 from eval.retrieval import evaluate_retrieval
 from eval.table import finetune_table
 from eval.validation import first_captions, validation
@@ -46,9 +46,9 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     model, data, train = config['model'], config['data'], config['train']
 
     # data
-    transform = train_transform(model['image_size'], data['min_scale'], data['randaugment'], data['image_memory'])
+    transform = TrainTransform(model['image_size'], data['min_scale'], data['randaugment'], data['image_memory'])
     dataset = AnnotatedTrain(data['root'], transform, data['max_words'], args.seed, data['split'])
-    held_out = {split: ImageTextEval(data['root'], split, eval_transform(model['image_size'], data['image_memory']),
+    held_out = {split: ImageTextEval(data['root'], split, EvalTransform(model['image_size'], data['image_memory']),
                                      data['max_words'], data['split'])
                 for split in ('val', 'test')}
     pairs = first_captions(held_out['val'], data['max_words'])

@@ -165,7 +165,7 @@ def explanation(error: BaseException) -> str | None:
                 f'optim.grad_accum_steps makes up, eval.batch_size or --batch_size), data.num_workers or the size '
                 f'of the net ({text[:120]})')
     if isinstance(error, RuntimeError) and text.startswith('DataLoader '):
-        return (f'error: {text.splitlines()[0][:120]}: a process that loads pictures was killed, for want of memory or '
+        return (f'error: {text.splitlines()[0][:120]}: a process that loads images was killed, for want of memory or '
                 f'of room in /dev/shm (in a container: --shm-size or --ipc=host), or waited for ever for a disk: lower '
                 f'data.num_workers; 0 loads in the main process')
     if isinstance(error, RuntimeError) and re.search('Connection (closed|reset) by (remote )?peer', text):  # gloo's

@@ -39,7 +39,7 @@ from configs import load_config, read_yaml
 from configs.rules import whole
 from data.datasets import ImageTextEval
 from data.distributed import progress
-from data.transforms import eval_transform
+from data.transforms import EvalTransform
 from eval.caption import evaluate_captions
 from eval.retrieval import evaluate_retrieval
 from models.engine.curves import pyplot
@@ -128,7 +128,7 @@ def measure(checkpoint: Path, matching: bool) -> dict[str, float]:
     model, tokenizer, _ = load_model(checkpoint)
     config = load_config('configs/demo/retrieval_flickr.yaml', 'configs/retrieval_flickr.yaml')
     data, k_test = config['data'], config['eval']['k_test']
-    held_out = ImageTextEval(ROOT / data['root'], 'val', eval_transform(model.config.image_size), data['max_words'])
+    held_out = ImageTextEval(ROOT / data['root'], 'val', EvalTransform(model.config.image_size), data['max_words'])
     said, _ = evaluate_captions(model, tokenizer, held_out, prompt='', num_beams=1, min_length=5)
     figures = {name: said[name] for name in ('CIDEr', 'exact')}
     for prefix, k in (('cosine_', 0), *[('', k_test)] * matching):

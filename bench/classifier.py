@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from configs import read_yaml
 from data.distributed import progress
 from data.scenes import BACKGROUNDS, COLOURS, FILLS, SHAPES, Scene, render, sample_split
-from data.transforms import eval_transform
+from data.transforms import EvalTransform
 from models.blip import BLIP
 from models.weights.checkpoint import architecture
 from utils import ROOT, atomic_write
@@ -40,7 +40,7 @@ def train_tower(path: Path, size: str, image_size: int = 64, steps: int = 2000, 
     optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], LR, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARMUP, 1 - (step - WARMUP) / (steps - WARMUP)))
-    transform = eval_transform(image_size)
+    transform = EvalTransform(image_size)
     for step in progress(range(steps), desc='classifier'):
         part = scenes[step * batch:(step + 1) * batch]
         images = torch.stack([transform(render(scene, rng)) for scene in part])

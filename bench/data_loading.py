@@ -31,8 +31,8 @@ from utils import ROOT, clean_exit
 OURS = """
 from data.datasets import PairDataset
 from data.loader import make_loader
-from data.transforms import train_transform
-dataset = PairDataset(path, train_transform(16, 0.5, False), 30)
+from data.transforms import TrainTransform
+dataset = PairDataset(path, TrainTransform(16, 0.5, False), 30)
 loader = make_loader(dataset, 64, seed=0, epoch=0, start_step=0, workers=4, rank=0, world_size=1)
 """
 THEIRS = """
@@ -40,10 +40,10 @@ import json
 import torch
 from data.captions import clean_caption
 from data.images import open_part
-from data.transforms import train_transform
+from data.transforms import TrainTransform
 class Pairs(torch.utils.data.Dataset):
     def __init__(self):
-        self.pairs, self.transform = json.load(open(path)), train_transform(16, 0.5, False)
+        self.pairs, self.transform = json.load(open(path)), TrainTransform(16, 0.5, False)
     def __len__(self):
         return len(self.pairs)
     def __getitem__(self, i):

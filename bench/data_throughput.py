@@ -33,7 +33,7 @@ from configs.rules import whole
 from data.augment import rand_augment
 from data.datasets import first_readable, seeded
 from data.images import open_part
-from data.transforms import MEAN, STD, normalise, train_transform
+from data.transforms import MEAN, STD, TrainTransform, normalise
 from utils import clean_exit
 
 SIZE, SCALE = 224, (0.2, 1.0)
@@ -121,7 +121,7 @@ def blip_augment(image: Image.Image) -> np.ndarray:
 
 CROP = T.RandomResizedCrop(SIZE, scale=SCALE, interpolation=T.InterpolationMode.BICUBIC)
 BLIPS = T.Compose([CROP, T.RandomHorizontalFlip(), blip_augment, T.ToTensor(), T.Normalize(MEAN, STD)])
-OURS = train_transform(SIZE, SCALE[0], randaugment=True)
+OURS = TrainTransform(SIZE, SCALE[0], randaugment=True)
 COUNT = itertools.count()  # items that were seeded
 
 

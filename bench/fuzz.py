@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from configs.rules import whole
 from data.json_lines import JsonLines
-from prod.index import PictureIndex
+from prod.index import ImageIndex
 from tests.odd import KINDS, World, play, random_checkpoint
 from tests.processes import Python
 
@@ -86,7 +86,7 @@ def searching(place: Path, world: World) -> list:
 
 def hits(place: Path, world: World, printed: str) -> tuple:
     probe, = world.dlip.get_image_feat(Image.linear_gradient('L'))
-    index = PictureIndex(place / 'index', probe)
+    index = ImageIndex(place / 'index', probe)
     return printed[printed.index('a red star'):], index.search(probe, len(index)), sorted(
         path.suffix for path in (place / 'index').iterdir())
 

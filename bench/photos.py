@@ -34,7 +34,7 @@ import pretrain_dlip
 from bench.photos_plan import NETS, STUDENTS, Run, plan
 from data.datasets import ImageTextEval
 from data.images import open_part
-from data.transforms import eval_transform, normalise, train_transform
+from data.transforms import EvalTransform, TrainTransform, normalise
 from eval.caption import n_best
 from eval.common import hardware, write_json
 from eval.metrics import caption_metrics, ranks
@@ -78,7 +78,7 @@ class TrainingImages(Dataset):
 
     def __init__(self):
         self.paths = sorted({row['image_root'] for row in json.loads((ROOT / 'some.json').read_text())})
-        self.transform = train_transform(SIDE, 0.5, True)
+        self.transform = TrainTransform(SIDE, 0.5, True)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -136,7 +136,7 @@ def train_and_measure(run: Run, device: str, workers: int) -> None:
 def measure(checkpoint: Path, run: Run, device: str, workers: int) -> dict:
     """Ranks of each query's best right item (0: the first place) and captions, on the run's split."""
     model, tokenizer, _ = load_model(checkpoint, device)
-    dataset = ImageTextEval(str(DATA), run.split, eval_transform(SIDE), 30)
+    dataset = ImageTextEval(str(DATA), run.split, EvalTransform(SIDE), 30)
     out = {}
     for kind, k_test in {'cosine': 0, **({'re-ranked': 128} if run.full else {})}.items():
         i2t, t2i = retrieval_scores(model, tokenizer, dataset, device=device, k_test=k_test, batch_size=1024,
@@ -245,7 +245,7 @@ def print_tables() -> None:
         if not (folder(run) / 'result.json').exists():
             continue
         if run.split not in splits:
-            data = ImageTextEval(str(DATA), run.split, eval_transform(SIDE), 30)
+            data = ImageTextEval(str(DATA), run.split, EvalTransform(SIDE), 30)
             splits[run.split] = data.references, np.array(data.text_to_image)
         result = json.loads((folder(run) / 'result.json').read_text())
         name = f'{run.start}: {run.name}' if run.start else run.name

@@ -7,7 +7,7 @@ its own. Memory is what the process holds after its queries beyond what it held 
 beside them the pages of mapped files, which the system takes back when it needs them. Recall is the share of the exact
 ten best that are found.
 
-- index: `PictureIndex`, its images added in batches of 256 as `update` does, opened again and searched exactly;
+- index: `ImageIndex`, its images added in batches of 256 as `update` does, opened again and searched exactly;
 - index, approximate: the same through faiss, whose structure it builds at the first such search and keeps on disk;
 - faiss flat, faiss IVF: `IndexFlatIP` and the same structure as the index builds, in memory, without names.
 """
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from configs.rules import whole
 from data.distributed import progress
 from prod import cells
-from prod.index import CHUNK, PictureIndex
+from prod.index import CHUNK, ImageIndex
 from utils import clean_exit
 
 WIDTH, CENTRES, BATCH, QUERIES, K = 256, 1000, 256, 20, 10
@@ -56,7 +56,7 @@ def write_vectors(path: Path, count: int) -> None:
 
 
 def build(place: Path, features: np.ndarray) -> None:
-    index = PictureIndex(place / 'index', torch.from_numpy(features[0].copy()))
+    index = ImageIndex(place / 'index', torch.from_numpy(features[0].copy()))
     for start in progress(range(0, len(features), BATCH), desc='index'):
         part = features[start:start + BATCH].copy()
         index.add([f'{start + i}.jpg' for i in range(len(part))], torch.from_numpy(part))
@@ -65,7 +65,7 @@ def build(place: Path, features: np.ndarray) -> None:
 def ours(place: Path, features: np.ndarray, approximate: bool) -> tuple[float, Callable]:
     """(seconds to open, query -> numbers of the images)"""
     started = time.perf_counter()
-    index = PictureIndex(place / 'index', torch.from_numpy(features[0].copy()))
+    index = ImageIndex(place / 'index', torch.from_numpy(features[0].copy()))
     return time.perf_counter() - started, lambda query: [
         int(path[:-4]) for path, _ in index.search(torch.from_numpy(query), K, approximate=approximate)]
 

@@ -30,7 +30,7 @@ from configs import read_yaml
 from configs.rules import whole
 from data.datasets import first_readable
 from data.distributed import progress, to_device
-from data.transforms import normalise, train_transform
+from data.transforms import TrainTransform, normalise
 from models.blip import BLIP
 from models.distill.batch import Batch
 from models.distill.objective import Objective
@@ -50,7 +50,7 @@ def data(batch: int, image_size: int, device: str) -> Callable:
     """A function that makes a batch of JPEGs and captions, as the loader and the run do."""
     from bench.data_throughput import photograph  # it needs OpenCV
     files = [photograph(seed, 75) for seed in range(batch)]
-    transform, tokenizer = train_transform(image_size, 0.2, True), Tokenizer.from_file(ROOT / 'tests/vocab.txt')
+    transform, tokenizer = TrainTransform(image_size, 0.2, True), Tokenizer.from_file(ROOT / 'tests/vocab.txt')
 
     def make() -> None:
         items = [first_readable([(io.BytesIO(file), 'two dogs run after a red ball on the beach', i)], transform, 30, i)

@@ -234,7 +234,7 @@ def script_arguments(description: str, config: str, output_dir: str, argv: list[
     """Parse the options that every training script takes -> (namespace, config checked against the default).
 
     Args:
-        tests: the script ends with the test pictures, which an option leaves alone.
+        tests: the script ends with the test images, which an option leaves alone.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--config', default=config, help='YAML file (default: %(default)s)')
@@ -248,7 +248,7 @@ def script_arguments(description: str, config: str, output_dir: str, argv: list[
     either.add_argument('--store_teacher', type=whole(1), metavar='EPOCHS', help="write the teacher's targets of this "
                         'many epochs to the folder teacher.cache, which is then trained from without the teacher')
     if tests:
-        parser.add_argument('--no_test', action='store_true', help='leave the test pictures alone, as for choosing '
+        parser.add_argument('--no_test', action='store_true', help='leave the test images alone, as for choosing '
                             'settings; eval.report and its like measure best.pth later')
     parser.add_argument('overrides', nargs='*', metavar='key=value', help='override a setting, e.g. optim.lr=1e-4 (the '
                         'last of a key counts)')

@@ -1,4 +1,4 @@
-"""BLIP's RandAugment(2, 5): its ten operations at its strength, on pictures as OpenCV has them (uint8 [H, W, 3])."""
+"""BLIP's RandAugment(2, 5): its ten operations at its strength, on images as OpenCV has them (uint8 [H, W, 3])."""
 
 import random
 from collections.abc import Callable

@@ -19,13 +19,13 @@ import torch
 from data.annotations import AnnotatedImage, load_annotated
 from data.captions import clean_caption, is_empty
 from data.distributed import barrier, local_rank
-from data.images import BrokenPicture, file_name, open_image, open_part
+from data.images import BrokenImage, file_name, open_image, open_part
 from data.index import COLUMNS, build_index, read_index
-from data.transforms import eval_transform, train_transform, whole_transform
+from data.transforms import EvalTransform, TrainTransform, WholeTransform
 from utils import logger, shorten
 
 MOST_HELD_OUT = 1000  # images: enough for a curve, and soon looked at
-MAX_TRIES = 20  # broken pictures in a row that end the run
+MAX_TRIES = 20  # broken images in a row that end the run
 
 
 @contextmanager
@@ -42,10 +42,10 @@ def seeded(*parts: int):
         torch.set_rng_state(states[1])
 
 
-def first_readable(pairs: Iterable[tuple], transform: train_transform, max_words: int, *seeds: int) -> dict:
-    """The first of some pairs whose picture can be read, for training.
+def first_readable(pairs: Iterable[tuple], transform: TrainTransform, max_words: int, *seeds: int) -> dict:
+    """The first of some pairs whose image can be read, for training.
 
-    An item is a dict of image (uint8 [3, S, S]), caption, id and bad: a (path, kind, message) of each broken picture
+    An item is a dict of image (uint8 [3, S, S]), caption, id and bad: a (path, kind, message) of each broken image
     that was met before it.
 
     Args:
@@ -53,12 +53,12 @@ def first_readable(pairs: Iterable[tuple], transform: train_transform, max_words
         seeds: what the item's randomness is a function of.
 
     Raises:
-        ValueError: too many pictures in a row are broken; names the first.
+        ValueError: too many images in a row are broken; names the first.
     """
     bad: dict[str, tuple[str, str, str]] = {}
     for file, caption, number in pairs:
         path = file_name(file)
-        if path in bad:  # another caption of a broken picture
+        if path in bad:  # another caption of a broken image
             continue
         try:
             with seeded(*seeds):
@@ -67,12 +67,12 @@ def first_readable(pairs: Iterable[tuple], transform: train_transform, max_words
             return {'image': image, 'caption': caption, 'id': number, 'bad': list(bad.values())}
         except FileNotFoundError as error:
             bad[path] = path, 'missing', str(error)
-        except BrokenPicture as error:
+        except BrokenImage as error:
             bad[path] = path, error.kind, str(error)
         if len(bad) == MAX_TRIES:
             break
     first = next((message for _, _, message in bad.values()), 'no pair has a caption')
-    raise ValueError(f'{len(bad)} pictures in a row cannot be read; the first: {first}')
+    raise ValueError(f'{len(bad)} images in a row cannot be read; the first: {first}')
 
 
 class Captioned(torch.utils.data.Dataset):
@@ -89,7 +89,7 @@ class Captioned(torch.utils.data.Dataset):
         FileNotFoundError: the images are not where the table says.
     """
 
-    def __init__(self, table: pa.Table, folder: str | Path, transform: train_transform, max_words: int, seed: int):
+    def __init__(self, table: pa.Table, folder: str | Path, transform: TrainTransform, max_words: int, seed: int):
         self.table, self.folder = table, folder
         self.transform, self.max_words, self.seed = transform, max_words, seed
         self.epoch, self.missing = 0, np.empty(0, np.int64)  # rows that are held out
@@ -128,7 +128,7 @@ class Captioned(torch.utils.data.Dataset):
         return first_readable(following, self.transform, self.max_words, self.seed, self.epoch, index)
 
     def examples(self, count: int) -> list[str]:
-        """Picture files to be looked at, spread over the set."""
+        """Image files to be looked at, spread over the set."""
         count = min(count, len(self))
         return [self.pair(i * len(self) // count)[0] for i in range(count)]
 
@@ -148,10 +148,10 @@ class PairDataset(Captioned):
     """The pairs of an `all.json`, read through a memory-mapped index that is built once.
 
     Raises:
-        FileNotFoundError, ValueError: the file or its pictures are missing; it is broken or has no caption.
+        FileNotFoundError, ValueError: the file or its images are missing; it is broken or has no caption.
     """
 
-    def __init__(self, all_json: str | os.PathLike, transform: train_transform, max_words: int, seed: int = 0):
+    def __init__(self, all_json: str | os.PathLike, transform: TrainTransform, max_words: int, seed: int = 0):
         source = Path(all_json)
         if not os.path.isfile(source):
             raise FileNotFoundError(f'no {shorten(source)}: write it with json_dataset.py, or set data.train')
@@ -197,7 +197,7 @@ class AnnotatedTrain(Captioned):
         teacher_captions: by path; an image that is not among them keeps its own captions.
     """
 
-    def __init__(self, root: str | os.PathLike, transform: train_transform, max_words: int, seed: int = 0,
+    def __init__(self, root: str | os.PathLike, transform: TrainTransform, max_words: int, seed: int = 0,
                  how: str | float = 'standard', teacher_share: float = 0.0):
         if not 0 <= teacher_share <= 1:
             raise ValueError(f'data.teacher_captions is a probability between 0 and 1, got {teacher_share}')
@@ -224,7 +224,7 @@ class AnnotatedWhole(Captioned):
         images = with_captions(load_annotated(root, 'train', how), f'{root}, split train')
         self.references = [list(image.captions) for image in images]
         rows = [(image.path, image.captions[0], number) for number, image in enumerate(images)]
-        super().__init__(as_table(rows), '', whole_transform(image_size), max_words, seed=0)
+        super().__init__(as_table(rows), '', WholeTransform(image_size), max_words, seed=0)
 
 
 def as_table(rows: list[tuple[Path, str, int]]) -> pa.Table:
@@ -243,7 +243,7 @@ class ImageTextEval(torch.utils.data.Dataset):
         references: per image its captions as they were written.
     """
 
-    def __init__(self, root: str | os.PathLike, split: str, transform: eval_transform, max_words: int,
+    def __init__(self, root: str | os.PathLike, split: str, transform: EvalTransform, max_words: int,
                  how: str | float = 'standard'):
         self.root, self.split, self.transform = Path(root), split, transform
         images = with_captions(load_annotated(root, split, how), f'{root}, split {split}')

@@ -1,6 +1,6 @@
-"""What was downloaded, as pairs of caption and picture: shards of img2dataset and the regions of Visual Genome.
+"""What was downloaded, as pairs of caption and image: shards of img2dataset and the regions of Visual Genome.
 
-Everything is read in parts (a shard; some thousand pictures of Visual Genome), which know nothing of each other.
+Everything is read in parts (a shard; some thousand images of Visual Genome), which know nothing of each other.
 """
 
 import json
@@ -37,9 +37,9 @@ class Part:
 
     Attributes:
         records: JSON of each pair up to its id.
-        identity: uint64 [N]; equal for the same caption of the same address (img2dataset) or picture (Visual Genome).
+        identity: uint64 [N]; equal for the same caption of the same address (img2dataset) or image (Visual Genome).
         words: int [N], words of the captions.
-        sides: int [N, 2], shorter side of the picture as stored and as published, in pixels; 0: not recorded.
+        sides: int [N, 2], shorter side of the image as stored and as published, in pixels; 0: not recorded.
         dropped: count per reason.
         failed: url and caption of the failed downloads; failed_identity: uint64, as above.
         note: what the user should know.
@@ -61,11 +61,11 @@ def identities(addresses: pa.StringArray, captions: pa.StringArray) -> np.ndarra
     return hash_array(pairs.to_numpy(zero_copy_only=False), categorize=False)
 
 
-def make_part(captions: pa.StringArray, pictures: pa.StringArray, addresses: pa.StringArray, dropped: Counter,
+def make_part(captions: pa.StringArray, images: pa.StringArray, addresses: pa.StringArray, dropped: Counter,
               sides: np.ndarray | None = None, failed: tuple[pa.StringArray, pa.StringArray] = (NONE, NONE),
               note: str = '') -> Part:
     """Args: addresses: what of a pair is compared, beside the caption, to find duplicates; failed: url, caption."""
-    records = pc.binary_join_element_wise('{"caption": "', quoted(captions), '", "image_root": "', quoted(pictures),
+    records = pc.binary_join_element_wise('{"caption": "', quoted(captions), '", "image_root": "', quoted(images),
                                           '", "id": ', '')
     return Part(records, identities(addresses, captions), 1 + pc.count_substring(captions, ' ').to_numpy(),
                 np.zeros((len(captions), 2), int) if sides is None else sides, dropped,
@@ -94,7 +94,7 @@ def find_shards(folder: Path) -> list[Path]:
 
 
 def read_shard(shard: Path) -> Part:
-    """A shard folder: its `<shard>.parquet` (status 'success'), or without a whole one each picture's .json or .txt.
+    """A shard folder: its `<shard>.parquet` (status 'success'), or without a whole one each image's .json or .txt.
 
     Raises:
         ValueError: a parquet file without captions, named.
@@ -123,9 +123,9 @@ def read_shard(shard: Path) -> Part:
                 'empty caption': int((success & there & ~said).sum())}
     sides = np.stack([np.minimum(table[a], table[b])[kept] for a, b in (SIZES[:2], SIZES[2:])], 1)
     kept, again = pa.array(kept), pa.array(~success & known)  # without an address it cannot be tried again
-    pictures = pc.binary_join_element_wise(prefix, names.filter(kept), '')
-    addresses = pc.if_else(pa.array(known).filter(kept), urls.filter(kept), pictures)
-    return make_part(captions.filter(kept), pictures, addresses, dropped, sides,
+    images = pc.binary_join_element_wise(prefix, names.filter(kept), '')
+    addresses = pc.if_else(pa.array(known).filter(kept), urls.filter(kept), images)
+    return make_part(captions.filter(kept), images, addresses, dropped, sides,
                      (urls.filter(again), captions.filter(again)), note)
 
 
@@ -206,7 +206,7 @@ def size(value) -> int:
 
 
 def read_visual_genome(folder: Path) -> Iterator[Part]:
-    """Regions long and large enough, as the caption of their whole picture (the original's rule).
+    """Regions long and large enough, as the caption of their whole image (the original's rule).
 
     Raises:
         FileNotFoundError, ValueError: region_descriptions.json is missing or broken.
@@ -219,22 +219,22 @@ def read_visual_genome(folder: Path) -> Iterator[Part]:
     images, line = read_json_list(path), None
     try:
         while batch := list(islice(images, GENOME_IMAGES)):
-            captions, pictures, dropped = [], [], Counter()
+            captions, named, dropped = [], [], Counter()
             for item in batch:
                 line, image = item
-                picture = files.get(f'{image["id"]}.jpg')
+                file = files.get(f'{image["id"]}.jpg')
                 for region in image['regions']:
                     caption = one_line(region['phrase'])
-                    reason = ('missing file' if picture is None else
+                    reason = ('missing file' if file is None else
                               'short phrase' if caption.count(' ') < MIN_WORDS - 1 else
                               'small region' if region['width'] * region['height'] <= MIN_AREA else None)
                     if reason:
                         dropped[reason] += 1
                     else:
                         captions.append(caption)
-                        pictures.append(picture)
-            pictures = pa.array(pictures, pa.string())
-            yield make_part(pa.array(captions, pa.string()), pictures, pictures, dropped)
+                        named.append(file)
+            named = pa.array(named, pa.string())
+            yield make_part(pa.array(captions, pa.string()), named, named, dropped)
     except (KeyError, TypeError, AttributeError) as error:
         what = f'no {error}' if isinstance(error, KeyError) else str(error)[:80]
         raise ValueError(f'{path}, line {line}: not Visual Genome\'s list of images with regions ({what}): unpack '

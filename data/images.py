@@ -38,14 +38,14 @@ END = b'\xff\xd9'  # of a JPEG file
 MACHINE = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)  # errors that are not the file's
 
 
-class BrokenPicture(ValueError):
+class BrokenImage(ValueError):
     """A file that no image can be read from.
 
     Attributes:
-        kind: 'not a picture', 'damaged' (truncated or corrupt) or 'too large' (decoding it takes too much memory).
+        kind: 'not an image', 'damaged' (truncated or corrupt) or 'too large' (decoding it takes too much memory).
     """
 
-    def __init__(self, message: str, kind: str = 'not a picture'):
+    def __init__(self, message: str, kind: str = 'not an image'):
         super().__init__(message)
         self.kind = kind
 
@@ -156,7 +156,7 @@ def identified(file: BinaryIO, memory: float) -> Image.Image:
         if accepts and accepts(start) is not True:  # a string says why not
             continue
         if kind in READ_WHOLE and size > memory * 2 ** 30:
-            raise BrokenPicture(f'a file of {size / 2 ** 30:.1f} GiB, of which {memory:g} are allowed', 'too large')
+            raise BrokenImage(f'a file of {size / 2 ** 30:.1f} GiB, of which {memory:g} are allowed', 'too large')
         file.seek(0)
         try:
             if kind == 'JPEG':
@@ -196,7 +196,7 @@ def least_scale(image: Image.Image, memory: float) -> int:
     A JPEG is divided while it is decoded, of others the decoded image is.
 
     Raises:
-        BrokenPicture: it takes more at any scale.
+        BrokenImage: it takes more at any scale.
     """
     pixels, decoded, rgb = image.width * image.height, MODE_BYTES.get(image.mode, 4), 8  # RGB, and turned upright
     if image.format == 'JPEG':
@@ -209,7 +209,7 @@ def least_scale(image: Image.Image, memory: float) -> int:
         needed = pixels * (whole + rgb / scale ** 2) / 2 ** 30
         if needed <= memory:
             return scale
-    raise BrokenPicture(f'{pixels / 1e6:.0f} megapixels, which take {needed:.1f} GiB of memory to decode, '
+    raise BrokenImage(f'{pixels / 1e6:.0f} megapixels, which take {needed:.1f} GiB of memory to decode, '
                         f'of which {memory:g} are allowed (data.image_memory, DLIPProd\'s memory)', 'too large')
 
 
@@ -225,10 +225,10 @@ def opened(file: str | os.PathLike | BinaryIO, memory: float = MEMORY,
 
     Raises:
         FileNotFoundError: no such file.
-        BrokenPicture: names the file and what is wrong with it.
+        BrokenImage: names the file and what is wrong with it.
         MemoryError, OSError: the machine is out of memory or file handles.
     """
-    name, kind = shorten(Path(name or file_name(file)), 600), 'not a picture'
+    name, kind = shorten(Path(name or file_name(file)), 600), 'not an image'
     try:
         with open_regular(file) if isinstance(file, str | os.PathLike) else nullcontext(file) as stream, \
                 identified(stream, memory) as image:
@@ -243,7 +243,7 @@ def opened(file: str | os.PathLike | BinaryIO, memory: float = MEMORY,
             raise
         kind = getattr(error, 'kind', kind)
         said = {'damaged': 'is truncated or damaged', 'too large': 'is too large'}.get(kind, 'is not a readable image')
-        raise BrokenPicture(f'{name} {said}: {str(error)[:160]}', kind) from None
+        raise BrokenImage(f'{name} {said}: {str(error)[:160]}', kind) from None
 
 
 def open_image(file: str | os.PathLike | BinaryIO, memory: float = MEMORY, name: str | None = None) -> Image.Image:

@@ -187,15 +187,15 @@ def make_loader(dataset: Captioned | WithTargets | ShardDataset, batch_size: int
 
 
 class BadImages:
-    """Counts the broken pictures of a run by kind, names each once in the log, and stops when there are too many.
+    """Counts the broken images of a run by kind, names each once in the log, and stops when there are too many.
 
     Args:
-        max_share: of the pictures met, once they are 200.
+        max_share: of the images met, once they are 200.
     """
 
     def __init__(self, max_share: float, logger):
         self.max_share, self.logger = max_share, logger
-        self.met = 0  # pictures asked for by this process
+        self.met = 0  # images asked for by this process
         self.kinds: Counter[str] = Counter()  # of those that were broken
         self.named: dict[str, str] = {}
 
@@ -205,18 +205,18 @@ class BadImages:
             self.kinds[kind] += 1
             if path not in self.named:
                 self.named[path] = message
-                self.logger.warning('broken picture skipped (%s): %s', kind, message)
+                self.logger.warning('broken image skipped (%s): %s', kind, message)
 
     def check(self) -> str:
         """What all processes met, in words; they call it together, so that none goes on without the others.
 
         Raises:
-            ValueError: too many broken pictures, on every process; names the share, the kinds and the first of them.
+            ValueError: too many broken images, on every process; names the share, the kinds and the first of them.
         """
         parts = gather_objects((self.met, self.kinds, list(self.named.values())[:3]))
         met, kinds = sum(part[0] for part in parts), sum((part[1] for part in parts), Counter())
         count = kinds.total()
-        shown = f'{count} of {met} pictures' + (
+        shown = f'{count} of {met} images' + (
             f' ({", ".join(f"{number} {kind}" for kind, number in kinds.most_common())})' if count else '')
         if met >= 200 and count > self.max_share * met:
             first = [message for part in parts for message in part[2]][:3]

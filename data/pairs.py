@@ -4,10 +4,10 @@ import os
 
 from data.datasets import AnnotatedTrain, Captioned, PairDataset
 from data.shards import ShardDataset, is_shards
-from data.transforms import train_transform
+from data.transforms import TrainTransform
 
 
-def open_pairs(source: str, transform: train_transform, max_words: int, seed: int) -> Captioned | ShardDataset:
+def open_pairs(source: str, transform: TrainTransform, max_words: int, seed: int) -> Captioned | ShardDataset:
     """The pairs of an all.json, of tars (`list_shards`) or of the training split of an annotated folder.
 
     Raises:

@@ -88,7 +88,7 @@ def skeleton(text: str) -> tuple[str, list[re.Match], list[str]]:
 
 
 def known_skeletons() -> dict[str, tuple[str, str, tuple[int, ...]]]:
-    """Skeleton -> (kind, arrangement, canonical index of each noun), with those of mirrored pictures."""
+    """Skeleton -> (kind, arrangement, canonical index of each noun), with those of mirrored images."""
     table = {}
     for (kind, arrangement), templates in TEMPLATES.items():
         for place in PLACES if kind == 'single' else (arrangement,):

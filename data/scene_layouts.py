@@ -36,19 +36,19 @@ from utils import WORKERS, as_worker, atomic_write, clean_exit, make_output_dir,
 SHARES = {'cc3m': 0.45, 'mscoco': 0.35, 'sbu': 0.17, 'vgo': 0.03}
 SHARD = 1000  # samples a shard
 FAILED = 0.04  # share of downloads that failed, as they do: a parquet row without files
-REGION = (512, 384)  # pixels of a Visual Genome picture: its whole area passes the 20% rule, its corner does not
+REGION = (512, 384)  # pixels of a Visual Genome image: its whole area passes the 20% rule, its corner does not
 QUALITY = 92
 
 
-def write_picture(scene: Scene, path: Path, seed: int, size: tuple[int, int] | None = None) -> None:
-    picture = render(scene, random.Random(seed))
+def write_image(scene: Scene, path: Path, seed: int, size: tuple[int, int] | None = None) -> None:
+    image = render(scene, random.Random(seed))
     if size:
-        picture = picture.resize(size)
-    picture.save(path, quality=QUALITY)
+        image = image.resize(size)
+    image.save(path, quality=QUALITY)
 
 
 def write_shard(job: tuple[Path, int, list[Scene], int, float]) -> int:
-    """One img2dataset shard; returns the pictures written."""
+    """One img2dataset shard; returns the images written."""
     folder, number, scenes, seed, prompted = job
     rng = random.Random(seed)
     shard = folder / f'{number:05d}'
@@ -67,7 +67,7 @@ def write_shard(job: tuple[Path, int, list[Scene], int, float]) -> int:
                'exif': None if failed else '{}', 'sha256': None}
         rows.append(row)
         if not failed:
-            write_picture(scene, shard / f'{key}.jpg', rng.getrandbits(32))
+            write_image(scene, shard / f'{key}.jpg', rng.getrandbits(32))
             (shard / f'{key}.txt').write_text(text)
             (shard / f'{key}.json').write_text(json.dumps(row))
     pq.write_table(pa.Table.from_pylist(rows), folder / f'{number:05d}.parquet')
@@ -78,13 +78,13 @@ def write_shard(job: tuple[Path, int, list[Scene], int, float]) -> int:
 
 
 def write_visual_genome(job: tuple[Path, list[Scene], int]) -> int:
-    """Pictures with three regions each: the whole, a corner that is too small, and a phrase that is too short."""
+    """Images with three regions each: the whole, a corner that is too small, and a phrase that is too short."""
     folder, scenes, seed = job
     rng = random.Random(seed)
     (folder / 'VG_100K').mkdir(parents=True)
     entries = []
     for i, scene in enumerate(scenes, start=1):
-        write_picture(scene, folder / 'VG_100K' / f'{i}.jpg', rng.getrandbits(32), REGION)
+        write_image(scene, folder / 'VG_100K' / f'{i}.jpg', rng.getrandbits(32), REGION)
         whole = {'x': 0, 'y': 0, 'width': REGION[0], 'height': REGION[1]}
         phrases = [(rng.choice(captions(scene)), whole),
                    ('the upper left corner of it', {**whole, 'width': 90, 'height': 90}),
@@ -95,11 +95,11 @@ def write_visual_genome(job: tuple[Path, list[Scene], int]) -> int:
     return len(scenes)
 
 
-def write_flickr_pictures(job: tuple[Path, list[tuple[str, Scene]], int]) -> int:
+def write_flickr_images(job: tuple[Path, list[tuple[str, Scene]], int]) -> int:
     folder, named, seed = job
     rng = random.Random(seed)
     for name, scene in named:
-        write_picture(scene, folder / name, rng.getrandbits(32))
+        write_image(scene, folder / name, rng.getrandbits(32))
     return len(named)
 
 
@@ -143,7 +143,7 @@ def build(out: Path, pretrain: int, flickr: dict[str, int], kinds: dict[str, flo
         scenes = sample_split(split, count, rng.getrandbits(32), split != 'train', kinds)
         splits[split] = [(f'{split}{i:06d}.jpg', scene) for i, scene in enumerate(scenes)]
         for start in range(0, count, SHARD):
-            jobs.append((write_flickr_pictures, (folder / 'flickr30k-images', splits[split][start:start + SHARD],
+            jobs.append((write_flickr_images, (folder / 'flickr30k-images', splits[split][start:start + SHARD],
                                                  rng.getrandbits(32))))
     write_flickr_annotation(folder, splits)
     (out / 'vocab.txt').write_text('\n'.join(vocabulary()) + '\n')
@@ -165,7 +165,7 @@ def kind_share(text: str) -> tuple[str, float]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', required=True, type=output_path)
-    parser.add_argument('--pretrain', type=whole(0), default=12000, help='pictures of the four pre-training sources')
+    parser.add_argument('--pretrain', type=whole(0), default=12000, help='images of the four pre-training sources')
     parser.add_argument('--flickr_train', type=whole(0), default=2000)
     parser.add_argument('--flickr_val', type=whole(0), default=200)
     parser.add_argument('--flickr_test', type=whole(0), default=1000)
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     build(args.out, args.pretrain, flickr, kinds, args.prompted, args.seed, args.workers)
     with atomic_write(marker) as file:
         json.dump(made, file)
-    print(f'{args.pretrain} pictures for pre-training and {sum(flickr.values())} for Flickr30K in {args.out}')
+    print(f'{args.pretrain} images for pre-training and {sum(flickr.values())} for Flickr30K in {args.out}')
 
 
 if __name__ == '__main__':

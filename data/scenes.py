@@ -2,7 +2,7 @@
 
 A scene is one to three objects with shape, colour, fill and size, their arrangement, and a background. Scenes are
 canonical ('A above B' and 'B below A' are one scene), and a stable hash of the scene decides its split, so that
-any number of training pictures stays disjoint from the test.
+any number of training images stays disjoint from the test.
 """
 
 import math
@@ -17,14 +17,14 @@ COLOURS = {'red': (222, 40, 44), 'orange': (247, 142, 30), 'yellow': (240, 220, 
            'blue': (42, 84, 214), 'purple': (140, 50, 172), 'pink': (246, 140, 190)}
 BACKGROUNDS = {'white': (246, 246, 246), 'gray': (150, 150, 150), 'black': (26, 26, 26), 'cream': (236, 222, 184)}
 FILLS = ('solid', 'striped', 'outlined')
-SIZES = {'small': 16, 'large': 27}  # radius in pixels of a 128 px picture
+SIZES = {'small': 16, 'large': 27}  # radius in pixels of a 128 px image
 PLACES = {'center': (64, 64), 'top left': (36, 36), 'top right': (92, 36), 'bottom left': (36, 92),
           'bottom right': (92, 92)}
 # Arrangements by kind of scene; objects are listed left to right, top to bottom, or inner before outer.
 ARRANGEMENTS = {'single': tuple(PLACES), 'group': ('row', 'column'), 'pair': ('above', 'left', 'inside'),
                 'triple': ('row', 'column')}
 KINDS = {'single': 0.10, 'group': 0.12, 'pair': 0.48, 'triple': 0.30}
-SIDE = 128  # pixels of a rendered picture
+SIDE = 128  # pixels of a rendered image
 SUPERSAMPLING = 2
 
 
@@ -127,13 +127,13 @@ def jittered(colour: tuple[int, int, int], rng: random.Random, amount: int = 12)
     return tuple(max(0, min(255, c + rng.randint(-amount, amount))) for c in colour)
 
 
-def draw_thing(picture: Image.Image, thing: Thing, x: float, y: float, r: float, rng: random.Random) -> None:
+def draw_thing(image: Image.Image, thing: Thing, x: float, y: float, r: float, rng: random.Random) -> None:
     x, y, r = x * SUPERSAMPLING, y * SUPERSAMPLING, r * SUPERSAMPLING
-    mask = Image.new('L', picture.size, 0)
+    mask = Image.new('L', image.size, 0)
     pen = ImageDraw.Draw(mask)
     pen.polygon(outline(thing.shape, x, y, r), fill=255)
     if thing.fill == 'striped':
-        stripes = Image.new('L', picture.size, 255)
+        stripes = Image.new('L', image.size, 255)
         gaps, period = ImageDraw.Draw(stripes), r / 1.8
         for i in range(4):  # a tint remains between the stripes, so that the shape can be told at 64 pixels
             top = y - r + (i + 0.5) * period
@@ -141,7 +141,7 @@ def draw_thing(picture: Image.Image, thing: Thing, x: float, y: float, r: float,
         mask = ImageChops.multiply(mask, stripes)
     elif thing.fill == 'outlined':
         pen.polygon(outline(thing.shape, x, y + (0.13 * r if thing.shape == 'triangle' else 0), 0.58 * r), fill=0)
-    picture.paste(jittered(COLOURS[thing.colour], rng), (0, 0), mask)
+    image.paste(jittered(COLOURS[thing.colour], rng), (0, 0), mask)
 
 
 def places(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]:
@@ -168,12 +168,12 @@ def places(scene: Scene, rng: random.Random) -> list[tuple[float, float, float]]
 
 
 def render(scene: Scene, rng: random.Random) -> Image.Image:
-    """Draw a scene -> RGB picture of 128 x 128; positions, sizes and colours vary with `rng`."""
+    """Draw a scene -> RGB image of 128 x 128; positions, sizes and colours vary with `rng`."""
     side = SIDE * SUPERSAMPLING
-    picture = Image.new('RGB', (side, side), jittered(BACKGROUNDS[scene.background], rng, 6))
+    image = Image.new('RGB', (side, side), jittered(BACKGROUNDS[scene.background], rng, 6))
     spots = places(scene, rng)
     things = scene.things * scene.count if scene.kind == 'group' else scene.things
     drawing = list(zip(things, spots, strict=True))
     for thing, (x, y, r) in reversed(drawing):  # the outer thing before the inner one
-        draw_thing(picture, thing, x, y, r, rng)
-    return picture.resize((SIDE, SIDE), Image.Resampling.BOX)
+        draw_thing(image, thing, x, y, r, rng)
+    return image.resize((SIDE, SIDE), Image.Resampling.BOX)

@@ -24,7 +24,7 @@ from data.captions import is_empty
 from data.datasets import first_readable, held_out_count
 from data.distributed import gather_objects, progress, rank, world_size
 from data.tars import SCHEME, TAR, count_images, one_line_of, read_shard
-from data.transforms import train_transform
+from data.transforms import TrainTransform
 from utils import shorten
 
 MOST_SHARDS = 10 ** 6
@@ -96,7 +96,7 @@ class ShardDataset:
         FileNotFoundError, ValueError: a shard is missing, cannot be read, or all are empty.
     """
 
-    def __init__(self, source: str, transform: train_transform, max_words: int, seed: int = 0):
+    def __init__(self, source: str, transform: TrainTransform, max_words: int, seed: int = 0):
         self.transform, self.max_words, self.seed, self.epoch = transform, max_words, seed, 0
         self.urls = list_shards(source)
         mine = progress(self.urls[rank()::world_size()], desc='counting shards')

@@ -188,7 +188,7 @@ class WithTargets(torch.utils.data.Dataset):
         """
         item, (number, targets) = self.dataset[index], self.store(self.epoch, index)
         if number != item['id']:
-            raise ValueError(f'pair {index} has stored targets of another pair: a picture was broken when they were '
+            raise ValueError(f'pair {index} has stored targets of another pair: an image was broken when they were '
                              f'stored, or is now ({item["bad"] or "none now"}). Store the targets again')
         return item | {'targets': targets}
 

@@ -38,7 +38,7 @@ MIRRORED = {'left': 'right', 'right': 'left', 'Left': 'Right', 'Right': 'Left'}
 
 
 def swap_left_right(caption: str) -> str:
-    """Exchange the words 'left' and 'right': the caption of the mirrored picture."""
+    """Exchange the words 'left' and 'right': the caption of the mirrored image."""
     return re.sub(r'\b([Ll]eft|[Rr]ight)\b', lambda match: MIRRORED[match[0]], caption)
 
 
@@ -48,10 +48,10 @@ def to_square(pixels: torch.Tensor, side: int) -> torch.Tensor:
     return resize(pixels, [side, side], mode='bicubic', antialias=True)[0]
 
 
-class train_transform:
-    """(what `crop` chose of a picture, caption) -> (uint8 [3, S, S], caption): resize, mirror, RandAugment.
+class TrainTransform:
+    """(what `crop` chose of an image, caption) -> (uint8 [3, S, S], caption): resize, mirror, RandAugment.
 
-    As BLIP, except that a mirrored picture's caption exchanges 'left' and 'right', so that it stays true. Draws from
+    As BLIP, except that a mirrored image's caption exchanges 'left' and 'right', so that it stays true. Draws from
     python's global generator. Pixels stay 8-bit until they are on the device (see `normalise`).
 
     Args:
@@ -67,7 +67,7 @@ class train_transform:
             self.augment = rand_augment
 
     def crop(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """A random part of a picture, drawn as torchvision's RandomResizedCrop does -> (top, left, height, width)"""
+        """A random part of an image, drawn as torchvision's RandomResizedCrop does -> (top, left, height, width)"""
         for _ in range(10):
             area = height * width * random.uniform(self.min_scale, 1)
             ratio = math.exp(random.uniform(-ASPECT, ASPECT))
@@ -75,7 +75,7 @@ class train_transform:
             if 0 < w <= width and 0 < h <= height:
                 return random.randint(0, height - h), random.randint(0, width - w), h, w
         w, h = min(width, round(height * math.exp(ASPECT))), min(height, round(width * math.exp(ASPECT)))
-        return (height - h) // 2, (width - w) // 2, h, w  # the middle of a very long picture
+        return (height - h) // 2, (width - w) // 2, h, w  # the middle of a very long image
 
     def __call__(self, pixels: torch.Tensor, caption: str) -> tuple[torch.Tensor, str]:
         pixels = to_square(pixels, self.image_size)
@@ -86,10 +86,10 @@ class train_transform:
         return pixels, caption
 
 
-class whole_transform:
-    """In the place of a `train_transform`, without its randomness: the whole picture, resized, and its caption.
+class WholeTransform:
+    """In the place of a `TrainTransform`, without its randomness: the whole image, resized, and its caption.
 
-    Pixels are those of `eval_transform` up to rounding.
+    Pixels are those of `EvalTransform` up to rounding.
     """
 
     image_size = math.inf  # for `open_part`: a JPEG is decoded at its full size, as for evaluation
@@ -104,8 +104,8 @@ class whole_transform:
         return to_square(pixels, self.side), caption
 
 
-class eval_transform:
-    """RGB PIL image -> float32 [3, S, S]: the whole picture, resized (BLIP's test transform)."""
+class EvalTransform:
+    """RGB PIL image -> float32 [3, S, S]: the whole image, resized (BLIP's test transform)."""
 
     def __init__(self, image_size: int, memory: float = MEMORY):
         self.size, self.memory = (image_size, image_size), memory

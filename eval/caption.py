@@ -3,7 +3,7 @@
     python -m eval.caption --config configs/caption_flickr.yaml --checkpoint output/caption_flickr/best.pth
     python -m torch.distributed.run --nproc_per_node=4 -m eval.caption --checkpoint ...
 
-Prints scores and cost, and writes OUTPUT_DIR/caption_SPLIT.json (for every picture its captions, best first, and the
+Prints scores and cost, and writes OUTPUT_DIR/caption_SPLIT.json (for every image its captions, best first, and the
 scores of the best) and caption_SPLIT.html. `--teacher` sets another checkpoint beside it; `--export` adds
 caption_SPLIT_results.json, which the servers of COCO and NoCaps take. On the embedded scenes there is one more score,
 `exact`: the share of captions that are right in every word. Any setting of the config can be overridden, e.g.
@@ -31,7 +31,7 @@ from data.distributed import gather_objects, is_main
 from data.images import open_image
 from data.scene_captions import slots_match
 from data.scenes import Scene
-from data.transforms import eval_transform
+from data.transforms import EvalTransform
 from eval.common import compared, evaluation_parser, hardware, image_batches, shard, write_json
 from eval.metrics import caption_metrics
 from eval.page import caption_card, grid, section, table, write_page
@@ -50,7 +50,7 @@ CONFIG = 'configs/caption_flickr.yaml'
 def n_best(model: BLIP, tokenizer: Tokenizer, dataset, *, device: torch.device | str = 'cpu', prompt: str = PROMPT,
            num_beams: int = 3, max_length: int = 30, min_length: int = 10, batch_size: int = 64,
            workers: int = 0) -> list[list[str]]:
-    """The `num_beams` captions that beam search ends with, best first, of each picture of an `ImageTextEval`, without
+    """The `num_beams` captions that beam search ends with, best first, of each image of an `ImageTextEval`, without
     the prompt (lengths in tokens, prompt included); one beam is greedy.
 
     Launched on several processes, each captions its share and all get the result.
@@ -64,17 +64,17 @@ def n_best(model: BLIP, tokenizer: Tokenizer, dataset, *, device: torch.device |
 
 
 @torch.inference_mode()
-def caption_pictures(model: BLIP, tokenizer: Tokenizer, paths: list, prompt: str = '') -> list[tuple]:
-    """Caption a few picture files (paths or open) greedily, to be looked at; those that cannot be read are left out."""
-    transform, pictures = eval_transform(model.config.image_size), []
+def caption_images(model: BLIP, tokenizer: Tokenizer, paths: list, prompt: str = '') -> list[tuple]:
+    """Caption a few image files (paths or open) greedily, to be looked at; those that cannot be read are left out."""
+    transform, images = EvalTransform(model.config.image_size), []
     for path in paths:
         with suppress(ValueError, FileNotFoundError):
-            pictures.append((path, transform(open_image(path))))
-    if not pictures:
+            images.append((path, transform(open_image(path))))
+    if not images:
         return []
-    said = generate(model, tokenizer, torch.stack([pixels for _, pixels in pictures]).to(model.device), prompt,
+    said = generate(model, tokenizer, torch.stack([pixels for _, pixels in images]).to(model.device), prompt,
                     num_beams=1, min_length=1)
-    return [(path, caption) for (path, _), caption in zip(pictures, said, strict=True)]
+    return [(path, caption) for (path, _), caption in zip(images, said, strict=True)]
 
 
 def scenes_of(dataset) -> dict[str, Scene] | None:
@@ -88,7 +88,7 @@ def scenes_of(dataset) -> dict[str, Scene] | None:
 
 def evaluate_captions(model: BLIP, tokenizer: Tokenizer, dataset, *, meteor: bool = False, spice: bool = False,
                       **settings) -> tuple[dict, list[dict]]:
-    """Caption every picture and score the captions.
+    """Caption every image and score the captions.
 
     Args:
         meteor, spice: these scores too, where Java is found (see `caption_metrics`).
@@ -96,7 +96,7 @@ def evaluate_captions(model: BLIP, tokenizer: Tokenizer, dataset, *, meteor: boo
 
     Returns:
         (`caption_metrics` and, for rendered scenes, 'exact' (per cent of captions right in every word);
-        a record per picture: image, caption, n_best (the captions, best first), references, scores (of the best),
+        a record per image: image, caption, n_best (the captions, best first), references, scores (of the best),
         and for scenes `right`).
     """
     captions = n_best(model, tokenizer, dataset, **settings)
@@ -106,7 +106,7 @@ def evaluate_captions(model: BLIP, tokenizer: Tokenizer, dataset, *, meteor: boo
 
 def score_captions(dataset, captions: list[list[str]], meteor: bool = False, spice: bool = False
                    ) -> tuple[dict, list[dict]]:
-    """Metrics and records of the captions (best first) of a dataset's pictures, in its order."""
+    """Metrics and records of the captions (best first) of a dataset's images, in its order."""
     references, best = dict(enumerate(dataset.references)), {i: each[0] for i, each in enumerate(captions)}
     metrics, scores = caption_metrics(best, references, meteor=meteor, spice=spice)
     records = [{'image': str(path), 'caption': best[i], 'n_best': captions[i], 'references': references[i],
@@ -123,7 +123,7 @@ def server_results(records: list[dict]) -> list[dict]:
     """[{'image_id': int, 'caption': str}, ...] as the servers of COCO and NoCaps take it.
 
     The id is the number that a file is named by ('COCO_val2014_000000391895.jpg', '391895.jpg'); where one of the
-    files is named otherwise, or two alike, it is the picture's place in the split, from 0, as NoCaps counts.
+    files is named otherwise, or two alike, it is the image's place in the split, from 0, as NoCaps counts.
     """
     names = [re.fullmatch(r'(?:COCO_\w+_)?(\d+)', Path(record['image']).stem) for record in records]
     ids = [int(name[1]) for name in names if name]
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     loaded = {name: load_model(checkpoint, device, 'caption', args.tokenizer)[:2]
               for name, checkpoint in compared(args).items()}  # all at once: a bad one ends it before hours of work
     for name, (model, tokenizer) in loaded.items():
-        dataset = ImageTextEval(data['root'], args.split, eval_transform(model.config.image_size, data['image_memory']),
+        dataset = ImageTextEval(data['root'], args.split, EvalTransform(model.config.image_size, data['image_memory']),
                                 data['max_words'], data['split'])
         figures[name], said[name] = evaluate_captions(
             model, tokenizer, dataset, device=device, meteor=True, spice=args.spice, prompt=data['prompt'],
@@ -154,12 +154,12 @@ def main(argv: list[str] | None = None) -> None:
     num_beams, records = config['eval']['num_beams'], said[name]
     for net, cost in costs(nets, device, num_beams, data['prompt']).items():
         figures[net] |= cost
-    setting = (f'{args.split} split: {len(records)} pictures, {num_beams} beams, words split by the '
-               f'{figures[name]["tokenizer"]} tokenizer; ms for one picture and {NEW_TOKENS} tokens on '
+    setting = (f'{args.split} split: {len(records)} images, {num_beams} beams, words split by the '
+               f'{figures[name]["tokenizer"]} tokenizer; ms for one image and {NEW_TOKENS} tokens on '
                f'{hardware(device)}')
     path, rows = output_dir / f'caption_{args.split}', side_by_side(figures)
     write_json(path.with_suffix('.json'), {
-        'checkpoint': args.checkpoint, 'split': args.split, 'pictures': len(records), **config['eval'],
+        'checkpoint': args.checkpoint, 'split': args.split, 'images': len(records), **config['eval'],
         **beside(figures, args.teacher), 'captions': records})
     if args.export:
         write_json(output_dir / f'{path.name}_results.json', server_results(records))

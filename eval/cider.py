@@ -21,7 +21,7 @@ class CiderReward:
     ImageCaptioning.pytorch: otherwise a caption that breaks off ("a man with a") scores as well as one that ends.
 
     Args:
-        references: the captions of each training picture.
+        references: the captions of each training image.
     """
 
     def __init__(self, references: list[list[str]]):
@@ -30,18 +30,18 @@ class CiderReward:
         for texts in progress(references, desc='n-grams'):
             counts.update({ngram for text in texts for ngram in self.ngrams(text, True)})
         self.frequency = {ngram: count for ngram, count in counts.items() if count > 1}  # a count of 1 weighs as none
-        self.log_pictures = math.log(len(references))
+        self.log_images = math.log(len(references))
 
-    def __call__(self, pictures: list[int], captions: list[str], ended: list[bool]) -> list[float]:
+    def __call__(self, images: list[int], captions: list[str], ended: list[bool]) -> list[float]:
         """The reward of each caption, 0 to 10.
 
         Args:
-            pictures: of each caption its index in the references.
+            images: of each caption its index in the references.
             ended: whether the caption came to its end, or was cut off.
         """
-        wanted = {picture: [self.vector(text, True) for text in self.references[picture]] for picture in set(pictures)}
-        return [self.score(self.vector(caption, end), wanted[picture])
-                for picture, caption, end in zip(pictures, captions, ended, strict=True)]
+        wanted = {image: [self.vector(text, True) for text in self.references[image]] for image in set(images)}
+        return [self.score(self.vector(caption, end), wanted[image])
+                for image, caption, end in zip(images, captions, ended, strict=True)]
 
     @staticmethod
     def ngrams(text: str, ended: bool) -> dict[tuple[str, ...], int]:
@@ -50,7 +50,7 @@ class CiderReward:
     def vector(self, text: str, ended: bool) -> Vector:
         weights, norms, length = {}, [0.0] * ORDERS, 0
         for ngram, count in self.ngrams(text, ended).items():
-            weight = count * (self.log_pictures - math.log(self.frequency.get(ngram, 1)))
+            weight = count * (self.log_images - math.log(self.frequency.get(ngram, 1)))
             weights[ngram] = weight
             norms[len(ngram) - 1] += weight ** 2
             length += count if len(ngram) == 2 else 0

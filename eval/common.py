@@ -1,4 +1,4 @@
-"""What the evaluation scripts share: their options, the share of each process, and loading pictures."""
+"""What the evaluation scripts share: their options, the share of each process, and loading images."""
 
 import argparse
 import json
@@ -55,7 +55,7 @@ def shard(count: int) -> range:
 
 
 def image_batches(dataset, indices: range, batch_size: int, workers: int, desc: str):
-    """Batches [<= batch_size, 3, S, S] of the pictures `indices`, with a progress bar."""
+    """Batches [<= batch_size, 3, S, S] of the images `indices`, with a progress bar."""
     return progress(load(Subset(dataset, indices), workers, batch_size=batch_size), desc=desc)
 
 

@@ -1,6 +1,6 @@
-"""Self-contained HTML pages of results: tables, pictures with captions, queries with their neighbours.
+"""Self-contained HTML pages of results: tables, images with captions, queries with their neighbours.
 
-Every builder returns a string of HTML; texts are escaped, pictures become small JPEGs inside the page.
+Every builder returns a string of HTML; texts are escaped, images become small JPEGs inside the page.
 """
 
 import base64
@@ -62,8 +62,8 @@ def thumbnail(path: Path, side: int = 192) -> Image.Image:
     return ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS)
 
 
-def picture(image: Image.Image) -> str:
-    """An <img> with the picture inside."""
+def img(image: Image.Image) -> str:
+    """An <img> with the image inside."""
     buffer = io.BytesIO()
     image.save(buffer, 'JPEG', quality=85)
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
@@ -80,25 +80,25 @@ def said(who: str, text: str, right: bool | None) -> str:
 
 
 def caption_card(path: Path, captions: list[tuple[str, str, bool | None]], references: list[str] = ()) -> str:
-    """A picture with captions (whose, text, right or wrong where known) above its references."""
+    """An image with captions (whose, text, right or wrong where known) above its references."""
     lines = ''.join(f'<li>{html.escape(text)}</li>' for text in references)
     listed = f'<details open><summary>references</summary><ul>{lines}</ul></details>' if references else ''
-    return (f'<div class="card">{picture(thumbnail(path))}<div class="text">{"".join(said(*c) for c in captions)}'
+    return (f'<div class="card">{img(thumbnail(path))}<div class="text">{"".join(said(*c) for c in captions)}'
             f'{listed}</div></div>')
 
 
-def picture_hits(query: str, hits: list[tuple[Path, float, bool]]) -> str:
-    """A text query with its top pictures (file, score, right), the right one framed."""
-    cells = ''.join(f'<div class="hit{" right" if right else ""}">{picture(thumbnail(path, 128))}{score:.2f}</div>'
+def image_hits(query: str, hits: list[tuple[Path, float, bool]]) -> str:
+    """A text query with its top images (file, score, right), the right one framed."""
+    cells = ''.join(f'<div class="hit{" right" if right else ""}">{img(thumbnail(path, 128))}{score:.2f}</div>'
                     for path, score, right in hits)
     return f'<div class="card query"><div class="ask">{html.escape(query)}</div><div class="row">{cells}</div></div>'
 
 
 def text_hits(path: Path, hits: list[tuple[str, float, bool]]) -> str:
-    """A picture query with its top texts (text, score, right), the right ones marked."""
+    """An image query with its top texts (text, score, right), the right ones marked."""
     lines = ''.join(f'<div class="said{" right" if right else ""}"><span>{html.escape(text)}</span>'
                     f'<span>{score:.2f}</span></div>' for text, score, right in hits)
-    return (f'<div class="card query"><div class="ask">{picture(thumbnail(path, 128))}</div>'
+    return (f'<div class="card query"><div class="ask">{img(thumbnail(path, 128))}</div>'
             f'<div class="lines">{lines}</div></div>')
 
 

@@ -1,9 +1,9 @@
-"""Teacher and student side by side: one table, one page of pictures, one contact sheet.
+"""Teacher and student side by side: one table, one page of images, one contact sheet.
 
     python -m eval.report --teacher save/model_base_retrieval_flickr.pth save/model_base_caption_capfilt_large.pth \\
         --retrieval output/retrieval_flickr/best.pth --caption output/caption_flickr/best.pth --meteor
 
-Evaluates every net on the test pictures with the settings of the two finetune configs, prints the table and writes
+Evaluates every net on the test images with the settings of the two finetune configs, prints the table and writes
 OUTPUT_DIR/table.json, table.md, report.html and contact_sheet.png. The teacher is one checkpoint that serves both tasks
 (a pre-training one) or two; `--plain_retrieval` and `--plain_caption` add a student that was trained without a teacher.
 """
@@ -24,12 +24,12 @@ import torch
 from configs import load_config
 from data.datasets import ImageTextEval
 from data.distributed import is_main
-from data.transforms import eval_transform
+from data.transforms import EvalTransform
 from eval.caption import evaluate_captions
 from eval.common import hardware, machine_options, spread, write_json
 from eval.metrics import retrieval_metrics
-from eval.page import caption_card, figure, grid, picture_hits, section, table, write_page
-from eval.retrieval import retrieval_scores, top_pictures
+from eval.page import caption_card, figure, grid, image_hits, section, table, write_page
+from eval.retrieval import retrieval_scores, top_images
 from eval.sheet import Sheet
 from eval.speed import NEW_TOKENS, costs
 from eval.table import markdown, shares, side_by_side
@@ -55,7 +55,7 @@ class Net:
 
 
 def dataset_for(model: BLIP, data: dict) -> ImageTextEval:
-    return ImageTextEval(data['root'], 'test', eval_transform(model.config.image_size, data['image_memory']),
+    return ImageTextEval(data['root'], 'test', EvalTransform(model.config.image_size, data['image_memory']),
                          data['max_words'], data['split'])
 
 
@@ -81,7 +81,7 @@ def evaluate(name: str, for_each: tuple[tuple[BLIP, Tokenizer], tuple[BLIP, Toke
     return Net((retrieval, tokenizer), (caption, caption_tokenizer), t2i, records, {**recalls, **said})
 
 
-# ---------------------------------------------------------------- the pictures
+# ---------------------------------------------------------------- the images
 
 def caption_cards(teacher: Net, student: Net, count: int) -> list[tuple[Path, list[tuple], list[str]]]:
     cards = []
@@ -94,23 +94,23 @@ def caption_cards(teacher: Net, student: Net, count: int) -> list[tuple[Path, li
 
 
 def text_queries(net: Net, data: dict, count: int = 5) -> list[tuple[str, list[tuple[Path, float, bool]]]]:
-    """Captions, each of another picture and another of its phrasings, with their top pictures."""
+    """Captions, each of another image and another of its phrasings, with their top images."""
     dataset = dataset_for(net.retrieval[0], data)
     texts = [dataset.image_to_texts[image][i % len(dataset.image_to_texts[image])]
              for i, image in enumerate(spread(len(dataset), count))]
-    return [(dataset.texts[text], top_pictures(dataset, net.scores_t2i, text)) for text in texts]
+    return [(dataset.texts[text], top_images(dataset, net.scores_t2i, text)) for text in texts]
 
 
 def write_report(output_dir: Path, rows: list[dict[str, str]], setting: str, cards: list[tuple],
                  queries: list[tuple], curves: list[Path]) -> None:
     """Write report.html and contact_sheet.png."""
     title = 'DLIP: a distilled student beside its teacher'
-    marks = 'Evenly spaced held-out pictures.' + (
+    marks = 'Evenly spaced held-out images.' + (
         ' Green: the whole scene is right; red: something is wrong.' if cards[0][1][0][2] is not None else '')
-    asked = 'Captions of held-out pictures as queries; the picture that the caption was written for is framed.'
+    asked = 'Captions of held-out images as queries; the image that the caption was written for is framed.'
     sections = [section('Quality and cost', table(rows), setting),
                 section('Captions', grid([caption_card(*card) for card in cards]), marks),
-                section('Pictures for a text', ''.join(picture_hits(*query) for query in queries), asked)]
+                section('Images for a text', ''.join(image_hits(*query) for query in queries), asked)]
     sections += [section(f'Training: {png.parent.name}', figure(png)) for png in curves]
     write_page(output_dir / 'report.html', title, sections)
     sheet = Sheet()
@@ -118,7 +118,7 @@ def write_report(output_dir: Path, rows: list[dict[str, str]], setting: str, car
     sheet.table(rows)
     sheet.heading('Captions', marks)
     sheet.captions([card[:2] for card in cards[::2]])
-    sheet.heading('Pictures for a text', asked)
+    sheet.heading('Images for a text', asked)
     sheet.queries(queries)
     for png in curves:
         sheet.heading(f'Training: {png.parent.name}')
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--retrieval_config', default=RETRIEVAL_CONFIG, help='default: %(default)s')
     parser.add_argument('--caption_config', default=CAPTION_CONFIG, help='default: %(default)s')
     parser.add_argument('--curves', nargs='*', default=[], type=Path, metavar='PNG', help='loss curves to include')
-    parser.add_argument('--meteor', action='store_true', help='METEOR too (Java, 25 s per 1,000 pictures and net)')
+    parser.add_argument('--meteor', action='store_true', help='METEOR too (Java, 25 s per 1,000 images and net)')
     parser.add_argument('--spice', action='store_true', help='SPICE too (Java, 8 GB of memory, a download)')
     machine_options(parser, 'output/report')
     args = parser.parse_args(argv)
@@ -168,9 +168,9 @@ def main(argv: list[str] | None = None) -> None:
         nets[name].figures |= cost
 
     teacher, student = nets[TEACHER], nets[STUDENT]
-    setting = (f'{len(student.records)} held-out pictures, {len(student.scores_t2i)} captions. Recalls with the '
+    setting = (f'{len(student.records)} held-out images, {len(student.scores_t2i)} captions. Recalls with the '
                f'{k_test} best re-ranked by matching; captions by beam search of width {num_beams}, split into words '
-               f'by the {teacher.figures["tokenizer"]} tokenizer. GFLOPs and ms are of one picture, embedded or '
+               f'by the {teacher.figures["tokenizer"]} tokenizer. GFLOPs and ms are of one image, embedded or '
                f'captioned in {NEW_TOKENS} tokens; ms are medians on {hardware(device)}.')
     numbers = {name: net.figures for name, net in nets.items()}
     rows = side_by_side(numbers)

@@ -23,10 +23,10 @@ import torch
 from configs import load_config
 from data.datasets import ImageTextEval
 from data.distributed import gather_objects, is_main, progress
-from data.transforms import eval_transform
+from data.transforms import EvalTransform
 from eval.common import compared, evaluation_parser, hardware, image_batches, shard, spread, write_json
 from eval.metrics import retrieval_metrics
-from eval.page import picture_hits, section, table, text_hits, write_page
+from eval.page import image_hits, section, table, text_hits, write_page
 from eval.speed import costs
 from eval.table import beside, markdown, side_by_side
 from models.blip import BLIP
@@ -40,9 +40,9 @@ NOT_RANKED = -100.0  # score of what is not among the k_test best, as in BLIP: b
 
 
 class ImageTokens:
-    """The image tokens of this process's pictures, encoded once and kept on the CPU up to a memory limit.
+    """The image tokens of this process's images, encoded once and kept on the CPU up to a memory limit.
 
-    Pictures beyond the limit are encoded again when they are asked for.
+    Images beyond the limit are encoded again when they are asked for.
     """
 
     def __init__(self, model: BLIP, dataset, indices: range, device: torch.device, batch_size: int, workers: int,
@@ -60,7 +60,7 @@ class ImageTokens:
         self.feats = torch.cat(feats)
 
     def __getitem__(self, i: int) -> torch.Tensor:
-        """Tokens [1, N, width] of this process's i-th picture, on the device."""
+        """Tokens [1, N, width] of this process's i-th image, on the device."""
         if i < len(self.kept):
             return self.kept[i][None].to(self.device)
         return self.model.encode_image(self.dataset[self.indices[i]][None].to(self.device))
@@ -120,20 +120,20 @@ def matching_logits(model: BLIP, tokens: ImageTokens, texts: Texts, wanted: torc
 def retrieval_scores(model: BLIP, tokenizer: Tokenizer, dataset, *, device: torch.device | str = 'cpu',
                      k_test: int = 128, batch_size: int = 64, max_tokens: int = 35, workers: int = 0,
                      memory_mb: float = 2048) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores of every caption for every picture, and of every picture for every caption.
+    """Scores of every caption for every image, and of every image for every caption.
 
     With k_test > 0 the k_test best of each query by cosine score (match logit + cosine), all others -100, as in BLIP;
     a k_test below 10 therefore says little about R@10. Of equal cosines at the border those of lower index are
     re-ranked. Pairs that are candidates in both directions are matched once. Launched on several processes, each works
-    on its share of the pictures and all get the result.
+    on its share of the images and all get the result.
 
     Args:
         dataset: an `ImageTextEval`.
         k_test: candidates per query that the matching head re-ranks; 0: scores are the cosines.
-        batch_size: pictures, and pairs, per forward pass.
+        batch_size: images, and pairs, per forward pass.
         max_tokens: a caption is cut to this many tokens.
-        workers: processes that load pictures.
-        memory_mb: MiB of image tokens kept per process; the pictures beyond it are encoded twice.
+        workers: processes that load images.
+        memory_mb: MiB of image tokens kept per process; the images beyond it are encoded twice.
 
     Returns:
         (image to text [images, texts], text to image [texts, images]), float32 on the CPU.
@@ -160,15 +160,15 @@ def evaluate_retrieval(model: BLIP, tokenizer: Tokenizer, dataset, **settings) -
     return retrieval_metrics(*scores, dataset.image_to_texts, dataset.text_to_image)
 
 
-def top_pictures(dataset, scores_t2i: torch.Tensor, text: int, count: int = 5) -> list[tuple[Path, float, bool]]:
-    """The best pictures for a caption: (file, score, whether it is the caption's own)."""
+def top_images(dataset, scores_t2i: torch.Tensor, text: int, count: int = 5) -> list[tuple[Path, float, bool]]:
+    """The best images for a caption: (file, score, whether it is the caption's own)."""
     score, best = scores_t2i[text].topk(min(count, scores_t2i.shape[1]))
     return [(dataset.paths[i], float(s), i == dataset.text_to_image[text])
             for s, i in zip(score, best.tolist(), strict=True)]
 
 
 def top_texts(dataset, scores_i2t: torch.Tensor, image: int, count: int = 5) -> list[tuple[str, float, bool]]:
-    """The best captions for a picture: (text, score, whether it is one of the picture's own)."""
+    """The best captions for an image: (text, score, whether it is one of the image's own)."""
     score, best = scores_i2t[image].topk(min(count, scores_i2t.shape[1]))
     return [(dataset.texts[i], float(s), i in dataset.image_to_texts[image])
             for s, i in zip(score, best.tolist(), strict=True)]
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     loaded = {name: load_model(checkpoint, device, 'retrieval', args.tokenizer)[:2]
               for name, checkpoint in compared(args).items()}  # all at once: a bad one ends it before hours of work
     for name, (model, tokenizer) in loaded.items():
-        dataset = ImageTextEval(data['root'], args.split, eval_transform(model.config.image_size, data['image_memory']),
+        dataset = ImageTextEval(data['root'], args.split, EvalTransform(model.config.image_size, data['image_memory']),
                                 data['max_words'], data['split'])
         started = time.perf_counter()
         i2t, t2i = retrieval_scores(model, tokenizer, dataset, device=device, max_tokens=data['max_tokens'],
@@ -194,19 +194,19 @@ def main(argv: list[str] | None = None) -> None:
         return
     for name, cost in costs(nets, device).items():
         figures[name] |= cost
-    setting = (f'{args.split} split: {len(dataset)} pictures, {len(dataset.texts)} captions, the '
-               f'{config["eval"]["k_test"]} best re-ranked by matching; ms for one picture on {hardware(device)}')
+    setting = (f'{args.split} split: {len(dataset)} images, {len(dataset.texts)} captions, the '
+               f'{config["eval"]["k_test"]} best re-ranked by matching; ms for one image on {hardware(device)}')
     name, rows = f'retrieval_{args.split}', side_by_side(figures)
     write_json(output_dir / f'{name}.json', {
-        'checkpoint': args.checkpoint, 'split': args.split, 'pictures': len(dataset), 'captions': len(dataset.texts),
+        'checkpoint': args.checkpoint, 'split': args.split, 'images': len(dataset), 'captions': len(dataset.texts),
         **config['eval'], **beside(figures, args.teacher)})
     shown = spread(len(dataset), 12)
-    by_text = [picture_hits(dataset.texts[text], top_pictures(dataset, t2i, text))
+    by_text = [image_hits(dataset.texts[text], top_images(dataset, t2i, text))
                for text in (dataset.image_to_texts[i][0] for i in shown)]
     by_image = [text_hits(dataset.paths[i], top_texts(dataset, i2t, i)) for i in shown]
     write_page(output_dir / f'{name}.html', f'Retrieval, {args.split} split',
-               [section('Recall in % and cost', table(rows), setting), section('Pictures for a text', ''.join(by_text)),
-                section('Texts for a picture', ''.join(by_image))], args.checkpoint)
+               [section('Recall in % and cost', table(rows), setting), section('Images for a text', ''.join(by_text)),
+                section('Texts for an image', ''.join(by_image))], args.checkpoint)
     logger.info('%s\n%s, in %.1f s\n\n%s', args.checkpoint, setting, list(figures.values())[-1]['seconds'],
                 markdown(rows))
     logger.info('wrote %s.json and .html', output_dir / name)

@@ -1,4 +1,4 @@
-"""A contact sheet: one PNG with the table, captioned pictures, queries with their top pictures, and the curves."""
+"""A contact sheet: one PNG with the table, captioned images, queries with their top images, and the curves."""
 
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class Sheet:
             self.paper, self.pen = taller, ImageDraw.Draw(taller)
         self.pen.rounded_rectangle((x, y, x + width, y + height), 14, CARD, LINE)
 
-    def picture(self, x: int, y: int, path: Path, side: int, frame: str | None = None) -> None:
+    def image(self, x: int, y: int, path: Path, side: int, frame: str | None = None) -> None:
         self.paper.paste(thumbnail(path, side), (x, y))
         if frame:
             self.pen.rectangle((x - 5, y - 5, x + side + 4, y + side + 4), outline=frame, width=5)
@@ -79,7 +79,7 @@ class Sheet:
         self.y += pitch * (len(rows) + 1) + 36
 
     def captions(self, cards: list[tuple[Path, list[tuple[str, str, bool | None]]]], columns: int = 6) -> None:
-        """Pictures with their captions (whose, text, right or wrong where known)."""
+        """Images with their captions (whose, text, right or wrong where known)."""
         width = (WIDTH - 2 * MARGIN - (columns - 1) * GAP) // columns
         for start in range(0, len(cards), columns):
             row, face = cards[start:start + columns], font(14)
@@ -88,7 +88,7 @@ class Sheet:
             for i, (path, said) in enumerate(row):
                 x = MARGIN + i * (width + GAP)
                 self.card(x, self.y, width, height)
-                self.picture(x + 1, self.y + 1, path, width - 1)
+                self.image(x + 1, self.y + 1, path, width - 1)
                 y = self.y + width + 14
                 for who, text, right in said:
                     y = self.text(x + 14, y, who.upper(), 10, SOFT, bold=True)
@@ -98,13 +98,13 @@ class Sheet:
         self.y += 24
 
     def queries(self, queries: list[tuple[str, list[tuple[Path, float, bool]]]], side: int = 150) -> None:
-        """Text queries, each with its top pictures; the right one is framed."""
+        """Text queries, each with its top images; the right one is framed."""
         for query, hits in queries:
             self.card(MARGIN, self.y, WIDTH - 2 * MARGIN, side + 36)
             lines = wrap(query, font(18, bold=True), 520)
             self.text(MARGIN + 24, self.y + (side + 36 - 24 * len(lines)) // 2, query, 18, bold=True, width=520)
             for i, (path, _, right) in enumerate(hits):
-                self.picture(WIDTH - MARGIN - 18 - (len(hits) - i) * (side + 24) + 12, self.y + 18, path, side,
+                self.image(WIDTH - MARGIN - 18 - (len(hits) - i) * (side + 24) + 12, self.y + 18, path, side,
                              GOOD if right else None)
             self.y += side + 36 + 14
         self.y += 24

@@ -50,7 +50,7 @@ def caption_work(num_beams: int) -> str:
 
 
 def workloads(model: BLIP, tokenizer: Tokenizer, num_beams: int = 3, prompt: str = PROMPT) -> dict[str, Callable]:
-    """Name -> function without arguments, for everything that a net can do, on one random picture or text."""
+    """Name -> function without arguments, for everything that a net can do, on one random image or text."""
     generator = torch.Generator().manual_seed(0)
     side, room = model.config.image_size, model.config.max_positions
     image = torch.randn(1, 3, side, side, generator=generator).to(model.device)
@@ -103,7 +103,7 @@ def costs(nets: dict[str, dict[str, tuple[BLIP, Tokenizer]]], device: torch.devi
     """What eval/table.py shows of the cost of nets.
 
     Args:
-        nets: name -> {'image': the net that embeds pictures, 'caption': the one that captions them}, or one of these.
+        nets: name -> {'image': the net that embeds images, 'caption': the one that captions them}, or one of these.
 
     Returns:
         name -> parameters_M (of both nets' parts, what they share counted once) and, for each kind of work, its

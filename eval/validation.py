@@ -9,9 +9,9 @@ from torch.utils.data import Dataset
 from data.captions import clean_caption
 from data.datasets import ImageTextEval
 from data.distributed import gather_objects, rank, world_size
-from data.images import BrokenPicture, open_image
+from data.images import BrokenImage, open_image
 from data.loader import load
-from data.transforms import eval_transform
+from data.transforms import EvalTransform
 from eval.metrics import retrieval_metrics
 from models import losses
 from models.blip import BLIP
@@ -28,7 +28,7 @@ class HeldOut(Dataset):
         pairs: (path or open file, raw caption).
     """
 
-    def __init__(self, pairs: list[tuple], transform: eval_transform, max_words: int):
+    def __init__(self, pairs: list[tuple], transform: EvalTransform, max_words: int):
         self.pairs, self.transform, self.max_words = pairs, transform, max_words
 
     def __len__(self) -> int:
@@ -40,7 +40,7 @@ class HeldOut(Dataset):
             file.seek(0)  # it was read before
         try:
             image = self.transform(open_image(file, self.transform.memory))
-        except (FileNotFoundError, BrokenPicture):
+        except (FileNotFoundError, BrokenImage):
             image = None
         return image, clean_caption(caption, self.max_words)
 

@@ -1,9 +1,9 @@
-"""Zero-shot classification of any folder of pictures: sub-folders are classes, named by their folders.
+"""Zero-shot classification of any folder of images: sub-folders are classes, named by their folders.
 
-    python -m eval.zeroshot --checkpoint output/pretrain/last.pth --root my_pictures
-    python -m torch.distributed.run --nproc_per_node=4 -m eval.zeroshot --checkpoint ... --root my_pictures
+    python -m eval.zeroshot --checkpoint output/pretrain/last.pth --root my_images
+    python -m torch.distributed.run --nproc_per_node=4 -m eval.zeroshot --checkpoint ... --root my_images
 
-`my_pictures/golden_retriever/*.jpg` are pictures of a "golden retriever". A picture is taken for the class whose texts
+`my_images/golden_retriever/*.jpg` are images of a "golden retriever". An image is taken for the class whose texts
 are nearest; the texts of a class are its name in the prompts of `--templates`, a file with one a line, '{}' standing
 for the name. Prints the accuracy and the worst classes with what they are taken for, and writes
 OUTPUT_DIR/zeroshot.json and zeroshot.html.
@@ -29,7 +29,7 @@ from data.datasets import clean_caption
 from data.distributed import gather_objects, is_main
 from data.images import open_image
 from data.scan import is_hidden, list_images
-from data.transforms import eval_transform
+from data.transforms import EvalTransform
 from eval.common import checkpoint_parser, image_batches, shard, spread, write_json
 from eval.metrics import recall_at_k
 from eval.page import caption_card, grid, section, table, write_page
@@ -42,7 +42,7 @@ from utils import clean_exit, logger, make_output_dir, shorten, shown
 
 TEMPLATES = ('{}', 'a {}', 'a photo of a {}', 'a picture of a {}', 'a close-up of a {}', 'a photo of the {}')
 MAX_TOKENS = 35  # of a prompt
-WORST, SHOWN = 20, 60  # classes of the table, pictures of the page
+WORST, SHOWN = 20, 60  # classes of the table, images of the page
 
 
 def read_templates(path: str | Path) -> list[str]:
@@ -89,7 +89,7 @@ class ClassFolders(Dataset):
                                     if not found else f'no image in the class {", ".join(map(shown, empty[:3]))} of '
                                     f'{shorten(Path(root))}: take it away, or add images')
         self.samples = [(path, label) for label, paths in enumerate(found) for path in paths]
-        self.transform = eval_transform(image_size)
+        self.transform = EvalTransform(image_size)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -123,11 +123,11 @@ def class_scores(model: BLIP, tokenizer: Tokenizer, dataset: ClassFolders, templ
 
 
 def zeroshot_metrics(scores: torch.Tensor, labels: list[int], names: list[str]) -> tuple[dict, list[dict]]:
-    """Accuracy of cosines [pictures, classes].
+    """Accuracy of cosines [images, classes].
 
     Returns:
         ({'top1', where there are more than 5 classes 'top5', and 'class_mean', the mean of the classes' top1, in %},
-        per class, worst first: {'class', 'pictures', 'top1', 'taken_for': [[class, pictures], ...], most first}).
+        per class, worst first: {'class', 'images', 'top1', 'taken_for': [[class, images], ...], most first}).
     """
     ks = (1, 5) if len(names) > 5 else (1,)
     metrics = {f'top{k}': value for k, value in zip(ks, recall_at_k(scores, [[i] for i in labels], ks), strict=True)}
@@ -137,14 +137,14 @@ def zeroshot_metrics(scores: torch.Tensor, labels: list[int], names: list[str]) 
         said = Counter(guess for guess, label in zip(guesses, labels, strict=True) if label == i)
         count = said.total()
         taken_for = [[names[guess], times] for guess, times in said.most_common() if guess != i]
-        classes.append({'class': name, 'pictures': count, 'top1': 100 * said[i] / count, 'taken_for': taken_for})
+        classes.append({'class': name, 'images': count, 'top1': 100 * said[i] / count, 'taken_for': taken_for})
     metrics['class_mean'] = sum(row['top1'] for row in classes) / len(classes)
     return metrics, sorted(classes, key=lambda row: row['top1'])
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = checkpoint_parser(__doc__)
-    parser.add_argument('--root', required=True, type=Path, help='folder with a sub-folder of pictures for each class')
+    parser.add_argument('--root', required=True, type=Path, help='folder with a sub-folder of images for each class')
     parser.add_argument('--templates', metavar='FILE', help=f"prompts, one a line (default: {', '.join(TEMPLATES)})")
     parser.add_argument('--batch_size', default=64, type=whole(1), help='default: %(default)s')
     parser.add_argument('--workers', default=0, type=whole(0, 1024),
@@ -159,22 +159,22 @@ def main(argv: list[str] | None = None) -> None:
         return
     metrics, classes = zeroshot_metrics(scores, [label for _, label in dataset.samples], dataset.classes)
     best, guesses = scores.max(1)
-    pictures = [{'image': path, 'class': dataset.classes[label], 'predicted': dataset.classes[guess], 'score': score}
+    images = [{'image': path, 'class': dataset.classes[label], 'predicted': dataset.classes[guess], 'score': score}
                 for (path, label), guess, score in zip(dataset.samples, guesses.tolist(), best.tolist(), strict=True)]
     write_json(output_dir / 'zeroshot.json', {
         'checkpoint': args.checkpoint, 'root': str(args.root), 'templates': templates, **metrics, 'classes': classes,
-        'pictures': pictures})
+        'images': images})
     accuracy = [{'': key, '%': f'{value:.1f}'} for key, value in metrics.items()]
     accuracy.append({'': 'chance', '%': f'{100 / len(classes):.1f}'})
-    rows = [{'class': row['class'], 'pictures': str(row['pictures']), 'top-1 %': f'{row["top1"]:.1f}',
+    rows = [{'class': row['class'], 'images': str(row['images']), 'top-1 %': f'{row["top1"]:.1f}',
              'taken for': ', '.join(f'{name} ({count})' for name, count in row['taken_for'][:3])} for row in classes]
-    cards = [caption_card(Path(picture['image']), [(picture['class'], picture['predicted'],
-                                                    picture['class'] == picture['predicted'])])
-             for picture in (pictures[i] for i in spread(len(pictures), SHOWN))]
-    setting = f'{len(pictures)} pictures of {len(classes)} classes, {len(templates)} prompts each'
+    cards = [caption_card(Path(image['image']), [(image['class'], image['predicted'],
+                                                    image['class'] == image['predicted'])])
+             for image in (images[i] for i in spread(len(images), SHOWN))]
+    setting = f'{len(images)} images of {len(classes)} classes, {len(templates)} prompts each'
     write_page(output_dir / 'zeroshot.html', f'Zero-shot classification of {args.root}',
                [section('Accuracy', table(accuracy), setting), section('Classes, the worst first', table(rows)),
-                section('Pictures', grid(cards), 'Evenly spaced; above its class, below what it was taken for.')],
+                section('Images', grid(cards), 'Evenly spaced; above its class, below what it was taken for.')],
                args.checkpoint)
     logger.info('%s: %s\n\n%s\n%s', args.checkpoint, setting, markdown(accuracy), markdown(rows[:WORST]))
     logger.info('wrote %s.json and .html', output_dir / 'zeroshot')

@@ -1,4 +1,4 @@
-"""A web page on this machine: caption a picture, search a folder by a text or a picture.
+"""A web page on this machine: caption an image, search a folder by a text or an image.
 
     python -m prod.app --caption output/demo/caption/best.pth --retrieval output/demo/retrieval/best.pth \\
       --folder output/demo/data/flickr30k/flickr30k-images --index output/demo/index
@@ -34,11 +34,11 @@ from PIL import Image
 from configs.rules import output_path, whole
 from prod import DLIPProd
 from prod.images import read_image
-from prod.index import PictureIndex
+from prod.index import ImageIndex
 from prod.options import net_options, net_settings
 from utils import clean_exit, logger, shown
 
-SHOWN = 384  # pixels, the longer side of a picture that was found
+SHOWN = 384  # pixels, the longer side of an image that was found
 FONTS = ['system-ui', 'sans-serif']  # gradio's own would be fetched from the network
 LOCAL = ('localhost', '127.0.0.1', '::1')
 ANY_ADDRESS = ('0.0.0.0', '::')
@@ -48,12 +48,12 @@ CHECK_CACHE, KEEP_CACHED = 600, 3600  # seconds: uploads and thumbnails older th
 def thumbnail(path: str) -> Image.Image:
     """A small copy of an image file; grey if the file cannot be read any more."""
     try:
-        picture = read_image(path, path)
+        image = read_image(path, path)
     except ValueError as error:
         logger.warning('%s', error)
         return Image.new('RGB', (SHOWN, SHOWN), '#e4e7ec')
-    picture.thumbnail((SHOWN, SHOWN))
-    return picture
+    image.thumbnail((SHOWN, SHOWN))
+    return image
 
 
 class SameSite:
@@ -123,12 +123,12 @@ def private_cache():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def build(captioner: DLIPProd, retriever: DLIPProd, index: PictureIndex):
+def build(captioner: DLIPProd, retriever: DLIPProd, index: ImageIndex):
     """The page: a `gradio.Blocks` with a tab for captions and one for search."""
     import gradio
 
     def upload(**look) -> gradio.Image:
-        """A picture that comes as the uploaded file: DLIPProd reads it, and says what is wrong with it."""
+        """An image that comes as the uploaded file: DLIPProd reads it, and says what is wrong with it."""
         image = gradio.Image(sources=['upload', 'clipboard'], **look)
         image.preprocess = lambda payload: payload and payload.path
         return image
@@ -139,38 +139,38 @@ def build(captioner: DLIPProd, retriever: DLIPProd, index: PictureIndex):
         except (TypeError, ValueError) as error:
             raise gradio.Error(str(error), duration=None, print_exception=False) from None
 
-    def caption(picture: str | None, count: float, sample: bool) -> str:
-        if picture is None:
-            raise gradio.Error('Choose a picture first.', print_exception=False)
+    def caption(image: str | None, count: float, sample: bool) -> str:
+        if image is None:
+            raise gradio.Error('Choose an image first.', print_exception=False)
         count = int(count)
         beams = {} if sample else {'num_beams': max(3, count)}
-        said = asked(lambda: captioner.generate(picture, sample=sample, num_captions=count, **beams))[0]
+        said = asked(lambda: captioner.generate(image, sample=sample, num_captions=count, **beams))[0]
         return said if count == 1 else '\n'.join(said)
 
-    def search(text: str, picture: str | None, count: float, rerank: bool) -> list[tuple[Image.Image, str]]:
-        if not text.strip() and picture is None:
-            raise gradio.Error('Write a text, or choose a picture.', print_exception=False)
-        query = text if text.strip() else Path(picture)
+    def search(text: str, image: str | None, count: float, rerank: bool) -> list[tuple[Image.Image, str]]:
+        if not text.strip() and image is None:
+            raise gradio.Error('Write a text, or choose an image.', print_exception=False)
+        query = text if text.strip() else Path(image)
         count = int(count)
         hits = asked(lambda: retriever.search(query, index, count, rerank=4 * count if rerank else 0))
         return [(thumbnail(path), f'{score:.3f}  {shown(Path(path).name)}') for path, score in hits]
 
     with gradio.Blocks(title='DLIP', analytics_enabled=False, delete_cache=(CHECK_CACHE, KEEP_CACHED)) as page:
         gradio.Markdown('# DLIP\nCaptions and search by a small vision-language model, on this machine.')
-        with gradio.Tab('Caption a picture'), gradio.Row():
+        with gradio.Tab('Caption an image'), gradio.Row():
             with gradio.Column():
-                picture = upload(label='Picture', height=360)
+                image = upload(label='Image', height=360)
                 count = gradio.Slider(1, 5, 1, step=1, label='Captions')
                 sample = gradio.Checkbox(label='Draw at random instead of the most likely ones')
                 go = gradio.Button('Caption', variant='primary')
             said = gradio.Textbox(label='Caption', lines=5, buttons=['copy'])
-            go.click(caption, [picture, count, sample], said)
+            go.click(caption, [image, count, sample], said)
         with gradio.Tab('Search a folder'):
             with gradio.Row():
                 with gradio.Column(scale=2):
-                    text = gradio.Textbox(label=f'What is in the picture? ({len(index)} pictures)')
+                    text = gradio.Textbox(label=f'What is in the image? ({len(index)} images)')
                     with gradio.Row():
-                        wanted = gradio.Slider(1, 20, min(8, len(index)), step=1, label='Pictures')
+                        wanted = gradio.Slider(1, 20, min(8, len(index)), step=1, label='Images')
                         rerank = gradio.Checkbox(True, label='Compare the nearest again by matching (texts)')
                     find = gradio.Button('Search', variant='primary')
                 like = upload(height=220, label='Or one that looks like this')
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--caption', required=True, help='a captioner: anything that DLIPProd takes')
     parser.add_argument('--retrieval', required=True, help='a retriever; may be the same file')
-    parser.add_argument('--folder', required=True, help='pictures to search')
+    parser.add_argument('--folder', required=True, help='images to search')
     parser.add_argument('--index', type=output_path, required=True, help='folder of the index; made when absent')
     net_options(parser)
     parser.add_argument('--host', default='127.0.0.1', help='address to answer to (default: this machine alone)')

@@ -8,7 +8,7 @@ import torch
 from data.distributed import to_device
 from models.tokenizer import DEC
 from prod.images import named_images, read_image
-from prod.memory import check_batch_size, fitting, pair_bytes, picture_bytes
+from prod.memory import check_batch_size, fitting, image_bytes, pair_bytes
 from prod.texts import checked_texts
 from utils import shorten
 
@@ -38,7 +38,7 @@ class Batches:
         if given is not None:
             check_batch_size(given)
             return given
-        return fitting(self.memory, picture_bytes(self.model.config, rows, length))
+        return fitting(self.memory, image_bytes(self.model.config, rows, length))
 
     def _batches(self, images, batch_size: int, bgr: bool,
                  on_error: str = 'raise') -> Iterator[tuple[list[bool], torch.Tensor | None]]:

@@ -38,7 +38,7 @@ from data.distributed import progress
 from data.json_lines import JsonLines, encoded
 from prod import DLIPProd
 from prod.caption_files import Captions, listed, shared_sidecars, sidecar, write_sidecar
-from prod.images import find_pictures, is_excluded, read_image
+from prod.images import find_images, is_excluded, read_image
 from prod.options import generate_options, generate_settings, log_to_stderr, net_options, net_settings, output_file
 from utils import clean_exit, logger, shorten
 
@@ -50,7 +50,7 @@ def given_images(source: str, exclude: list[str]) -> list[str]:
         FileNotFoundError: no such folder, or no image.
     """
     if source != '-':
-        return find_pictures(source, exclude)
+        return find_images(source, exclude)
     said = sys.stdin.buffer.read() if sys.stdin is not None else b''
     names = said.split(b'\0') if b'\0' in said else [name.removesuffix(b'\r') for name in said.split(b'\n')]
     names = [os.fsdecode(name) for name in dict.fromkeys(names) if name]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from data.transforms import eval_transform
+from data.transforms import EvalTransform
 from models.engine.launch import choose_device
 from models.generation import generate
 from models.tokenizer import DEC, ENC
@@ -16,7 +16,7 @@ from models.weights.transformers_format import write_folder
 from prod.arguments import checked
 from prod.batches import NEEDS, Batches
 from prod.defaults import on_its_own_devices
-from prod.index import PictureIndex
+from prod.index import ImageIndex
 from prod.precision import net_fingerprint, served
 from prod.run_settings import MAX_NEW, MIN_NEW, run_settings
 from prod.texts import checked_texts
@@ -52,14 +52,14 @@ class DLIPProd(Batches):
         backend: 'torch'; 'openvino': on a CPU about twice as fast; each function is compiled at its first use, which
             takes a second or two; 'onnx': `weight` is a folder that `prod/export.py --format onnx` wrote, run by
             onnxruntime on the CPU.
-        memory: GiB that the pictures of one batch may take at work; sets the batch size where a call does not.
+        memory: GiB that the images of one batch may take at work; sets the batch size where a call does not.
 
     Raises:
         FileNotFoundError: no checkpoint there.
         ImportError: backend 'openvino' or 'onnx' without its package.
         ValueError: unknown name, absent device, or a checkpoint that is damaged or lacks what `name` needs.
 
-    >>> dlip = DLIPProd(None, 'data/demo_teacher.pth')   # the demo's teacher: 64-pixel pictures of coloured shapes
+    >>> dlip = DLIPProd(None, 'data/demo_teacher.pth')   # the demo's teacher: 64-pixel images of coloured shapes
     """
 
     def __init__(self, name: str | None, weight: str | os.PathLike, device: str | torch.device = 'cpu',
@@ -75,7 +75,7 @@ class DLIPProd(Batches):
         self.prompt_ids = self.tokenizer([self.prompt], self.model.config.max_positions, DEC)[0][0, :-1]
         self.generation = {'num_beams': 3, 'max_length': len(self.prompt_ids) + MAX_NEW,
                            'min_length': len(self.prompt_ids) + MIN_NEW, **generation}
-        self.transform = eval_transform(self.model.config.image_size)
+        self.transform = EvalTransform(self.model.config.image_size)
         if name is not None:
             self._require(name)
 
@@ -125,7 +125,7 @@ class DLIPProd(Batches):
             scores: give (caption, mean log-probability) in the place of each caption: of its tokens after the prefix,
                 by the net alone. The lower, the more doubtful.
             batch_size: images per forward pass; None: as many as `memory` holds.
-            on_error: 'raise', or 'skip': None in the place of what is no readable picture.
+            on_error: 'raise', or 'skip': None in the place of what is no readable image.
 
         >>> dlip.generate('prod/examples/05.jpg')
         ['within a green square there is a blue star on white']
@@ -135,7 +135,7 @@ class DLIPProd(Batches):
         ['a blue star inside a green picture on white']
         >>> [(said, round(score, 1)) for said, score in dlip.generate('prod/examples/05.jpg', scores=True)]
         [('within a green square there is a blue star on white', -0.2)]
-        >>> dlip.generate([b'no picture'], on_error='skip')
+        >>> dlip.generate([b'no image'], on_error='skip')
         [None]
         """
         self._require('caption')
@@ -187,7 +187,7 @@ class DLIPProd(Batches):
                        on_error: str = 'raise') -> torch.Tensor:
         """Images -> unit-norm embeddings [N, embed_dim].
 
-        on_error: 'raise', or 'skip': a row of NaN in the place of what is no readable picture.
+        on_error: 'raise', or 'skip': a row of NaN in the place of what is no readable image.
 
         >>> dlip.get_image_feat('prod/examples/05.jpg').shape
         torch.Size([1, 256])
@@ -248,8 +248,8 @@ class DLIPProd(Batches):
 
     # ------------------------------------------------------------ search
 
-    def index(self, pictures: str | os.PathLike | list | None, folder: str | os.PathLike, *,
-              batch_size: int | None = None) -> PictureIndex:
+    def index(self, images: str | os.PathLike | list | None, folder: str | os.PathLike, *,
+              batch_size: int | None = None) -> ImageIndex:
         """Bring an index on disk up to date with the images of a folder (and the folders in it), or of a list of paths.
 
         New and changed images (by size and time) are embedded, those whose file is gone are taken out; a run that was
@@ -257,7 +257,7 @@ class DLIPProd(Batches):
         are named in a warning and left out.
 
         Args:
-            pictures: None opens an index that is there as it is.
+            images: None opens an index that is there as it is.
             folder: where the index is or shall be.
 
         >>> index = dlip.index('prod/examples', 'output/index')
@@ -265,16 +265,16 @@ class DLIPProd(Batches):
         12
         """
         self._require('retrieval')
-        if pictures is None and not PictureIndex.exists(folder):
+        if images is None and not ImageIndex.exists(folder):
             raise FileNotFoundError(f'no index in the folder {shorten(Path(folder))}: make it from images first')
-        found = PictureIndex(folder, self.get_image_feat(Image.linear_gradient('L'))[0], self.weight)
-        if pictures is not None:
+        found = ImageIndex(folder, self.get_image_feat(Image.linear_gradient('L'))[0], self.weight)
+        if images is not None:
             batch_size = self._batch_size(batch_size)
-            found.update(pictures, lambda paths: self.get_image_feat(paths, batch_size=batch_size, on_error='skip'),
+            found.update(images, lambda paths: self.get_image_feat(paths, batch_size=batch_size, on_error='skip'),
                          batch_size)
         return found
 
-    def search(self, query, index: PictureIndex, k: int = 5, *, rerank: int = 0, min_score: float | None = None,
+    def search(self, query, index: ImageIndex, k: int = 5, *, rerank: int = 0, min_score: float | None = None,
                approximate: bool = False) -> list[tuple[str, float]]:
         """The images of an index that fit a query best: [(path, score)], best first. Those whose files are gone since
         the index was made are left out.
@@ -284,7 +284,7 @@ class DLIPProd(Batches):
             rerank: this many of the nearest are compared again by `match` (texts only), which is slower and better; the
                 score then is its probability, otherwise the cosine. Those that cannot be read are left out.
             min_score: leave out what scores less; the list may then be empty.
-            approximate: ask faiss (`PictureIndex.search`) instead of comparing with every image.
+            approximate: ask faiss (`ImageIndex.search`) instead of comparing with every image.
 
         >>> dlip.search('a blue star inside a green square', index, k=1, rerank=5)[0][0][-20:]
         'prod/examples/05.jpg'

@@ -16,15 +16,15 @@ import textwrap
 from pathlib import Path
 
 from prod import DLIPProd
-from prod.images import find_pictures
-from prod.index import PictureIndex
+from prod.images import find_images
+from prod.index import ImageIndex
 
 PAGE = Path(__file__).parent / 'README.md'
 INTRO = '''# DLIPProd
 
 A trained checkpoint as a captioner and a retriever, for notebooks and services. Every example below runs in a fresh
-clone, from the repository's root, on the demo's teacher and the pictures of [prod/examples](examples); a test runs
-them. [demo.ipynb](demo.ipynb) shows the same with pictures. This page is written by `python -m prod.docs` from the
+clone, from the repository's root, on the demo's teacher and the images of [prod/examples](examples); a test runs
+them. [demo.ipynb](demo.ipynb) shows the same with images. This page is written by `python -m prod.docs` from the
 docstrings.
 
 ```python
@@ -38,9 +38,9 @@ COMMANDS = '''## Commands
 |---|---|
 | `python -m prod.caption FOLDER --weight W --out captions.jsonl` | captions a folder: .jsonl, .csv, .parquet; goes on |
 | `python -m prod.caption FOLDER --weight W --sidecar` | writes the caption of IMAGE.jpg to IMAGE.txt |
-| `python -m prod.search FOLDER QUERY ... --weight W --index I` | finds the pictures that fit a text or a picture |
+| `python -m prod.search FOLDER QUERY ... --weight W --index I` | finds the images that fit a text or an image |
 | `python -m prod.app --caption W --retrieval W --folder F --index I` | a web page that does both, on this machine |
-| `python -m prod.try_it --caption W --retrieval W PICTURE ...` | captions pictures and scores the captions |
+| `python -m prod.try_it --caption W --retrieval W IMAGE ...` | captions images and scores the captions |
 | `python prod/shards.py SHARDS --out DIR --caption W --retrieval W --min_itm 0.5` | captions, scores, embeds and \
 filters img2dataset's tars: BLIP's CapFilt on Ray |
 | `python -m prod.export W TARGET` | a checkpoint as one file, or a folder for the Hugging Face hub |
@@ -89,8 +89,8 @@ def methods(cls: type, owner: str) -> str:
 
 
 def page() -> str:
-    return (INTRO + section('The class', DLIPProd) + methods(DLIPProd, 'dlip') + section('The index', PictureIndex)
-            + methods(PictureIndex, 'index') + section('find_pictures', find_pictures) + COMMANDS)
+    return (INTRO + section('The class', DLIPProd) + methods(DLIPProd, 'dlip') + section('The index', ImageIndex)
+            + methods(ImageIndex, 'index') + section('find_images', find_images) + COMMANDS)
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ ACCEPTED = ('a PIL image, a numpy array (H, W) or (H, W, 1|3|4), a torch tensor 
 FLOAT_SLACK = 1e-3  # resampling in float overshoots [0, 1] a little
 
 
-def find_pictures(folder: str | os.PathLike, exclude: Sequence[str] = ()) -> list[str]:
+def find_images(folder: str | os.PathLike, exclude: Sequence[str] = ()) -> list[str]:
     """The image files of a folder and the folders in it, by their names' endings, in order.
 
     Hidden and system files are left out; links are followed, each image is listed once. What is passed over is counted

@@ -35,7 +35,7 @@ UNUSED = 1000  # rows of no further use that are always tolerated
 
 @on_its_own_devices
 @checked
-class PictureIndex:
+class ImageIndex:
     """Open an index, or make an empty one. What is opened stays as it was, whatever other processes add.
 
     Args:
@@ -71,15 +71,15 @@ class PictureIndex:
         return (Path(folder) / 'index.jsonl').exists()
 
     @property
-    def pictures(self) -> list[str]:
+    def images(self) -> list[str]:
         """The paths of the images."""
         return list(self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, picture: str) -> bool:
-        return picture in self._entries
+    def __contains__(self, image: str) -> bool:
+        return image in self._entries
 
     # ------------------------------------------------------------ reading
 
@@ -213,7 +213,7 @@ class PictureIndex:
                 with suppress(OSError):  # Windows keeps what a reader has mapped
                     path.unlink()
 
-    def add(self, pictures: list[str], features: torch.Tensor,
+    def add(self, images: list[str], features: torch.Tensor,
             stamps: list[tuple[int, int] | tuple[None, None]] | None = None) -> None:
         """Append images and their unit-norm embeddings [N, D]; a path that is known gets the new embedding.
 
@@ -223,12 +223,12 @@ class PictureIndex:
         Raises:
             ValueError: another shape, or numbers that are not finite.
         """
-        if features.shape != (len(pictures), self.width):
-            raise ValueError(f'{len(pictures)} images need features of {len(pictures)} x {self.width}, got '
+        if features.shape != (len(images), self.width):
+            raise ValueError(f'{len(images)} images need features of {len(images)} x {self.width}, got '
                              f'{" x ".join(map(str, features.shape))}')
         if not features.isfinite().all():
             raise ValueError('the features hold NaN or infinite numbers')
-        if not pictures:
+        if not images:
             return
         with self._writing():
             with open(self.folder / self._header['features'], 'r+b') as file:
@@ -237,12 +237,12 @@ class PictureIndex:
                 file.flush()
                 os.fsync(file.fileno())
             self._append([line(path, row, *stamp) for row, (path, stamp) in enumerate(
-                zip(pictures, stamps or [(None, None)] * len(pictures), strict=True), self._rows)])
+                zip(images, stamps or [(None, None)] * len(images), strict=True), self._rows)])
 
-    def remove(self, pictures: Iterable[str]) -> None:
+    def remove(self, images: Iterable[str]) -> None:
         """Take images out; a path that is not in the index is passed over."""
         with self._writing():
-            self._append([line(path) for path in pictures if path in self])
+            self._append([line(path) for path in images if path in self])
 
     def _append(self, lines: list[dict]) -> None:
         self._lines.append(lines)
@@ -251,7 +251,7 @@ class PictureIndex:
         self._map(self._rows)
         self._read = self._stamp()
 
-    def update(self, pictures: str | os.PathLike | list, embed: Callable[[list[str]], torch.Tensor],
+    def update(self, images: str | os.PathLike | list, embed: Callable[[list[str]], torch.Tensor],
                batch_size: int) -> None:
         """Bring the index up to date with a folder (and the folders in it) or a list of paths: embed new and changed
         images, take out those that are gone. Nothing is written where nothing changed.
@@ -259,8 +259,8 @@ class PictureIndex:
         Args:
             embed: paths -> embeddings [N, D], rows of NaN for what is no readable image.
         """
-        inside = os.path.join(os.path.realpath(pictures), '') if isinstance(pictures, str | os.PathLike) else None
-        stamps = stamped(pictures if inside is None else find_pictures(pictures))
+        inside = os.path.join(os.path.realpath(images), '') if isinstance(images, str | os.PathLike) else None
+        stamps = stamped(images if inside is None else find_images(images))
         if not any(self._changes(stamps, inside)):
             return
         with self._writing():

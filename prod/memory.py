@@ -1,4 +1,4 @@
-"""How many pictures or pairs a forward pass may hold within a budget of memory."""
+"""How many images or pairs a forward pass may hold within a budget of memory."""
 
 from models.blip import BLIPConfig
 
@@ -6,8 +6,8 @@ MOST = 256  # rows; beyond it a batch gains nothing
 FLOAT = 4  # bytes
 
 
-def picture_bytes(config: BLIPConfig, rows: int = 0, length: int = 0) -> int:
-    """Bytes at work, at most, for one picture: encoding it, its keys and values, and `rows` captions being decoded."""
+def image_bytes(config: BLIPConfig, rows: int = 0, length: int = 0) -> int:
+    """Bytes at work, at most, for one image: encoding it, its keys and values, and `rows` captions being decoded."""
     tokens = (config.image_size // config.patch_size) ** 2 + 1
     encoding = tokens * (36 * config.vision_width + config.vision_heads * tokens)
     keys_values = 4 * tokens * config.text_depth * config.text_width  # twice: as made, and in one tensor
@@ -16,10 +16,10 @@ def picture_bytes(config: BLIPConfig, rows: int = 0, length: int = 0) -> int:
 
 
 def pair_bytes(config: BLIPConfig, length: int, vocabulary: bool) -> int:
-    """Bytes at work, at most, for one picture and one text of `length` tokens, with logits over the vocabulary or not.
-    The picture is counted as if no other text shared it."""
+    """Bytes at work, at most, for one image and one text of `length` tokens, with logits over the vocabulary or not.
+    The image is counted as if no other text shared it."""
     text = length * (8 * config.text_width + 2 * config.text_ffn + (2 * config.vocab_size if vocabulary else 0))
-    return picture_bytes(config) + FLOAT * text
+    return image_bytes(config) + FLOAT * text
 
 
 def fitting(budget: float, each: int) -> int:

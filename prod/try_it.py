@@ -1,6 +1,6 @@
-"""Caption pictures and compare them with their captions: DLIPProd from the command line.
+"""Caption images and compare them with their captions: DLIPProd from the command line.
 
-    python -m prod.try_it --caption output/demo/caption/best.pth --retrieval output/demo/retrieval/best.pth PICTURE ...
+    python -m prod.try_it --caption output/demo/caption/best.pth --retrieval output/demo/retrieval/best.pth IMAGE ...
 """
 
 if __name__ == '__main__':  # before the slow imports; run by its path, a script looks for modules in its own folder
@@ -22,17 +22,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--caption', required=True, help='caption checkpoint')
     parser.add_argument('--retrieval', required=True, help='retrieval checkpoint')
     net_options(parser)
-    parser.add_argument('pictures', nargs='+')
+    parser.add_argument('images', nargs='+')
     args = parser.parse_args(argv)
     served = net_settings(args)
     captioner = DLIPProd('caption', args.caption, **served)
     retriever = DLIPProd('retrieval', args.retrieval, **served)
-    captions = captioner.generate(args.pictures)
-    similarity, match = retriever.similarity(args.pictures, captions), retriever.match(args.pictures, captions)
-    print(f'image features {tuple(retriever.get_image_feat(args.pictures).shape)}, '
+    captions = captioner.generate(args.images)
+    similarity, match = retriever.similarity(args.images, captions), retriever.match(args.images, captions)
+    print(f'image features {tuple(retriever.get_image_feat(args.images).shape)}, '
           f'text features {tuple(retriever.get_text_feat(captions).shape)}')
-    for i, (picture, text) in enumerate(zip(args.pictures, captions, strict=True)):
-        print(f'{shown(picture)}\n  {text}\n  similarity {similarity[i, i]:.3f}, '
+    for i, (image, text) in enumerate(zip(args.images, captions, strict=True)):
+        print(f'{shown(image)}\n  {text}\n  similarity {similarity[i, i]:.3f}, '
               f'probability of a match {match[i, i]:.3f}')
 
 

@@ -114,6 +114,6 @@ def retrieval(folder):
 
 @pytest.fixture(scope='session')
 def picture():
-    """An RGB picture without symmetry, 48 wide and 40 high."""
+    """An RGB image without symmetry, 48 wide and 40 high."""
     y, x = np.mgrid[:40, :48]
     return Image.fromarray(np.stack([x * 5, y * 6, (x * y) % 256], -1).astype(np.uint8))

@@ -35,7 +35,7 @@ from data.downloads import read_shard, read_visual_genome
 from data.images import FORMATS, open_image, open_part
 from data.index import build_index, read_index
 from data.shards import ShardDataset, ShardStream
-from data.transforms import eval_transform, train_transform, whole_transform
+from data.transforms import EvalTransform, TrainTransform, WholeTransform
 from models.blip import BLIP, BLIPConfig
 from models.tokenizer import DEC, ENC, Tokenizer
 from models.weights.checkpoint import save_checkpoint
@@ -287,11 +287,11 @@ def image_file(dice: random.Random, place: Path, world: World) -> None:
     if answers:
         expected = next((answer for answer in answers if close(found, answer)), None)
         assert expected is not None, f'{kind}: {found.size}, not as Pillow shows it (orientation {turn})'
-    part = open_part(path, whole_transform(8).crop, math.inf).movedim(0, -1).numpy()
+    part = open_part(path, WholeTransform(8).crop, math.inf).movedim(0, -1).numpy()
     assert close(part, expected, 3), f'{kind}: the training reader reads another image'
-    train = train_transform(16, 0.2, True)
+    train = TrainTransform(16, 0.2, True)
     assert train(open_part(path, train.crop, 16), '')[0].shape == (3, 16, 16)
-    assert eval_transform(16)(found).isfinite().all()
+    assert EvalTransform(16)(found).isfinite().all()
     feature, = world.dlip.get_image_feat(found)
     for given in (path, str(path), kept, io.BytesIO(kept), Image.open(io.BytesIO(kept))):
         if dice.random() < 0.4:
@@ -562,7 +562,7 @@ def odd_tar(dice: random.Random, place: Path, world: World) -> None:
         path.write_bytes(damage(dice, path.read_bytes()))
     names = (path.name, str(path), path.name.replace('{b}', 'b'))
     with refusing(names) if broken or '{' in path.name else nullcontext():
-        data = ShardDataset(str(path), train_transform(16, 0.5, False), 30)
+        data = ShardDataset(str(path), TrainTransform(16, 0.5, False), 30)
         items = list(ShardStream(data, 1, len(data), 0, 0))
         assert len(items) == len(data) and all(item['image'].shape == (3, 16, 16) for item in items)
         if not broken:
@@ -635,7 +635,7 @@ OPTIONS = {
                  'prefix', 'forbid', 'scores', 'seed', 'batch_size', 'bgr', 'on_error'),
     'get_image_feat': ('batch_size', 'bgr', 'on_error'), 'get_text_feat': ('batch_size',),
     'similarity': ('bgr',), 'match': ('batch_size', 'bgr', 'on_error'), 'caption_scores': ('batch_size', 'bgr'),
-    'search': ('k', 'rerank', 'min_score', 'query', 'approximate'), 'index': ('pictures', 'folder', 'batch_size'),
+    'search': ('k', 'rerank', 'min_score', 'query', 'approximate'), 'index': ('images', 'folder', 'batch_size'),
     'DLIPProd': ('name', 'weight', 'device', 'precision', 'backend', 'memory'), 'save_pretrained': ('folder',)}
 
 
@@ -653,7 +653,7 @@ def odd_arguments(dice: random.Random, place: Path, world: World) -> None:
             index = world.dlip.index(place, place / 'index')
             assert isinstance(world.dlip.search(**{'query': text, 'index': index} | given), list)
         elif method == 'index':
-            assert len(world.dlip.index(**{'pictures': place, 'folder': place / 'index'} | given)) <= 1
+            assert len(world.dlip.index(**{'images': place, 'folder': place / 'index'} | given)) <= 1
         elif method == 'save_pretrained':
             world.dlip.save_pretrained(**given)
         else:

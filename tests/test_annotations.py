@@ -17,7 +17,7 @@ from data.datasets import AnnotatedTrain, ImageTextEval
 from data.images import open_part
 from data.layouts import SPLITS
 from data.pairs import open_pairs
-from data.transforms import eval_transform
+from data.transforms import EvalTransform
 
 CAPTIONS = {'train': [['A man.', 'a red DOG', ''], ['two cats']], 'val': [['a bus', 'the bus']],
             'test': [['x one', 'x two'], ['y one'], ['z', 'z z', 'z z z']]}
@@ -87,7 +87,7 @@ def test_hash_split_has_the_standard_sizes_and_depends_on_names_only():
 
 
 def own(root: Path, kind: str, split: bool) -> Path:
-    """Pictures of one's own, in folders, with two captions each."""
+    """Images of one's own, in folders, with two captions each."""
     names = [f'{place}/{i}.png' for place in ('garden', 'house') for i in range(6)]
     for place in ('garden', 'house'):
         write_pictures(root / place, [f'{i}.png' for i in range(6)])
@@ -109,7 +109,7 @@ def own(root: Path, kind: str, split: bool) -> Path:
 def test_pictures_of_ones_own(tmp_path, kind, split):
     root = own(tmp_path, kind, split)
     train = AnnotatedTrain(root, TRANSFORM, 30)
-    held_out = {name: ImageTextEval(root, name, eval_transform(16), 30) for name in ('val', 'test')}
+    held_out = {name: ImageTextEval(root, name, EvalTransform(16), 30) for name in ('val', 'test')}
     assert [len(train), *map(len, held_out.values())] == ([8, 4, 4] if split else [20, 1, 1])
     name = held_out['val'].paths[0].relative_to(root)
     assert held_out['val'].texts[:2] == [f'{word}, {str(name).replace(".", " ")} 🐕' for word in ('one', 'two')]
@@ -342,7 +342,7 @@ def test_folders_whose_name_is_not_utf8(tmp_path):
     root = tmp_path / os.fsdecode(b'caf\xe9')
     root.mkdir()
     train = AnnotatedTrain(flickr8k(root, 'kaggle'), TRANSFORM, 30)
-    assert train[0]['bad'] == [] and len(ImageTextEval(root, 'test', eval_transform(16), 30)) == 1
+    assert train[0]['bad'] == [] and len(ImageTextEval(root, 'test', EvalTransform(16), 30)) == 1
 
 
 def test_broken_flickr_picture_is_met_once_for_its_captions(tmp_path, monkeypatch):
@@ -356,7 +356,7 @@ def test_broken_flickr_picture_is_met_once_for_its_captions(tmp_path, monkeypatc
 
 
 def test_held_out_pictures(tmp_path):
-    dataset = ImageTextEval(flickr(tmp_path, 'blip'), 'test', eval_transform(16), 2)
+    dataset = ImageTextEval(flickr(tmp_path, 'blip'), 'test', EvalTransform(16), 2)
     assert len(dataset) == 3 and dataset[1].shape == (3, 16, 16)
     assert dataset.texts == ['x one', 'x two', 'y one', 'z', 'z z', 'z z']
     assert dataset.text_to_image == [0, 0, 1, 2, 2, 2]
@@ -364,7 +364,7 @@ def test_held_out_pictures(tmp_path):
     assert dataset.references == CAPTIONS['test'] and dataset.paths[2].name == 'test2.jpg'
     dataset.paths[0].unlink()
     with pytest.raises(FileNotFoundError, match='1 of the 3 images of split test are missing.*test0.jpg'):
-        ImageTextEval(tmp_path, 'test', eval_transform(16), 2)
+        ImageTextEval(tmp_path, 'test', EvalTransform(16), 2)
 
 
 def test_errors_say_what_was_looked_for(tmp_path):
@@ -383,7 +383,7 @@ def test_errors_say_what_was_looked_for(tmp_path):
         (root / 'dataset_flickr30k.json').write_text(content)
         with pytest.raises(ValueError, match=f'dataset_flickr30k.json.*{message}'):
             load_annotated(root, 'train')
-    (flickr(root, 'karpathy') / 'flickr30k-images').rename(root / 'pictures')
+    (flickr(root, 'karpathy') / 'flickr30k-images').rename(root / 'images')
     with pytest.raises(FileNotFoundError, match='looked for train0.jpg in it and in the folders flickr30k-images'):
         load_annotated(root, 'train')
 

@@ -77,7 +77,7 @@ def test_a_picture_is_captioned_and_a_bad_one_named(page, tmp_path):
     expect(page.locator('textarea').first).to_have_value(
         'within a green square there is a blue star on white', timeout=20_000)
     page.get_by_role('button', name='Remove Image').click()
-    (tmp_path / 'broken.png').write_bytes(b'no picture')
+    (tmp_path / 'broken.png').write_bytes(b'no image')
     upload(page, tmp_path / 'broken.png')
     page.get_by_role('button', name='Caption', exact=True).click()
     expect(page.get_by_text('is not a readable image')).to_be_visible()
@@ -90,7 +90,7 @@ def test_a_picture_is_captioned_and_a_bad_one_named(page, tmp_path):
 
 def test_search_shows_the_pictures(page):
     page.get_by_role('tab', name='Search a folder').click()
-    box = page.get_by_label('What is in the picture?')
+    box = page.get_by_label('What is in the image?')
     box.fill('a blue star inside a green square')
     box.press('Enter')
     first = page.locator('.grid-container .caption-label').first

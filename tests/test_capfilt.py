@@ -18,7 +18,7 @@ from bench.shards import found, run, write_scenes
 from data.captions import clean_caption
 from data.shards import ShardDataset
 from data.tars import read_samples
-from data.transforms import train_transform
+from data.transforms import TrainTransform
 from prod import DLIPProd, capfilt, shards
 from prod.capfilt import ShardWorker
 from utils import ROOT
@@ -80,7 +80,7 @@ def test_a_shard_gets_captions_scores_embeddings_and_a_tar_to_train_on(here, sce
     metadata = pq.read_table(tmp_path / 'metadata/metadata_00000.parquet').to_pydict()
     assert metadata['image_path'] == list(samples) and metadata['caption'] == [row['caption'] for row in rows]
 
-    dataset = ShardDataset(str(tmp_path / 'filtered'), train_transform(16, 0.5, True), 30)
+    dataset = ShardDataset(str(tmp_path / 'filtered'), TrainTransform(16, 0.5, True), 30)
     kept = [(Path(pair.image.name).stem.partition('-')[0], pair.caption) for pair in dataset.rows([0], 0, len(dataset))]
     passing = [(row['key'], text) for row in rows for score, text in
                zip((row['itm'], *row['itm_dlip']), (row['caption'], *row['caption_dlip']), strict=True) if score >= 0.5]

@@ -20,9 +20,9 @@ from data.captions import clean_caption, is_empty, storable
 from data.datasets import PairDataset
 from data.json_list import read_json_list
 from data.loader import BadImages, make_loader
-from data.transforms import train_transform
+from data.transforms import TrainTransform
 
-TRANSFORM = train_transform(16, 0.5, True)
+TRANSFORM = TrainTransform(16, 0.5, True)
 
 
 def write_pictures(folder: Path, names: list[str]) -> None:
@@ -35,10 +35,10 @@ def write_pictures(folder: Path, names: list[str]) -> None:
 def all_json(tmp_path) -> Path:
     """Twenty pairs with relative and absolute paths."""
     names = [f'{i}.png' for i in range(20)]
-    write_pictures(tmp_path / 'pictures', names)
+    write_pictures(tmp_path / 'images', names)
     path = tmp_path / 'all.json'
-    path.write_text(json.dumps([{'caption': f'Picture {i}, left!', 'id': i, 'image_root': f'pictures/{name}' if i % 2
-                                 else str(tmp_path / 'pictures' / name)} for i, name in enumerate(names)]))
+    path.write_text(json.dumps([{'caption': f'Image {i}, left!', 'id': i, 'image_root': f'images/{name}' if i % 2
+                                 else str(tmp_path / 'images' / name)} for i, name in enumerate(names)]))
     return path
 
 
@@ -103,10 +103,10 @@ def test_pairs_are_those_of_all_json(all_json):
     assert len(dataset) == 20
     for i in (0, 1, 19):
         path, caption, number = dataset.pair(i)
-        assert (Path(path), caption) == (all_json.parent / f'pictures/{i}.png', f'Picture {i}, left!')
+        assert (Path(path), caption) == (all_json.parent / f'images/{i}.png', f'Image {i}, left!')
     item = dataset[3]
     assert item['image'].shape == (3, 16, 16) and item['image'].dtype == torch.uint8
-    assert item['caption'] in ('picture 3, left', 'picture 3, right') and item['bad'] == []
+    assert item['caption'] in ('image 3, left', 'image 3, right') and item['bad'] == []
 
 
 def test_empty_captions_are_left_out_and_long_ones_cut(all_json, caplog):
@@ -129,7 +129,7 @@ def test_index_is_built_once_and_again_when_all_json_changed(all_json):
     assert len(pairs(all_json)) == 7
     built.write_bytes(b'torn')
     assert len(pairs(all_json)) == 7
-    assert sorted(os.listdir(all_json.parent)) == ['all.json', 'all.json.arrow', 'pictures']
+    assert sorted(os.listdir(all_json.parent)) == ['all.json', 'all.json.arrow', 'images']
 
 
 def test_index_of_a_read_only_folder_is_in_the_temporary_one(all_json, tmp_path, monkeypatch):
@@ -138,7 +138,7 @@ def test_index_of_a_read_only_folder_is_in_the_temporary_one(all_json, tmp_path,
     monkeypatch.setattr(index.tempfile, 'gettempdir', lambda: str(elsewhere))
     monkeypatch.setattr(index.os, 'access', lambda path, mode: False)
     dataset = pairs(all_json)
-    assert dataset.index.parent == elsewhere and 'picture 1' in dataset[1]['caption']
+    assert dataset.index.parent == elsewhere and 'image 1' in dataset[1]['caption']
     assert not all_json.with_name('all.json.arrow').exists()
 
 
@@ -222,7 +222,7 @@ def test_index_of_many_batches(all_json, monkeypatch):
     monkeypatch.setattr(index, 'BATCH', 3)
     dataset = pairs(all_json)
     assert dataset.table['id'].num_chunks == 7
-    assert [dataset.pair(i)[1] for i in range(20)] == [f'Picture {i}, left!' for i in range(20)]
+    assert [dataset.pair(i)[1] for i in range(20)] == [f'Image {i}, left!' for i in range(20)]
 
 
 def test_half_an_emoji_in_all_json_does_not_stop_it(all_json):
@@ -240,7 +240,7 @@ def test_all_json_without_a_pair(all_json, content):
 def test_all_json_or_its_pictures_are_missing(all_json):
     with pytest.raises(FileNotFoundError, match='no .*absent.json: write it with json_dataset.py'):
         pairs(all_json.with_name('absent.json'))
-    (all_json.parent / 'pictures').rename(all_json.parent / 'moved')
+    (all_json.parent / 'images').rename(all_json.parent / 'moved')
     with pytest.raises(FileNotFoundError, match='none of 16 images looked for is there, for example .*0.png'):
         pairs(all_json)
 
@@ -248,7 +248,7 @@ def test_all_json_or_its_pictures_are_missing(all_json):
 def test_dataset_travels_to_a_worker_without_its_table(all_json):
     dataset = pairs(all_json)
     sent = pickle.dumps(dataset)
-    assert b'Picture 7' not in sent and equal(pickle.loads(sent)[7], dataset[7])
+    assert b'Image 7' not in sent and equal(pickle.loads(sent)[7], dataset[7])
 
 
 # ---------------------------------------------------------------- determinism
@@ -269,7 +269,7 @@ def test_item_is_a_function_of_seed_epoch_and_index(all_json):
 def test_generators_are_put_back_after_an_error(all_json, monkeypatch):
     dataset = pairs(all_json)
     states = random.getstate(), torch.get_rng_state()
-    monkeypatch.setattr(train_transform, '__call__', lambda *args: 1 / (random.random() * 0))
+    monkeypatch.setattr(TrainTransform, '__call__', lambda *args: 1 / (random.random() * 0))
     with pytest.raises(ZeroDivisionError):
         dataset[0]
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
@@ -322,11 +322,11 @@ def test_fewer_samples_than_a_batch(all_json):
 # ---------------------------------------------------------------- broken pictures
 
 def test_broken_picture_is_replaced_by_the_next(all_json):
-    (all_json.parent / 'pictures/4.png').write_bytes(b'no picture')
-    (all_json.parent / 'pictures/5.png').unlink()
+    (all_json.parent / 'images/4.png').write_bytes(b'no image')
+    (all_json.parent / 'images/5.png').unlink()
     item = pairs(all_json)[4]
-    assert item['caption'].startswith('picture 6')
-    assert [(Path(path).name, kind) for path, kind, _ in item['bad']] == [('4.png', 'not a picture'),
+    assert item['caption'].startswith('image 6')
+    assert [(Path(path).name, kind) for path, kind, _ in item['bad']] == [('4.png', 'not an image'),
                                                                           ('5.png', 'missing')]
     assert all(path in message for path, _, message in item['bad'])
     bad = [pair for batch in loader(pairs(all_json), workers=1) for pair in batch['bad']]
@@ -334,9 +334,9 @@ def test_broken_picture_is_replaced_by_the_next(all_json):
 
 
 def test_no_readable_picture_at_all(all_json):
-    for path in (all_json.parent / 'pictures').iterdir():
+    for path in (all_json.parent / 'images').iterdir():
         path.write_bytes(b'')
-    with pytest.raises(ValueError, match='20 pictures in a row cannot be read; the first: .*3.png'):
+    with pytest.raises(ValueError, match='20 images in a row cannot be read; the first: .*3.png'):
         pairs(all_json)[3]
 
 
@@ -347,10 +347,10 @@ def batch(good: int, bad: list[str], kind: str = 'damaged') -> dict:
 def test_too_many_broken_pictures_stop_the_run(caplog):
     count = BadImages(0.05, logging.getLogger('dlip'))
     count.update(batch(4, ['a.jpg', 'b.jpg', 'a.jpg']))
-    assert count.check() == '3 of 7 pictures (3 damaged)'  # too few to judge
-    assert caplog.text.count('broken picture skipped (damaged): a.jpg is broken') == 1
+    assert count.check() == '3 of 7 images (3 damaged)'  # too few to judge
+    assert caplog.text.count('broken image skipped (damaged): a.jpg is broken') == 1
     count.update(batch(189, ['a.jpg', 'b.jpg'] * 4, 'missing'))  # met again: as broken as the first time
-    with pytest.raises(ValueError, match=r'11 of 204 pictures \(8 missing, 3 damaged\) cannot be read: 5.4%, more than '
+    with pytest.raises(ValueError, match=r'11 of 204 images \(8 missing, 3 damaged\) cannot be read: 5.4%, more than '
                                          r'data.max_bad_fraction 0.05; the first: a.jpg is'):
         count.check()
 
@@ -359,4 +359,4 @@ def test_some_broken_pictures_are_tolerated_in_every_epoch():
     count = BadImages(0.05, logging.getLogger('dlip'))
     for _ in range(50):
         count.update(batch(96, ['a.jpg', 'b.jpg', 'c.jpg', 'd.jpg']))
-    assert count.check() == '200 of 5000 pictures (200 damaged)'
+    assert count.check() == '200 of 5000 images (200 damaged)'

@@ -73,7 +73,7 @@ def test_all_processes_stop_when_one_meets_too_many_broken_pictures(pretrained, 
     data = broken_set(scenes, tmp_path, edit)
     runs = joined(2, 'pretrain_dlip.py', *options(pretrained[0], tmp_path), f'data.train={data}')
     stops = [re.findall('^error: .*', done.stderr, re.MULTILINE) for done in runs]
-    assert stops[0] == stops[1] and 'not a picture) cannot be read' in stops[0][0], runs
+    assert stops[0] == stops[1] and 'not an image) cannot be read' in stops[0][0], runs
     assert [done.returncode for done in runs] == [1, 1]
     assert ['broken.jpg' in done.stdout for done in runs] == [False, True]  # that it was met
 

@@ -17,7 +17,7 @@ from data.datasets import ImageTextEval
 from data.scene_captions import captions, vocabulary
 from data.scene_layouts import write_flickr_annotation
 from data.scenes import render, sample_split
-from data.transforms import eval_transform
+from data.transforms import EvalTransform
 from eval import caption as caption_script
 from eval import metrics, report, speed
 from eval import retrieval as retrieval_script
@@ -38,7 +38,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope='module')
 def flickr(tmp_path_factory):
-    """A Flickr30K folder with 14 rendered test pictures and five captions each."""
+    """A Flickr30K folder with 14 rendered test images and five captions each."""
     root = tmp_path_factory.mktemp('flickr30k')
     (root / 'flickr30k-images').mkdir()
     named = [(f'test{i:06d}.jpg', scene) for i, scene in enumerate(sample_split('test', 14, 0, distinct=True))]
@@ -50,7 +50,7 @@ def flickr(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def dataset(flickr) -> ImageTextEval:
-    return ImageTextEval(flickr, 'test', eval_transform(32), max_words=30)
+    return ImageTextEval(flickr, 'test', EvalTransform(32), max_words=30)
 
 
 def random_net(tokenizer: Tokenizer, task: str = 'pretrain', seed: int = 0) -> BLIP:
@@ -401,7 +401,7 @@ def test_right_captions_score_full_marks(dataset, flickr):
     scenes = sample_split('test', 14, 0, distinct=True)
     result, records = score_captions(dataset, [[captions(scene)[0]] for scene in scenes])
     assert result['exact'] == 100.0 and result['Bleu_4'] == pytest.approx(100)
-    wrong, records = score_captions(dataset, [['a picture']] * 13 + [captions(scenes[13])[1:]])
+    wrong, records = score_captions(dataset, [['an image']] * 13 + [captions(scenes[13])[1:]])
     assert wrong['exact'] == pytest.approx(100 / 14) and [r['right'] for r in records] == [False] * 13 + [True]
 
 

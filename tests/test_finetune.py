@@ -20,7 +20,7 @@ from bench.stress import same
 from data.captions import clean_caption
 from data.datasets import AnnotatedTrain, AnnotatedWhole
 from data.images import open_image
-from data.transforms import eval_transform, normalise, whole_transform
+from data.transforms import EvalTransform, WholeTransform, normalise
 from eval.cider import END, CiderReward
 from eval.metrics import simple_tokens
 from models import losses
@@ -125,7 +125,7 @@ def test_a_retrieval_finetune_learns_from_a_finetuned_teacher(scenes, teachers, 
     for term in ('image_feat', 'text_feat', 'ita_soft'):
         assert last[f'train_loss_{term}'] < first[f'train_loss_{term}'], term
     assert 'train_loss_itm_soft' in last
-    teacher, data = load_model(teachers['retrieval'])[0], AnnotatedTrain(scenes / 'flickr30k', whole_transform(32), 30)
+    teacher, data = load_model(teachers['retrieval'])[0], AnnotatedTrain(scenes / 'flickr30k', WholeTransform(32), 30)
     texts = {}
     for i in range(len(data)):
         _, caption, number = data.pair(i)
@@ -180,7 +180,7 @@ def test_teacher_captions_are_its_beam_captions_of_whole_pictures(pictures, teac
     assert len(said) == len(pictures) == 8
     for i in range(8):
         path, image = pictures.pair(i)[0], normalise(pictures[i]['image'])
-        assert (image - eval_transform(32)(open_image(path))).abs().max() < 0.05  # of a range of 4: rounding
+        assert (image - EvalTransform(32)(open_image(path))).abs().max() < 0.05  # of a range of 4: rounding
         assert said[path] == generate(teacher, tokenizer, image[None], '', num_beams=2, max_length=8, min_length=3)[0]
 
 
@@ -220,7 +220,7 @@ def test_a_broken_picture_has_no_caption(pictures, teachers, tokenizer, tmp_path
 def test_a_share_of_the_items_has_the_teachers_caption(scenes):
     """Decided by seed, epoch and item; without a share items are what they were."""
     def captions(share, epoch=0):
-        data = AnnotatedTrain(scenes / 'flickr30k', whole_transform(32), 30, 0, teacher_share=share)
+        data = AnnotatedTrain(scenes / 'flickr30k', WholeTransform(32), 30, 0, teacher_share=share)
         data.teacher_captions = {data.pair(i)[0]: 'said by the teacher' for i in range(20)}
         data.epoch = epoch
         return [data[i]['caption'] == 'said by the teacher' for i in range(len(data))]

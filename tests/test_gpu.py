@@ -8,7 +8,7 @@ import pretrain_dlip
 import train_dlip_caption_flickr
 import train_dlip_retrieval_flickr
 from data.datasets import ImageTextEval
-from data.transforms import eval_transform
+from data.transforms import EvalTransform
 from eval.retrieval import retrieval_scores
 from models.distill.terms import TERMS
 from models.engine.logs import read_log
@@ -90,7 +90,7 @@ def test_finetunes_resume_and_their_checkpoints_serve_a_cpu(scenes, teacher, tmp
 
 def test_retrieval_scores_equal_those_of_the_cpu(scenes, teacher):
     net, tokenizer, _ = load_model(teacher)
-    pictures = ImageTextEval(scenes / 'flickr30k', 'test', eval_transform(net.config.image_size), 30)
+    pictures = ImageTextEval(scenes / 'flickr30k', 'test', EvalTransform(net.config.image_size), 30)
     on_cpu = retrieval_scores(net, tokenizer, pictures)
     on_gpu = retrieval_scores(net.to('cuda'), tokenizer, pictures, device='cuda')
     for cpu, gpu in zip(on_cpu, on_gpu, strict=True):

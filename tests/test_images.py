@@ -16,10 +16,10 @@ from PIL import Image, ImageCms, ImageFile
 from torchvision.transforms import functional as F
 
 from data import images, rgb
-from data.images import FORMATS, BrokenPicture, open_image, open_part, plain_jpeg
+from data.images import FORMATS, BrokenImage, open_image, open_part, plain_jpeg
 from data.rgb import to_rgb
 from data.scan import list_images
-from prod.images import find_pictures, named_images, read_image
+from prod.images import find_images, named_images, read_image
 
 Image.init()
 MODES = ('1', 'L', 'LA', 'La', 'P', 'PA', 'RGB', 'RGBA', 'RGBa', 'RGBX', 'CMYK', 'YCbCr', 'HSV', 'LAB', 'I', 'F',
@@ -81,7 +81,7 @@ def test_every_format_and_mode_is_right_or_refused(kind):
         except Exception:  # noqa: BLE001 (Pillow cannot write this mode)
             continue
         if kind not in (*FORMATS, 'MPO') or (kind, mode) == ('TIFF', 'YCbCr'):  # Pillow's own reader of it is broken
-            with pytest.raises(BrokenPicture, match='^x is '):
+            with pytest.raises(BrokenImage, match='^x is '):
                 open_image(io.BytesIO(data), name='x')
             continue
         found = open_image(io.BytesIO(data))
@@ -263,10 +263,10 @@ def test_a_large_jpeg_is_decoded_small_within_the_memory():
         assert difference(found, image.reduce(scale)) < 2
         part = open_part(io.BytesIO(data), lambda height, width: (0, 0, height, width // 2), 10 ** 6, memory)
         assert part.shape == (3, 600 // scale, 400 // scale)
-    with pytest.raises(BrokenPicture, match=r'too large: 0 megapixels, which take 0.0 GiB of memory.*memory') as error:
+    with pytest.raises(BrokenImage, match=r'too large: 0 megapixels, which take 0.0 GiB of memory.*memory') as error:
         open_image(io.BytesIO(data), 5e-5)
     assert error.value.kind == 'too large'
-    with pytest.raises(BrokenPicture):  # its coefficients are all held at once
+    with pytest.raises(BrokenImage):  # its coefficients are all held at once
         open_image(io.BytesIO(saved(image, 'JPEG', progressive=True)), 1e-3)
 
 
@@ -283,7 +283,7 @@ def test_other_large_images_are_reduced_or_refused():
     data = saved(colours(800, 600))
     for memory, scale in ((1, 1), (3e-3, 2)):
         assert open_image(io.BytesIO(data), memory).size == (800 // scale, 600 // scale)
-    with pytest.raises(BrokenPicture, match='megapixels, which take .* GiB'):
+    with pytest.raises(BrokenImage, match='megapixels, which take .* GiB'):
         open_image(io.BytesIO(data), 1e-3)
 
 
@@ -314,7 +314,7 @@ def test_only_regular_files_are_opened(tmp_path):
         def read(path=path, caught=caught):
             try:
                 open_image(path)
-            except BrokenPicture as error:
+            except BrokenImage as error:
                 caught.append(str(error))
         thread = threading.Thread(target=read, daemon=True)
         thread.start()
@@ -353,7 +353,7 @@ def test_heic_names_the_package(monkeypatch):
     try:
         import pillow_heif
     except ImportError:
-        with pytest.raises(BrokenPicture, match='HEIC needs the package pillow-heif: pip install pillow-heif'):
+        with pytest.raises(BrokenImage, match='HEIC needs the package pillow-heif: pip install pillow-heif'):
             open_image(io.BytesIO(struct.pack('>I', 24) + b'ftypheic' + bytes(100)))
     else:
         pillow_heif.register_heif_opener()
@@ -413,7 +413,7 @@ def test_a_folder_scan_goes_on_past_what_it_cannot_read(tmp_path, caplog, monkey
             raise PermissionError(13, 'Permission denied', path)
         return scandir(path)
     monkeypatch.setattr(os, 'scandir', refuse)
-    assert find_pictures(tmp_path) == [str(tmp_path / 'good/a.jpg')]
+    assert find_images(tmp_path) == [str(tmp_path / 'good/a.jpg')]
     assert '2 folders cannot be read and are left out' in caplog.text and max(map(len, caplog.text.splitlines())) < 600
     subprocess.run(['rm', '-r', tmp_path / name], check=True)  # the temporary folder's clean-up cannot
     with pytest.raises(FileNotFoundError, match='no folder'):

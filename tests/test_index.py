@@ -14,19 +14,19 @@ from processes import FORKSERVER
 from prod import DLIPProd
 from prod import index as index_module
 from prod import search as search_tool
-from prod.index import PictureIndex
+from prod.index import ImageIndex
 
 WIDTH = 8
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Seven pictures in two folders, a damaged one and a text file."""
-    place = tmp_path / 'pictures'
+    """Seven images in two folders, a damaged one and a text file."""
+    place = tmp_path / 'images'
     (place / 'more').mkdir(parents=True)
     for i in range(7):
         draw(place / (f'more/{i}.png' if i > 3 else f'{i}.png'), i)
-    (place / 'broken.jpg').write_bytes(b'no picture')
+    (place / 'broken.jpg').write_bytes(b'no image')
     (place / 'notes.txt').write_text('hello')
     return place
 
@@ -49,9 +49,9 @@ def features(names: list[str], version: int = 0) -> torch.Tensor:
     return torch.stack([feature(name, version) for name in names])
 
 
-def assert_paired(index: PictureIndex, versions: tuple[int, ...] = (0,)) -> None:
+def assert_paired(index: ImageIndex, versions: tuple[int, ...] = (0,)) -> None:
     """Every name finds itself by one of its own embeddings."""
-    for name in index.pictures:
+    for name in index.images:
         assert any(index.search(feature(name, version), 1)[0] == (name, pytest.approx(1, abs=1e-5))
                    for version in versions), name
 
@@ -59,14 +59,14 @@ def assert_paired(index: PictureIndex, versions: tuple[int, ...] = (0,)) -> None
 def test_search_is_exact(retrieval, pictures, tmp_path, caplog):
     index = retrieval.index(pictures, tmp_path / 'index')
     assert len(index) == 7 and 'broken.jpg is no readable image' in caplog.text
-    features = retrieval.get_image_feat(index.pictures)
+    features = retrieval.get_image_feat(index.images)
     want = (features @ retrieval.get_text_feat('a dog')[0]).sort(descending=True)
     hits = retrieval.search('a dog', index, 3)
-    assert [path for path, _ in hits] == [index.pictures[i] for i in want.indices[:3]]
+    assert [path for path, _ in hits] == [index.images[i] for i in want.indices[:3]]
     assert [score for _, score in hits] == pytest.approx(want.values[:3].tolist(), abs=1e-5)
     assert retrieval.search(pictures / '2.png', index, 1)[0] == (str(pictures / '2.png'), pytest.approx(1, abs=1e-4))
     matched = retrieval.search('a dog', index, 2, rerank=7)
-    best = retrieval.match(index.pictures, 'a dog')[:, 0].max()
+    best = retrieval.match(index.images, 'a dog')[:, 0].max()
     assert matched[0][1] == pytest.approx(float(best), abs=1e-5) and len(matched) == 2
 
 
@@ -77,15 +77,15 @@ def test_a_run_brings_the_index_up_to_date(retrieval, pictures, tmp_path, monkey
     draw(pictures / 'new.png', 20)
     draw(pictures / '1.png', 21)  # another image of the same name
     (pictures / '2.png').unlink()
-    (pictures / '3.png').write_bytes(b'no picture any more')
+    (pictures / '3.png').write_bytes(b'no image any more')
     shutil.rmtree(pictures / 'more')
     embedded = []
     monkeypatch.setattr(retrieval, 'get_image_feat', lambda images, get=retrieval.get_image_feat, **options:
                         embedded.append(images) or get(images, **options))
     index = retrieval.index(pictures, tmp_path / 'index')
-    assert sorted(os.path.basename(path) for path in index.pictures) == ['0.png', '1.png', 'new.png']
+    assert sorted(os.path.basename(path) for path in index.images) == ['0.png', '1.png', 'new.png']
     assert not any(str(pictures / '0.png') in images for images in embedded if isinstance(images, list))
-    for path in index.pictures:
+    for path in index.images:
         assert index.search(retrieval.get_image_feat(path)[0], 1)[0] == (path, pytest.approx(1, abs=1e-4))
     before = (tmp_path / 'index/index.jsonl').stat().st_mtime_ns
     retrieval.index(pictures, tmp_path / 'index')
@@ -98,9 +98,9 @@ def test_a_folder_by_any_other_spelling_is_the_same(retrieval, pictures, tmp_pat
     (tmp_path / 'link').symlink_to(pictures)
     (tmp_path / 'links').mkdir()
     (tmp_path / 'links/one.png').symlink_to(pictures / '1.png')
-    for spelled in ('pictures', './pictures/', 'pictures/../pictures', 'link', 'link/', 'links', pictures / '.'):
+    for spelled in ('images', './images/', 'images/../images', 'link', 'link/', 'links', pictures / '.'):
         assert len(retrieval.index(spelled, 'index')) == 7
-    assert len(retrieval.index(['pictures/1.png', pictures / '1.png', 'link/more/../1.png'], 'index')) == 7
+    assert len(retrieval.index(['images/1.png', pictures / '1.png', 'link/more/../1.png'], 'index')) == 7
     (pictures / 'more/4.png').unlink()
     assert len(retrieval.index('link', 'index')) == 6
 
@@ -111,7 +111,7 @@ def test_a_search_outlives_images_that_are_gone_or_broken(retrieval, folder, pic
     os.unlink(first[0])
     assert [path for path, _ in retrieval.search('a dog', index, 2)] == first[1:3]
     with open(first[1], 'wb') as file:
-        file.write(b'no picture')
+        file.write(b'no image')
     reranked = [path for path, _ in retrieval.search('a dog', index, 7, rerank=7)]
     assert sorted(reranked) == sorted(first[2:])
     for path in first[2:]:
@@ -121,7 +121,7 @@ def test_a_search_outlives_images_that_are_gone_or_broken(retrieval, folder, pic
 
 def test_a_sheet_is_drawn_of_what_became_unreadable(folder, pictures, tmp_path, monkeypatch):
     def search(self, query, index, k, **options):
-        (pictures / '1.png').write_bytes(b'no picture')
+        (pictures / '1.png').write_bytes(b'no image')
         return [(str(pictures / '1.png'), 0.5), (str(pictures / 'absent.png'), 0.4)]
 
     monkeypatch.setattr(DLIPProd, 'search', search)
@@ -198,18 +198,18 @@ def test_an_interruption_at_any_write_leaves_right_pairs(tmp_path, monkeypatch, 
         with monkeypatch.context() as patch:
             faults = Faults(patch, n)
             try:
-                index = PictureIndex(folder, PROBE)
+                index = ImageIndex(folder, PROBE)
                 work(index)
             except Killed:
                 pass
         whole = faults.left > 0
         if (folder / 'index.jsonl').exists():
-            assert_paired(PictureIndex(folder, PROBE), (0, 1))
+            assert_paired(ImageIndex(folder, PROBE), (0, 1))
         if index is None or not same_object:
-            index = PictureIndex(folder, PROBE)
+            index = ImageIndex(folder, PROBE)
         work(index)
-        for either in (index, PictureIndex(folder, PROBE)):
-            assert sorted(either.pictures) == ['b', 'e', 'f']
+        for either in (index, ImageIndex(folder, PROBE)):
+            assert sorted(either.images) == ['b', 'e', 'f']
             assert_paired(either, (0, 1))
         assert index.search(feature('b', 1), 1)[0][0] == 'b' and len(list(folder.glob('features-*'))) == 1
         if whole:
@@ -218,7 +218,7 @@ def test_an_interruption_at_any_write_leaves_right_pairs(tmp_path, monkeypatch, 
 
 
 def write(place, letter: str) -> None:
-    index = PictureIndex(place, PROBE)
+    index = ImageIndex(place, PROBE)
     (place.parent / letter).touch()
     while not (place.parent / 'go').exists():
         time.sleep(0.01)
@@ -235,30 +235,30 @@ def test_writers_readers_and_a_kill_at_once(tmp_path):
     while not all((tmp_path / letter).exists() for letter in writers):
         time.sleep(0.01)
     (tmp_path / 'go').touch()
-    reader, reads = PictureIndex(place, PROBE), 0
-    while not any(name.startswith('x') for name in reader.pictures[30:]):
-        reader, reads = PictureIndex(place, PROBE), reads + 1
+    reader, reads = ImageIndex(place, PROBE), 0
+    while not any(name.startswith('x') for name in reader.images[30:]):
+        reader, reads = ImageIndex(place, PROBE), reads + 1
         assert_paired(reader)
     writers['x'].kill()
     for letter, writer in writers.items():
         writer.join(60)
         assert letter == 'x' or writer.exitcode == 0
-    index = PictureIndex(place, PROBE)
-    assert {f'{letter}{i}' for letter in 'yz' for i in range(240)} <= set(index.pictures) and reads
+    index = ImageIndex(place, PROBE)
+    assert {f'{letter}{i}' for letter in 'yz' for i in range(240)} <= set(index.images) and reads
     assert_paired(index)
 
 
 def test_a_reader_that_opened_before_keeps_what_it_saw(tmp_path, monkeypatch):
     monkeypatch.setattr(index_module, 'UNUSED', 0)
-    writer = PictureIndex(tmp_path / 'index', PROBE)
+    writer = ImageIndex(tmp_path / 'index', PROBE)
     writer.add(['a', 'b', 'c'], features(['a', 'b', 'c']))
-    reader = PictureIndex(tmp_path / 'index', PROBE)
+    reader = ImageIndex(tmp_path / 'index', PROBE)
     writer.remove(['a', 'b'])
     writer.add(['d'], features(['d']))
     assert_paired(reader)
-    assert reader.pictures == ['a', 'b', 'c'] and writer.pictures == ['c', 'd']
+    assert reader.images == ['a', 'b', 'c'] and writer.images == ['c', 'd']
     (tmp_path / 'index').chmod(0o500)
-    assert_paired(PictureIndex(tmp_path / 'index', PROBE))
+    assert_paired(ImageIndex(tmp_path / 'index', PROBE))
 
 
 @pytest.mark.parametrize('given, message', [
@@ -267,23 +267,23 @@ def test_a_reader_that_opened_before_keeps_what_it_saw(tmp_path, monkeypatch):
     (torch.full((2, WIDTH), torch.nan), 'NaN or infinite'),
 ])
 def test_features_that_are_none(tmp_path, given, message):
-    index = PictureIndex(tmp_path / 'index', PROBE)
+    index = ImageIndex(tmp_path / 'index', PROBE)
     with pytest.raises(ValueError, match=message):
         index.add(['a', 'b'], given)
-    assert len(index) == len(PictureIndex(tmp_path / 'index', PROBE)) == 0
+    assert len(index) == len(ImageIndex(tmp_path / 'index', PROBE)) == 0
 
 
 def test_damaged_files(tmp_path, caplog):
     place = tmp_path / 'index'
     names = [str(i) for i in range(9)]
-    PictureIndex(place, PROBE, 'save/net.pth').add(names, features(names))
+    ImageIndex(place, PROBE, 'save/net.pth').add(names, features(names))
     lines, file = (place / 'index.jsonl').read_bytes(), next(place.glob('features-*'))
     content = file.read_bytes()
 
     with pytest.raises(ValueError, match=r'made with another checkpoint \(save/net.pth\): delete it, or use that'):
-        PictureIndex(place, feature('another net'))
+        ImageIndex(place, feature('another net'))
     with pytest.raises(ValueError, match='made with another checkpoint'):
-        PictureIndex(place, torch.ones(5))
+        ImageIndex(place, torch.ones(5))
     for garbage in (b'', b'garbage\n', lines[:100] + b'\xff\n' + lines[100:], b'{}\n', b'[1]\n', b'[' * 9999 + b'\n',
                     lines.replace(b'"features-', b'"../features-'), lines.replace(b'"features-', b'"/features-'),
                     lines + b'{"path": "x", "row": "1", "size": 1, "mtime": 1}\n',
@@ -292,27 +292,27 @@ def test_damaged_files(tmp_path, caplog):
                     lines + b'{"path": 5, "row": 9, "size": 1, "mtime": 1}\n'):
         (place / 'index.jsonl').write_bytes(garbage)
         with pytest.raises(ValueError, match=r'is damaged \(.*\): delete it, and the next run makes it again'):
-            PictureIndex(place, PROBE)
+            ImageIndex(place, PROBE)
     (place / 'index.jsonl').write_bytes(lines)
 
     file.write_bytes(np.random.default_rng(0).bytes(len(content)))
     with pytest.raises(ValueError, match='its features are no embeddings'):
-        PictureIndex(place, PROBE).search(PROBE, 1)
+        ImageIndex(place, PROBE).search(PROBE, 1)
     for zeros in (bytes(len(content)), content[:-80] + bytes(80)):
         file.write_bytes(zeros)
         for approximate in (False, True):
             with pytest.raises(ValueError, match='its features are no embeddings.*the next run makes it again'):
-                PictureIndex(place, PROBE).search(PROBE, 9, approximate=approximate)
+                ImageIndex(place, PROBE).search(PROBE, 9, approximate=approximate)
     file.write_bytes(content[:-40])  # one row and a part of another are lost
-    index = PictureIndex(place, PROBE)
+    index = ImageIndex(place, PROBE)
     assert len(index) == 7 and 'lost the end of its features' in caplog.text
     assert_paired(index)
     index.add(names[7:], features(names[7:]))
-    assert len(PictureIndex(place, PROBE)) == 9
-    assert_paired(PictureIndex(place, PROBE))
+    assert len(ImageIndex(place, PROBE)) == 9
+    assert_paired(ImageIndex(place, PROBE))
     next(place.glob('features-*')).unlink()
     with pytest.raises(ValueError, match='is missing'):
-        PictureIndex(place, PROBE)
+        ImageIndex(place, PROBE)
 
 
 def test_what_is_no_index_is_refused(retrieval, pictures, tmp_path):
@@ -338,14 +338,14 @@ def test_approximate_search_misses_little_and_follows_the_index(tmp_path, monkey
     torch.manual_seed(0)
     centres = torch.randn(40, 32)
     features = torch.nn.functional.normalize(centres.repeat(100, 1) + 0.5 * torch.randn(4000, 32), dim=-1)
-    index = PictureIndex(tmp_path / 'index', features[0])
+    index = ImageIndex(tmp_path / 'index', features[0])
     index.add([f'{i}.jpg' for i in range(3900)], features[:3900])
     found = [dict(index.search(feature, 10, approximate=True)) for feature in features[:50]]
     exact = [dict(index.search(feature, 10)) for feature in features[:50]]
     assert sum(len(a.keys() & b.keys()) for a, b in zip(found, exact, strict=True)) > 0.9 * 500
     assert found[0]['0.jpg'] == pytest.approx(1, abs=1e-5)  # its cosines are exact
     index.add([f'{i}.jpg' for i in range(3900, 4000)], features[3900:])  # newer than what faiss was trained with
-    again = PictureIndex(tmp_path / 'index', features[0])
+    again = ImageIndex(tmp_path / 'index', features[0])
     assert again.search(features[3950], 1, approximate=True)[0][0] == '3950.jpg'
     file = next((tmp_path / 'index').glob('*.faiss'))
     assert faiss.read_index(str(file)).ntotal == 3900
@@ -354,7 +354,7 @@ def test_approximate_search_misses_little_and_follows_the_index(tmp_path, monkey
     whole = file.read_bytes()
     for garbage in (b'', b'garbage', whole[:5000], faiss.serialize_index(faiss.IndexFlatIP(7)).tobytes()):
         file.write_bytes(garbage)
-        assert PictureIndex(tmp_path / 'index', features[0]).search(features[7], 1, approximate=True)[0][0] == '7.jpg'
+        assert ImageIndex(tmp_path / 'index', features[0]).search(features[7], 1, approximate=True)[0][0] == '7.jpg'
         assert 'is damaged and made again' in caplog.text
         caplog.clear()
     index.remove([f'{i}.jpg' for i in range(3000)])

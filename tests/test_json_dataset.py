@@ -27,7 +27,7 @@ REGION = {'region_id': 1, 'image_id': 1, 'x': 0, 'y': 0, 'width': 400, 'height':
 
 
 def write_shard(folder: Path, captions: dict[str, str | None], parquet: dict | None = None) -> Path:
-    """A shard folder with a picture (bytes that are never opened) and side files for every key."""
+    """A shard folder with an image (bytes that are never opened) and side files for every key."""
     folder.mkdir(parents=True)
     for key, caption in captions.items():
         (folder / f'{key}.jpg').write_bytes(b'picture')

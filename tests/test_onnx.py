@@ -18,7 +18,7 @@ from data.json_lines import JsonLines
 from models.weights.checkpoint import load_model
 from prod import DLIPProd
 from prod import export as export_tool
-from prod.images import find_pictures
+from prod.images import find_images
 from prod.onnx_export import export_onnx
 from utils import ROOT, explanation
 
@@ -91,7 +91,7 @@ def test_smaller_weights_keep_what_a_trained_net_says(tmp_path, precision, task,
     exact, small = DLIPProd(task, TEACHER), DLIPProd(task, tmp_path, backend='onnx', precision=precision)
     held = sum(weight.numel() * 4 for weight in load_model(TEACHER, task=task)[0].parameters())
     assert (tmp_path / 'weights.bin').stat().st_size < size * held
-    images = find_pictures(ROOT / 'prod/examples')
+    images = find_images(ROOT / 'prod/examples')
     if task == 'caption':
         assert sum(a == b for a, b in zip(exact.generate(images), small.generate(images), strict=True)) >= 10
     else:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from prod import DLIPProd
-from prod.memory import picture_bytes
+from prod.memory import image_bytes
 from utils import ROOT
 
 TOLERANCE = {'rtol': 0, 'atol': 1e-5}
@@ -25,7 +25,7 @@ def test_an_iterator_is_read_as_it_is_needed_and_batches_fit_the_memory(folder, 
     monkeypatch.setattr(served.model, 'encode_image',
                         lambda pixels: batches.append((len(pixels), len(opened))) or encode(pixels))
     assert served.get_image_feat(pictures()).shape == (30, 256)
-    most = int(1e-3 * 2 ** 30 / picture_bytes(served.model.config))
+    most = int(1e-3 * 2 ** 30 / image_bytes(served.model.config))
     assert 1 < most < 25 and batches[0] == (most, most) and sum(count for count, _ in batches) == 30
     batches.clear()
     served.get_image_feat(pictures(), batch_size=7)
@@ -50,7 +50,7 @@ def test_captions_one_per_image_and_independent_of_the_batch(caption, picture):
     captions = caption.generate(images)
     assert captions == [caption.generate(image)[0] for image in images]
     assert captions == caption.generate(tuple(images), batch_size=3) == caption.generate(iter(images))
-    assert len(set(captions)) > 1, 'the random net must tell these pictures apart'
+    assert len(set(captions)) > 1, 'the random net must tell these images apart'
 
 
 def test_generation_settings(caption, picture):

@@ -54,7 +54,7 @@ def test_sixteen_bit_files(retrieval, gray, tmp_path):
 
 @pytest.mark.parametrize('orientation', range(2, 9))
 def test_exif_orientation(retrieval, picture, tmp_path, orientation):
-    """A stored picture and the tag that turns it upright give the feature of the upright picture."""
+    """A stored image and the tag that turns it upright give the feature of the upright image."""
     flips = Image.Transpose
     undo = {2: flips.FLIP_LEFT_RIGHT, 3: flips.ROTATE_180, 4: flips.FLIP_TOP_BOTTOM, 5: flips.TRANSPOSE,
             6: flips.ROTATE_90, 7: flips.TRANSVERSE, 8: flips.ROTATE_270}
@@ -72,7 +72,7 @@ def test_animation_shows_its_first_frame(retrieval, picture):
 
 
 def test_paths_and_bytes(retrieval, picture, tmp_path):
-    path = tmp_path / 'a picture.png'
+    path = tmp_path / 'an image.png'
     picture.save(path)
     data = path.read_bytes()
     images = [path, str(path), data, bytearray(data), memoryview(data), Image.open(path)]
@@ -104,9 +104,9 @@ def test_tensors(retrieval, picture, gray, scale, dtype):
 
 
 def test_captions_take_the_same_images(caption, picture, tmp_path):
-    picture.save(tmp_path / 'picture.png')
+    picture.save(tmp_path / 'image.png')
     pixels = np.asarray(picture)
-    assert caption.generate([tmp_path / 'picture.png', pixels]) == caption.generate([picture, picture])
+    assert caption.generate([tmp_path / 'image.png', pixels]) == caption.generate([picture, picture])
     assert caption.generate(pixels[..., ::-1], bgr=True) == caption.generate(picture)
 
 
@@ -156,7 +156,7 @@ def test_what_is_no_image(caption, retrieval, picture, bad, error, message):
 def test_bad_files(retrieval, picture, tmp_path):
     data = encoded(picture.resize((400, 400)), format='JPEG')
     (tmp_path / 'cut.jpg').write_bytes(data[:len(data) // 2])
-    (tmp_path / 'text.jpg').write_text('no picture')
+    (tmp_path / 'text.jpg').write_text('no image')
     for bad, message in ((tmp_path / 'cut.jpg', 'cut.jpg.*is truncated or damaged'),
                          (Image.open(tmp_path / 'cut.jpg'), 'is truncated or damaged'),
                          (data[:len(data) // 2], 'is truncated or damaged'),

@@ -43,12 +43,12 @@ COMMANDS = list(dict.fromkeys(line for line in LINES if line.startswith(('sed ',
 ON_THE_HUB = {'Salesforce/blip-image-captioning-base': 'save/dlip_caption_flickr.pth',
               'Salesforce/blip-itm-base-coco': 'save/dlip_retrieval_flickr.pth'}
 PAIRS = 9  # of each downloaded source
-BAD = {0: 'missing', 1: 'corrupt', 2: 'no picture'}  # those that cannot be downloaded, by number
+BAD = {0: 'missing', 1: 'corrupt', 2: 'no image'}  # those that cannot be downloaded, by number
 
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory) -> Path:
-    """What a user downloads by hand: lists of addresses, Visual Genome, Flickr30K, a teacher, a picture."""
+    """What a user downloads by hand: lists of addresses, Visual Genome, Flickr30K, a teacher, an image."""
     folder = tmp_path_factory.mktemp('readme')
     scenes = folder / 'scenes'
     scene_layouts.main(['--out', str(scenes), '--pretrain', '40', '--flickr_train', '6', '--flickr_val', '3',
@@ -61,7 +61,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope='module')
 def address():
-    """A loopback server of rendered pictures, some of them as a web of many years has them."""
+    """A loopback server of rendered images, some of them as a web of many years has them."""
     scenes = sample_split('train', PAIRS, 0, distinct=True)
     sizes = {3: (1, 1), 4: (5000, 4000)}
 
@@ -173,7 +173,7 @@ def test_train_evaluate_use(place, bert_tokenizer, monkeypatch, capsys):
         run(*commands(script), place, ROOT, *small, flickr, f'model.init={place}/output/pretrain/last.pth')
     for name in ('retrieval_flickr', 'caption_capfilt_large'):
         shutil.copy(save / 'model_base.pth', save / f'model_base_{name}.pth')
-    classes = place / 'datadrive/my_pictures'
+    classes = place / 'datadrive/my_images'
     for i in range(4):
         (classes / f'class_{i % 2}').mkdir(parents=True, exist_ok=True)
         shutil.copy(place / f'datadrive/flickr30k/flickr30k-images/test{i:06d}.jpg', classes / f'class_{i % 2}')
@@ -204,7 +204,7 @@ def test_train_evaluate_use(place, bert_tokenizer, monkeypatch, capsys):
     for name, file in ON_THE_HUB.items():
         example = example.replace(name, file)
     exec(example, scope)
-    assert scope['index'].pictures == [str((place / 'photos/dog.jpg').resolve())]
+    assert scope['index'].images == [str((place / 'photos/dog.jpg').resolve())]
     words = scope['caption'].generate(scope['image'])
     assert len(words) == 1 and isinstance(words[0], str)
     for command in (*commands('prod.caption'), *commands('prod.search')):

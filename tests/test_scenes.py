@@ -118,7 +118,7 @@ def test_a_wrong_size_fill_or_background_is_noticed(scenes):
 
 
 def test_captions_stay_true_of_the_mirrored_picture(scenes):
-    """The training transform mirrors pictures and exchanges 'left' and 'right' in their captions."""
+    """The training transform mirrors images and exchanges 'left' and 'right' in their captions."""
     for scene in scenes:
         for text in captions(scene):
             assert slots_match(swap_left_right(text), mirrored(scene)), text

@@ -24,27 +24,27 @@ from prod import DLIPProd
 from prod import caption as caption_tool
 from prod import export as export_tool
 from prod import search as search_tool
-from prod.images import find_pictures
+from prod.images import find_images
 from utils import ROOT
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Seven pictures in two folders, a damaged one and a text file."""
-    place = tmp_path / 'pictures'
+    """Seven images in two folders, a damaged one and a text file."""
+    place = tmp_path / 'images'
     (place / 'more').mkdir(parents=True)
     noise = np.random.default_rng(0)
     for i in range(7):
         pixels = noise.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         name = f'more/{i}.png' if i > 3 else f'{i}.png'
         Image.fromarray(pixels).resize((40, 30)).save(place / name)
-    (place / 'broken.jpg').write_bytes(b'no picture')
+    (place / 'broken.jpg').write_bytes(b'no image')
     (place / 'notes.txt').write_text('hello')
     return place
 
 
 def test_skipped_pictures_leave_their_place(caption, retrieval, picture):
-    mixed = [picture, b'no picture', picture, None]
+    mixed = [picture, b'no image', picture, None]
     said = caption.generate(mixed, batch_size=2, on_error='skip')
     assert said[0] == said[2] == caption.generate(picture)[0] and said[1] is said[3] is None
     features = retrieval.get_image_feat(mixed, batch_size=1, on_error='skip')
@@ -91,7 +91,7 @@ def test_bf16_is_near_fp32(retrieval, folder, picture, monkeypatch, caplog):
 
 
 def test_openvino_gives_what_torch_gives(folder, picture):
-    """Of nets of all tasks: pictures alone and in batches, beams that end early, texts of unequal length."""
+    """Of nets of all tasks: images alone and in batches, beams that end early, texts of unequal length."""
     pictures, texts = [picture, picture.rotate(90), picture.rotate(180)], ['a dog', 'a red dog and a red dog']
     torch_net, other = (DLIPProd(None, folder / 'save/last.pth', backend=name) for name in ('torch', 'openvino'))
     assert torch.allclose(other.get_image_feat(pictures), torch_net.get_image_feat(pictures), atol=1e-5)
@@ -153,7 +153,7 @@ def test_a_signal_after_nets_of_openvino_are_gone_does_not_kill_python(folder):
 def test_eight_bit_weights_keep_the_captions_of_a_trained_net():
     exact, small = (DLIPProd(None, ROOT / 'data/demo_teacher.pth', backend=backend, precision=precision)
                     for backend, precision in (('torch', 'fp32'), ('openvino', 'int8')))
-    pictures = find_pictures(ROOT / 'prod/examples')
+    pictures = find_images(ROOT / 'prod/examples')
     same = [a == b for a, b in zip(exact.generate(pictures), small.generate(pictures), strict=True)]
     assert sum(same) >= 10
     scores = []
@@ -348,7 +348,7 @@ def test_any_file_name_comes_back_the_same(folder, tmp_path, encoding):
     for i, name in enumerate(NAMES):
         Image.new('RGB', (9, 9), (20 * i, 0, 0)).save(place / os.fsdecode(name))
     Image.new('RGB', (9, 9)).save(place / 'broken.png')
-    (place / os.fsdecode(b'br\xf6ken.png')).write_bytes(b'no picture')
+    (place / os.fsdecode(b'br\xf6ken.png')).write_bytes(b'no image')
     paths = {str(place / os.fsdecode(name)) for name in NAMES}
     environment = {'PYTHONIOENCODING': encoding}
     said = Python('-m', 'prod.caption', place, '--weight', weights, '--out', tmp_path / 'said.jsonl', '--device', 'cpu',

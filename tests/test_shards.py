@@ -20,12 +20,12 @@ from data import shards
 from data.loader import make_loader
 from data.shards import ShardDataset, is_shards, list_shards
 from data.tars import count_images, read_shard
-from data.transforms import train_transform
+from data.transforms import TrainTransform
 from models.engine.logs import read_log
 from models.engine.run_state import RunState
 from utils import ROOT
 
-TRANSFORM = train_transform(16, 0.5, True)
+TRANSFORM = TrainTransform(16, 0.5, True)
 SIZES = (13, 5, 8)  # pictures that were downloaded, of each shard
 
 
@@ -54,11 +54,11 @@ def write_stats(tar: Path, successes: int) -> None:
 
 @pytest.fixture
 def cc3m(tmp_path) -> Path:
-    """A folder of three shards; sample i of all has the caption 'Picture i, left!'."""
+    """A folder of three shards; sample i of all has the caption 'Image i, left!'."""
     total = 0
     for shard, size in enumerate(SIZES):
         tar = write_tar(tmp_path / 'cc3m' / f'{shard:05d}.tar',
-                        [sample(f'Picture {total + i}, left!', total + i) for i in range(size)])
+                        [sample(f'Image {total + i}, left!', total + i) for i in range(size)])
         write_stats(tar, size)
         total += size
     return tmp_path / 'cc3m'
@@ -91,7 +91,7 @@ def test_an_epoch_holds_every_sample_once(cc3m):
     for batch in batches:
         assert batch['bad'] == []
         for caption, number in zip(batch['caption'], batch['id'].tolist(), strict=True):
-            assert caption in (f'picture {number}, left', f'picture {number}, right')
+            assert caption in (f'image {number}, left', f'image {number}, right')
 
 
 @pytest.mark.filterwarnings('ignore:This DataLoader will create')
@@ -299,15 +299,15 @@ def test_a_command_that_ends_early(cc3m, capfd):
 # ---------------------------------------------------------------- damage
 
 def test_broken_and_captionless_samples_are_replaced_and_the_former_counted(tmp_path):
-    samples = [sample(f'Picture {i}', i) for i in range(12)]
+    samples = [sample(f'Image {i}', i) for i in range(12)]
     samples[3]['jpg'], samples[7]['jpg'] = b'', samples[7]['jpg'][:-100]
     samples[5] = {'jpg': samples[5]['jpg'], 'txt': b' ...'}
-    samples[6] = {'txt': b'no picture'}  # not one of img2dataset's samples at all
+    samples[6] = {'txt': b'no image'}  # not one of img2dataset's samples at all
     write_tar(tmp_path / '00000.tar', samples)
     batches = epoch(tmp_path, batch_size=1)
     assert len(batches) == 11 and set(ids(batches)) == {0, 1, 2, 4, 7, 8, 9, 10}  # numbered are those with a picture
     bad = {(Path(path).name, kind) for batch in batches for path, kind, _ in batch['bad']}
-    assert bad == {('000000003.jpg', 'not a picture'), ('000000007.jpg', 'damaged')}
+    assert bad == {('000000003.jpg', 'not an image'), ('000000007.jpg', 'damaged')}
     assert same(batches[5:], epoch(tmp_path, batch_size=1, start_step=5))
 
 

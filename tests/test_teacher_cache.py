@@ -13,7 +13,7 @@ import pretrain_dlip
 from data import target_store
 from data.datasets import PairDataset
 from data.target_store import TargetStore, WithTargets, pad_targets
-from data.transforms import train_transform
+from data.transforms import TrainTransform
 from models import losses
 from models.blip import BLIP, BLIPConfig
 from models.distill.objective import Objective
@@ -119,7 +119,7 @@ def test_top_k_kl_is_the_full_one_where_the_others_are_equal():
 
 
 def test_epochs_beyond_the_stored_ones_repeat_their_crops(stored, scenes):
-    dataset = WithTargets(PairDataset(scenes / 'dataloader/all.json', train_transform(64, 0.2, True), 30, seed=1),
+    dataset = WithTargets(PairDataset(scenes / 'dataloader/all.json', TrainTransform(64, 0.2, True), 30, seed=1),
                           TargetStore(stored[1]))
     items = []
     for epoch in (0, 1, 2, 3):

@@ -295,7 +295,7 @@ def test_a_dry_run_measures_and_writes_nothing(pretrained, scenes, tmp_path, cap
 
 
 def test_a_run_can_be_watched(pretrained, tmp_path, monkeypatch):
-    """TensorBoard has losses, system figures and captioned pictures; Weights & Biases has them, offline."""
+    """TensorBoard has losses, system figures and captioned images; Weights & Biases has them, offline."""
     config, out = pretrained
     events = EventAccumulator(str(out / 'tensorboard'))
     events.Reload()

@@ -19,7 +19,7 @@ from test_originals import HEADS, VOCAB
 from transformers import BlipForConditionalGeneration
 
 from bench.equality import compare_caption, compare_retrieval, ended, random_net, random_pictures
-from data.transforms import eval_transform
+from data.transforms import EvalTransform
 from models.blip import BLIP, BLIPConfig
 from models.generation import generate_ids
 from models.generation.constraints import Forbidden
@@ -166,7 +166,7 @@ def test_transformers_reads_words_and_pictures_as_we_do(tmp_path, small_tokenize
     noise = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
     picture = Image.fromarray(noise)
     theirs = processor(images=picture, return_tensors='pt').pixel_values[0]
-    assert (theirs - eval_transform(64)(picture)).abs().max() < 0.05  # rounding of 8-bit pixels: 1 / 255 / 0.26
+    assert (theirs - EvalTransform(64)(picture)).abs().max() < 0.05  # rounding of 8-bit pixels: 1 / 255 / 0.26
 
 
 def test_originals_become_folders(tmp_path, bert_tokenizer):

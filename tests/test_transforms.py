@@ -1,4 +1,4 @@
-"""Pictures of any mode to RGB, damaged files, and BLIP's transforms."""
+"""Images of any mode to RGB, damaged files, and BLIP's transforms."""
 
 import io
 import random
@@ -16,15 +16,15 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from data import augment, transforms
 from data.augment import rand_augment
-from data.images import BrokenPicture, open_image, open_part
+from data.images import BrokenImage, open_image, open_part
 from data.rgb import to_rgb
-from data.transforms import eval_transform, normalise, swap_left_right, train_transform
+from data.transforms import EvalTransform, TrainTransform, normalise, swap_left_right
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
 def noise(width: int = 48, height: int = 32) -> Image.Image:
-    """A smooth random picture."""
+    """A smooth random image."""
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
@@ -150,13 +150,13 @@ def test_what_a_browser_shows_is_decoded(tmp_path, name):
     image, part = open_image(tmp_path / name), open_part(tmp_path / name, WHOLE, 999)
     assert image.mode == 'RGB' and image.size == (48, 32) and part.shape == (3, 32, 48)
     assert abs(pil_to_tensor(image).int() - part.int()).max() <= 1
-    shape = open_part(tmp_path / name, train_transform(16, 0.2, True).crop, 16)
-    assert train_transform(16, 0.2, True)(shape, '')[0].shape == (3, 16, 16)
+    shape = open_part(tmp_path / name, TrainTransform(16, 0.2, True).crop, 16)
+    assert TrainTransform(16, 0.2, True)(shape, '')[0].shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize('size', [(1, 10_000), (10_000, 1), (1, 1), (3, 2)])
 def test_extreme_shapes_are_pictures(tmp_path, size):
-    transform = train_transform(16, 0.2, False)
+    transform = TrainTransform(16, 0.2, False)
     for kind in ('PNG', 'JPEG'):
         (tmp_path / 'a').write_bytes(saved(Image.new('RGB', size, RED), kind))
         image, _ = transform(open_part(tmp_path / 'a', transform.crop, 16), '')
@@ -168,7 +168,7 @@ BOMB = saved(Image.new('1', (8, 8)), 'PNG').replace(
     struct.pack('>II', 8, 8), struct.pack('>II', 60_000, 60_000))  # whose header promises 3.6 gigapixels
 BOMB = BOMB[:29] + struct.pack('>I', zlib.crc32(BOMB[12:29])) + BOMB[33:]
 BROKEN = {
-    'not a picture': {'empty.jpg': b'', 'text.jpg': b'<html>404</html>'},
+    'not an image': {'empty.jpg': b'', 'text.jpg': b'<html>404</html>'},
     'damaged': {'bad.tif': b'II*\0\xff\xff\xff\xff', 'bad.gif': b'GIF89a', 'bad.webp': b'RIFF\0\0\0\0WEBPVP8 ',
                 'header.jpg': LARGE[:20],
                 'truncated.jpg': LARGE[:len(LARGE) // 2], 'truncated.png': STRIPES[:200],
@@ -183,7 +183,7 @@ def test_files_that_are_no_picture_are_named_with_the_kind_of_damage(tmp_path, k
         path = tmp_path / name
         path.write_bytes(content)
         for read in (open_image, lambda path: open_part(path, WHOLE, 16)):
-            with pytest.raises(BrokenPicture, match=f'{re.escape(str(path))} is ') as error:
+            with pytest.raises(BrokenImage, match=f'{re.escape(str(path))} is ') as error:
                 read(path)
             assert error.value.kind == kind, name
 
@@ -192,7 +192,7 @@ def test_files_that_are_not_there_are_named(tmp_path):
     for read in (open_image, lambda path: open_part(path, WHOLE, 16)):
         with pytest.raises(FileNotFoundError, match='no image .*absent.jpg'):
             read(tmp_path / 'absent.jpg')
-        with pytest.raises(BrokenPicture, match='is no regular file'):
+        with pytest.raises(BrokenImage, match='is no regular file'):
             read(tmp_path)
 
 
@@ -204,7 +204,7 @@ def test_open_file_objects(tmp_path):
 
 @pytest.mark.parametrize('side, size', [(49, (384, 512)), (48, (192, 256)), (24, (96, 128)), (12, (48, 64))])
 def test_jpeg_is_decoded_small_where_the_part_stays_large_enough(tmp_path, side, size):
-    """A part of 96 pixels at full size; what is seen of the picture is the same at every scale."""
+    """A part of 96 pixels at full size; what is seen of the image is the same at every scale."""
     noise(512, 384).save(tmp_path / 'a.jpg', quality=95)
     scale = 384 // size[0]
     part = open_part(tmp_path / 'a.jpg', lambda height, width: (160, 240, 96, 104), side)
@@ -227,7 +227,7 @@ def test_part_of_a_turned_picture_is_of_the_upright_one(tmp_path):
 def test_eval_transform_is_torchvisions():
     normalise = T.Normalize(transforms.MEAN, transforms.STD)
     theirs = T.Compose([T.Resize((24, 24), T.InterpolationMode.BICUBIC), T.ToTensor(), normalise])(noise())
-    ours = eval_transform(24)(noise())
+    ours = EvalTransform(24)(noise())
     assert ours.dtype == torch.float32 and ours.shape == (3, 24, 24) and ours.is_contiguous()
     assert torch.allclose(ours, theirs, atol=1e-6)
 
@@ -243,7 +243,7 @@ def test_training_pictures_are_normalised_as_evaluated_ones_are():
 def test_resizing_is_pils(monkeypatch):
     monkeypatch.setattr(random, 'random', lambda: 1.0)  # no mirror
     for size in ((200, 150), (20, 30)):
-        ours, _ = train_transform(64, 0.5, False)(pil_to_tensor(noise(*size)), '')
+        ours, _ = TrainTransform(64, 0.5, False)(pil_to_tensor(noise(*size)), '')
         theirs = noise(*size).resize((64, 64), Image.Resampling.BICUBIC)
         assert ours.dtype == torch.uint8 and abs(ours.int() - pil_to_tensor(theirs).int()).max() <= 1
 
@@ -258,7 +258,7 @@ def test_swap_left_right_is_of_whole_words():
 @pytest.mark.parametrize('randaugment', [False, True])
 def test_mirrored_pictures_have_mirrored_captions(randaugment):
     random.seed(0)
-    transform, mirrored = train_transform(32, 0.9, randaugment), 0
+    transform, mirrored = TrainTransform(32, 0.9, randaugment), 0
     for _ in range(400):
         image, caption = transform(pil_to_tensor(red_left()), 'red left')
         image = image.float()
@@ -279,10 +279,10 @@ def test_crops_are_those_of_random_resized_crop():
     random.seed(0)
     torch.manual_seed(0)
     theirs = [T.RandomResizedCrop.get_params(torch.empty(3, 90, 130), (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(4000)]
-    assert facts([train_transform(32, 0.2, False).crop(90, 130) for _ in range(4000)]) == pytest.approx(
+    assert facts([TrainTransform(32, 0.2, False).crop(90, 130) for _ in range(4000)]) == pytest.approx(
         facts(theirs), abs=0.03)
     for shape in ((1, 10_000), (10_000, 1), (20, 500)):
-        assert train_transform(32, 0.9, False).crop(*shape) == T.RandomResizedCrop.get_params(
+        assert TrainTransform(32, 0.9, False).crop(*shape) == T.RandomResizedCrop.get_params(
             torch.empty(3, *shape), (0.9, 1.0), (3 / 4, 4 / 3))
 
 

@@ -12,7 +12,7 @@ import pretrain_dlip
 import train_dlip_caption_flickr
 from data.datasets import PairDataset
 from data.shards import ShardDataset
-from data.transforms import train_transform
+from data.transforms import TrainTransform
 from eval.validation import HeldOut, validation
 from models.engine.logs import read_log
 from models.weights.checkpoint import read_checkpoint
@@ -26,7 +26,7 @@ def test_images_are_held_out_with_all_their_pairs(scenes, tmp_path):
     every = {record['image_root'] for record in json.loads(source.read_text())}
 
     def held_out(share):
-        dataset = PairDataset(source, train_transform(32, 0.5, False), 30)
+        dataset = PairDataset(source, TrainTransform(32, 0.5, False), 30)
         paths = [path for path, _ in dataset.hold_out(share)]
         trained = {dataset.pair(i)[0] for i in range(len(dataset))}
         assert len(set(paths)) == len(paths) == round(share * len(every)) and not trained & {*paths}
@@ -38,7 +38,7 @@ def test_images_are_held_out_with_all_their_pairs(scenes, tmp_path):
 def test_samples_of_tars_are_held_out(tmp_path):
     for shard in range(3):
         write_tar(tmp_path / f'{shard:05d}.tar', [sample('a', i) for i in range(10)])
-    dataset = ShardDataset(str(tmp_path), train_transform(32, 0.5, False), 30)
+    dataset = ShardDataset(str(tmp_path), TrainTransform(32, 0.5, False), 30)
     total = len(dataset)
     held_out = {file.name for file, _ in dataset.hold_out(0.2)}
     trained = {row.image.name for row in dataset.rows([2, 0, 1], 0, len(dataset))}

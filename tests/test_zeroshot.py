@@ -1,4 +1,4 @@
-"""Zero-shot classification: the demo's teacher tells shapes and colours that it reads about, by folders of pictures."""
+"""Zero-shot classification: the demo's teacher tells shapes and colours that it reads about, by folders of images."""
 
 import json
 import random
@@ -20,7 +20,7 @@ PROMPTS = {'shape': [f'white background with a large {colour} {{}} in the center
 
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
-    """The same pictures, one of each shape and colour, in a folder per shape, and in one per colour."""
+    """The same images, one of each shape and colour, in a folder per shape, and in one per colour."""
     root, rng = tmp_path_factory.mktemp('classes'), random.Random(0)
     for shape in SHAPES:
         for colour in COLOURS:
@@ -42,7 +42,7 @@ def test_the_demo_teacher_knows_shapes_and_colours(folders, tmp_path, capsys, ki
     result = json.loads((tmp_path / 'zeroshot.json').read_text())
     assert result['top1'] >= least and result['top5'] >= 90
     assert result['top1'] == pytest.approx(100 * sum(
-        row['class'] == row['predicted'] for row in result['pictures']) / 42)
+        row['class'] == row['predicted'] for row in result['images']) / 42)
     assert {row['class'] for row in result['classes']} == set(classes)
     assert '| top1' in capsys.readouterr().out
     assert (tmp_path / 'zeroshot.html').read_text().count('<img') == 42
@@ -54,8 +54,8 @@ def test_two_processes_give_the_same(folders, tmp_path):
     for done in joined(2, '-m', 'eval.zeroshot', *options, '--output_dir', tmp_path / 'two'):
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (json.loads((tmp_path / name / 'zeroshot.json').read_text()) for name in ('one', 'two'))
-    assert one['classes'] == two['classes'] and [row['image'] for row in one['pictures']] == [
-        row['image'] for row in two['pictures']]
+    assert one['classes'] == two['classes'] and [row['image'] for row in one['images']] == [
+        row['image'] for row in two['images']]
 
 
 def test_a_class_is_the_mean_of_its_prompts():
@@ -71,7 +71,7 @@ def test_metrics_by_hand():
     metrics, classes = zeroshot_metrics(scores, [0, 0, 0, 2, 2, 1], ['a', 'b', 'c'])
     assert metrics == {'top1': pytest.approx(100 / 3), 'class_mean': pytest.approx((100 / 3 + 0 + 50) / 3)}
     assert [row['class'] for row in classes] == ['b', 'a', 'c']
-    assert classes[1] == {'class': 'a', 'pictures': 3, 'top1': pytest.approx(100 / 3), 'taken_for': [['b', 2]]}
+    assert classes[1] == {'class': 'a', 'images': 3, 'top1': pytest.approx(100 / 3), 'taken_for': [['b', 2]]}
 
 
 def test_bad_input_is_named(folders, tmp_path, picture):

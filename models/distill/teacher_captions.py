@@ -24,7 +24,7 @@ def teacher_captions(teacher: BLIP, tokenizer: Tokenizer, dataset: AnnotatedWhol
                      **settings) -> dict[str, str]:
     """The teacher's caption of each training image by path, kept in a file that a later call goes on with.
 
-    Launched on several processes, each captions its share of every block and the main one appends it. A picture that
+    Launched on several processes, each captions its share of every block and the main one appends it. An image that
     cannot be read has no caption. The file's first line says by whom and how the captions were made.
 
     Args:
