@@ -213,6 +213,19 @@ def test_a_run_of_a_version_with_other_names_of_settings_goes_on(pretrained, hal
     assert printed.count('optim.decay is now optim.lr_decay_rate') == 1
 
 
+def test_a_run_of_a_version_with_other_names_of_projections_goes_on(pretrained, tmp_path):
+    """`last.pth` of a version that called the projections to the teacher's width maps."""
+    config, teacher = pretrained
+    settings = [f'teacher.weights={teacher / "last.pth"}', 'loss.fused_feat=1.0', 'loss.vision_hidden=1.0']
+    state = run(pretrain_dlip, config, tmp_path / 'out', *settings, 'train.epochs=1')
+    names = {name: re.sub(r'^fused_proj', 'fused_map', name).replace('.projs.', '.maps.') for name in state['trained']}
+    assert sum(new != old for old, new in names.items()) == 6  # weight and bias of one and of two layers
+    old = state | {'objective': {names.get(name, name): value for name, value in state['objective'].items()},
+                   'trained': [names[name] for name in state['trained']]}
+    torch.save(old, tmp_path / 'out/last.pth')
+    assert run(pretrain_dlip, config, tmp_path / 'out', *settings)['epoch'] == 2
+
+
 @pytest.mark.parametrize('overrides, named', [
     (['data.train=FEWER'], 'the number of training samples (58, now '),
     (['model.image_size=48'], 'image_size of the net (32, now 48)'),
