@@ -12,7 +12,7 @@ an unhurt run, bit for bit. The injuries:
 - torn last.pth: SIGKILL, after which the checkpoint itself is cut in half;
 - worker killed: SIGKILL of one of two processes under torchrun with --max-restarts.
 
-`tests/test_recovery.py` runs one of each.
+`tests/test_recovery.py` runs one of each of those that no other test has.
 """
 
 if __name__ == '__main__':  # run by its path, a script looks for modules in its own folder

@@ -18,6 +18,8 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from utils import ROOT
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 pytest.importorskip('gradio', reason='needs gradio')
 playwright = pytest.importorskip('playwright.sync_api', reason='needs playwright')

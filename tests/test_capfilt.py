@@ -23,6 +23,8 @@ from prod import DLIPProd, capfilt, shards
 from prod.capfilt import ShardWorker
 from utils import ROOT
 
+pytestmark = pytest.mark.slow
+
 WEIGHT = str(ROOT / 'data/demo_teacher.pth')
 
 

@@ -10,6 +10,8 @@ from processes import run_by_path
 from configs import read_yaml
 from utils import ROOT
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = [path for path in sorted([*ROOT.glob('*.py'), *ROOT.glob('[!.]*/*.py')]) if path.parent.name != 'tests'
            and 'def main(argv' in path.read_text()]
 

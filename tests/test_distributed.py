@@ -20,6 +20,8 @@ from models.engine.logs import read_log
 from models.weights.checkpoint import read_checkpoint
 from utils import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def test_several_processes_train_the_same_model_as_one(pretrained, tmp_path):
     """Same global batch, negatives over all ranks: equal up to the order of float sums (measured: 5e-6); four of them

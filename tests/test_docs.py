@@ -14,6 +14,8 @@ from bench import figures
 from prod import docs
 from utils import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_page_is_that_of_the_docstrings():
     assert docs.PAGE.read_text(encoding='utf-8') == docs.page(), 'run python -m prod.docs'

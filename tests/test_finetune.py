@@ -35,6 +35,8 @@ from models.tokenizer import Tokenizer
 from models.weights.checkpoint import load_model, read_checkpoint, save_checkpoint
 from utils import ROOT
 
+pytestmark = pytest.mark.slow
+
 GENERATION = {'prompt': '', 'batch_size': 3, 'workers': 0, 'num_beams': 2, 'max_length': 8, 'min_length': 3}
 
 

@@ -15,6 +15,8 @@ from PIL import Image
 
 from prod import DLIPProd
 
+pytestmark = pytest.mark.slow
+
 FORMATS = ('PNG', 'JPEG', 'GIF', 'WEBP', 'TIFF', 'BMP', 'PPM', 'ICO', 'TGA', 'JPEG2000')
 MODES = ('1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'RGBX', 'CMYK', 'YCbCr', 'LAB', 'HSV', 'I', 'I;16', 'F')
 THOROUGH = settings(max_examples=400, deadline=None, derandomize=True,

@@ -23,7 +23,9 @@ from models.engine.checkpoint_manager import CheckpointManager
 from models.engine.launch import choose_device, hosts, place
 from models.engine.logs import read_log
 from models.weights.checkpoint import read_checkpoint
-from utils import ROOT, atomic_write, clean_exit, make_output_dir
+from utils import ROOT, SIGNALS, atomic_write, clean_exit, make_output_dir
+
+pytestmark = pytest.mark.slow
 
 TASK = {'SLURM_JOB_ID': '1234', 'SLURM_STEP_ID': '0', 'SLURM_PROCID': '5', 'SLURM_NTASKS': '11', 'SLURM_LOCALID': '1',
         'SLURM_NODEID': '1', 'SLURM_JOB_NODELIST': 'gpu[001-003]', 'SLURM_STEP_TASKS_PER_NODE': '4(x2),3'}
@@ -133,17 +135,17 @@ TOOLS = [path.relative_to(ROOT) for pattern in ('*.py', 'data/*.py', 'eval/*.py'
          for path in sorted(ROOT.glob(pattern)) if "\nif __name__ == '__main__':" in path.read_text()]
 
 
-@pytest.mark.parametrize('tool, number', [*((tool, signal.SIGINT) for tool in TOOLS), (TOOLS[0], signal.SIGTERM),
-                                          (TOOLS[0], signal.SIGHUP)], ids=str)
-def test_a_signal_during_the_imports_is_one_line(tool, number, tmp_path):
+@pytest.mark.parametrize('tool, number, by_name', [
+    *((tool, signal.SIGINT, False) for tool in TOOLS), *((TOOLS[0], number, True) for number in SIGNALS)], ids=str)
+def test_a_signal_during_the_imports_is_one_line(tool, number, by_name, tmp_path):
     """It comes with the first import of a package that takes long."""
     for name in ('numpy', 'torch', 'PIL'):
         (tmp_path / f'{name}.py').write_text(f'import os, time; os.kill(os.getpid(), {number}); time.sleep(9)')
-    for how in (['-m', '.'.join(tool.with_suffix('').parts)], [tool]):
-        done = subprocess.run([sys.executable, *how], cwd=ROOT, env=os.environ | {'PYTHONPATH': str(tmp_path)},
-                              capture_output=True, text=True)
-        assert done.returncode == 128 + number and done.stderr.startswith('stopped by ')
-        assert done.stderr.count('\n') == 1
+    how = ['-m', '.'.join(tool.with_suffix('').parts)] if by_name else [tool]
+    done = subprocess.run([sys.executable, *how], cwd=ROOT, env=os.environ | {'PYTHONPATH': str(tmp_path)},
+                          capture_output=True, text=True)
+    assert done.returncode == 128 + number and done.stderr.startswith('stopped by ')
+    assert done.stderr.count('\n') == 1
 
 
 @pytest.mark.parametrize('block, code, message', [
@@ -157,8 +159,7 @@ def test_a_script_ends_without_a_traceback(block, code, message, tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(f"""
 import logging, os, signal, sys
-from utils import end_at_once
-from utils import clean_exit
+from utils import clean_exit, end_at_once
 ours, other = os.pipe()
 os.close(ours)
 os.dup2(other, 1)

@@ -9,6 +9,8 @@ from bench.stress import same
 from models.engine.dry_run import SavedTensors
 from models.vit import VisionTower
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
 def test_recomputed_blocks_have_the_same_gradients_and_keep_less(precision):

@@ -22,6 +22,8 @@ from prod.images import find_images
 from prod.onnx_export import export_onnx
 from utils import ROOT, explanation
 
+pytestmark = pytest.mark.slow
+
 TEACHER = ROOT / 'data/demo_teacher.pth'
 
 

@@ -7,6 +7,8 @@ from runs import write_config
 
 from utils import ROOT
 
+pytestmark = pytest.mark.slow
+
 WEIGHT, EXAMPLES = ROOT / 'data/demo_teacher.pth', ROOT / 'prod/examples'
 
 

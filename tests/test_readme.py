@@ -34,6 +34,8 @@ from models.engine.logs import read_log
 from models.weights.checkpoint import save_checkpoint
 from utils import ROOT
 
+pytestmark = pytest.mark.slow
+
 DOCUMENTS = [ROOT / name for name in ('README.md', 'data/README.md', 'models/README.md', 'eval/README.md')]
 TEXT = '\n'.join(path.read_text(encoding='utf-8') for path in DOCUMENTS)
 BLOCKS = re.findall(r'^```(\w*)\n(.*?)^```', TEXT, re.DOTALL | re.MULTILINE)

@@ -23,6 +23,8 @@ from models.engine.logs import read_log
 from models.weights.checkpoint import read_checkpoint
 from utils import ROOT
 
+pytestmark = pytest.mark.slow
+
 PARTS = ('model', 'objective', 'optimizer', 'epoch', 'batch', 'best')
 
 

@@ -27,6 +27,8 @@ from prod import search as search_tool
 from prod.images import find_images
 from utils import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def pictures(tmp_path):

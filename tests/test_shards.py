@@ -25,6 +25,8 @@ from models.engine.logs import read_log
 from models.engine.run_state import RunState
 from utils import ROOT
 
+pytestmark = pytest.mark.slow
+
 TRANSFORM = TrainTransform(16, 0.5, True)
 SIZES = (13, 5, 8)  # pictures that were downloaded, of each shard
 

@@ -13,6 +13,8 @@ from models.distill.objective import Objective
 from models.distill.terms import TERMS
 from models.momentum import MomentumQueue
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = [5, 12, 3, 9]
 
 

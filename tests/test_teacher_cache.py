@@ -23,6 +23,8 @@ from models.distill.terms import TEACHER_TERMS
 from models.momentum import MomentumQueue
 from utils import ROOT
 
+pytestmark = pytest.mark.slow
+
 SHARD, TEACHER = 16, ROOT / 'data/demo_teacher.pth'
 
 

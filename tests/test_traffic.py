@@ -6,6 +6,8 @@ from torch._inductor.sizevars import SizeVarAllocator
 from bench.traffic import GIB, count
 from configs import load_config
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_step_asks_no_more_of_a_gpu_than_it_did():
     traffic = count(load_config('configs/pretrain.yaml', 'configs/pretrain.yaml'))

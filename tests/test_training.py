@@ -25,6 +25,8 @@ from models.engine.optim import learning_rate, parameter_groups, starts_pretrain
 from models.weights.checkpoint import architecture, load_model, read_checkpoint
 from utils import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_run_leaves_checkpoint_logs_and_curves(pretrained):
     _, out = pretrained

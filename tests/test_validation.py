@@ -17,6 +17,8 @@ from eval.validation import HeldOut, validation
 from models.engine.logs import read_log
 from models.weights.checkpoint import read_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def test_images_are_held_out_with_all_their_pairs(scenes, tmp_path):
     """The same at every start, and a larger share holds out more of them."""
