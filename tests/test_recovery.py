@@ -23,7 +23,7 @@ def pretrain(arguments, out, *overrides) -> subprocess.CompletedProcess:
 
 
 def test_a_hurt_run_ends_bit_for_bit_as_the_unhurt_one():
-    """One of each injury that no other test has: signals and lost workers are in test_resume.py, test_distributed.py."""
+    """One of each injury that no other test has: test_resume.py has the signals, test_distributed.py lost workers."""
     injuries = ('SIGKILL', 'killed while writing', 'disk full while writing', 'torn last.pth')
     done = python('-m', 'bench.stress', '--trials', str(len(injuries)), '--injuries', *injuries, '--size',
                   'tests/sizes.yaml:nano', '--image_size', '32')
