@@ -8,7 +8,7 @@
     srun python pretrain_dlip.py                                                        # in a job of SLURM
 
 Any setting of the config can be overridden: `optim.lr=1e-4 train.epochs=2`. Relaunching the same command
-resumes from OUTPUT_DIR/last.pth; `--dry_run` says beforehand what the run will take.
+resumes from OUTPUT_DIR/last.pth; `--dry_run` prints beforehand the hours, memory and disk that a run needs.
 """
 
 if __name__ == '__main__':  # before the slow imports
@@ -58,7 +58,7 @@ def pretrain(args: argparse.Namespace, config: dict, device: torch.device, outpu
     dataset, source = with_cache(config, teacher, dataset, tokenizer, args.seed)
     objective = build_objective(config, student, tokenizer, source, teacher)
 
-    # optimizer, and everything that a resumed run goes on with
+    # optimizer and everything else that is saved and resumed
     run = RunState(objective, tokenizer, config, output_dir, device, args.seed, len(dataset))
     if args.dry_run:
         return dry_run(run, epoch_loader(run, dataset), train_step)
@@ -87,20 +87,20 @@ def pretrain(args: argparse.Namespace, config: dict, device: torch.device, outpu
 
 
 def train_step(run: RunState, loaded: list[dict]) -> dict[str, torch.Tensor]:
-    """One step of the optimizer over the batches of an update -> their mean losses, gradient norm and temperature."""
+    """One optimizer step on its accumulated batches -> mean losses, gradient norm and temperature."""
     config, objective, optimizer, losses = run.config, run.objective, run.optimizer, {}
     set_learning_rate(optimizer, run.step, run.steps_per_epoch, config['train']['epochs'], config['optim'])
     alpha = ramp(run.step, run.steps_per_epoch, config['ita']['alpha'], config['ita']['alpha_ramp_epochs'])
     seed_everything(run.seed, run.batches_done, rank())
     batches = [to_batch(batch, run.tokenizer, config['data']['max_tokens'], run.device) for batch in loaded]
-    with run.autocast():  # momentum encoder and teacher see all of the update before the student does
+    with run.autocast():  # momentum encoder and teacher first, on all batches
         update, batches = objective.prepare(batches, alpha, run.seed * 1_000_003 + run.batches_done)
     while batches:
         if len(batches) < len(loaded):
             run.leave_if_stopped()
         with run.exchange_gradients(now=len(batches) == 1):  # with the last batch's
             with run.autocast():
-                terms = run.model(batches.pop(0), update)  # popped: the teacher's answers are freed before backward
+                terms = run.model(batches.pop(0), update)  # pop: frees the teacher's answers before backward
             (terms['loss'] / len(loaded)).backward()
         for name, value in terms.items():
             losses[name] = losses.get(name, 0.0) + value.detach() / len(loaded)
@@ -108,7 +108,7 @@ def train_step(run: RunState, loaded: list[dict]) -> dict[str, torch.Tensor]:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     objective.momentum.update(run.student)
-    objective.momentum.enqueue(update.ids, **update.own())  # last: an update must not meet itself in the queue
+    objective.momentum.enqueue(update.ids, **update.own())  # last: a batch in its own queue would be its own negative
     return {**losses, 'grad_norm': norm, 'temp': run.student.temp.data.clamp_(0.001, 0.5).clone()}
 
 

@@ -3,11 +3,10 @@
     python train_dlip_caption_flickr.py --config configs/demo/caption_flickr.yaml
     python -m torch.distributed.run --nproc_per_node=8 train_dlip_caption_flickr.py
 
-Each epoch is evaluated on the validation images; the best by CIDEr (where it ties, by the validation loss) is kept in
-OUTPUT_DIR/best.pth and measured on the test images at the end, with the teacher beside it in OUTPUT_DIR/table.md
-(`--no_test`: it is not).
-With `scst.epochs` self-critical training follows, a run of its own in OUTPUT_DIR/scst. Relaunching the same command
-resumes.
+Each epoch is evaluated on the validation images. The best epoch by CIDEr (ties: by the validation loss) is kept in
+OUTPUT_DIR/best.pth and finally measured on the test images, beside the teacher, in OUTPUT_DIR/table.md (unless
+`--no_test`). With `scst.epochs`, self-critical training follows as a run of its own in OUTPUT_DIR/scst. Relaunching
+the same command resumes.
 """
 
 if __name__ == '__main__':  # before the slow imports
@@ -73,7 +72,7 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     if prompt_length > data['max_tokens'] - 2:
         raise ValueError(f'data.prompt {shorten(data["prompt"])} leaves no token for a caption: raise data.max_tokens, '
                          f'{data["max_tokens"]}')
-    # What the evaluation cannot do with these settings is said now, not after the first epoch.
+    # settings that evaluation cannot work with are refused now, not after the first epoch
     generate(student.eval(), tokenizer, torch.zeros(1, 3, model['image_size'], model['image_size']), data['prompt'],
              **{key: value for key, value in config['eval'].items() if key != 'batch_size'})
     if args.store_teacher is not None:
@@ -81,7 +80,7 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     dataset, source = with_cache(config, teacher, dataset, tokenizer, args.seed, data['prompt'])
     objective = build_objective(config, student, tokenizer, source, teacher, prompt_length)
 
-    # optimizer, and everything that a resumed run goes on with
+    # optimizer and everything else that is saved and resumed
     run = RunState(objective, tokenizer, config, output_dir, device, args.seed, len(dataset))
     generation = {'prompt': data['prompt'], 'workers': data['num_workers'], **config['eval']}
     if args.dry_run:
@@ -96,7 +95,7 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
 
     # self-critical stage: from the best of the epochs before it, without dropout
     if scst['epochs']:
-        if not train['epochs']:  # nothing was trained before: the stage starts from model.init, and has to beat it
+        if not train['epochs']:  # the stage starts from model.init, which it has to beat
             found, _ = evaluate_captions(student.eval(), tokenizer, held_out['val'], device=device, **generation)
             run.keep_best(found['CIDEr'], math.inf)
         start, folder = output_dir / 'before_scst.pth', output_dir / 'scst'
@@ -155,7 +154,7 @@ def fit(run: RunState, train_step: Callable[[RunState, list[dict]], dict], datas
 
 
 def train_step(run: RunState, loaded: list[dict]) -> dict[str, torch.Tensor]:
-    """One step of the optimizer over the batches of an update -> their mean losses and gradient norm."""
+    """One optimizer step on its accumulated batches -> mean losses and gradient norm."""
     config, objective, optimizer, losses = run.config, run.objective, run.optimizer, {}
     set_learning_rate(optimizer, run.step, run.steps_per_epoch, config['train']['epochs'], config['optim'])
     seed_everything(run.seed, run.batches_done, rank())
@@ -167,7 +166,7 @@ def train_step(run: RunState, loaded: list[dict]) -> dict[str, torch.Tensor]:
             run.leave_if_stopped()
         with run.exchange_gradients(now=len(batches) == 1):  # with the last batch's
             with run.autocast():
-                terms = run.model(batches.pop(0), update)  # popped: the teacher's answers are freed before backward
+                terms = run.model(batches.pop(0), update)  # pop: frees the teacher's answers before backward
             (terms['loss'] / len(loaded)).backward()
         for name, value in terms.items():
             losses[name] = losses.get(name, 0.0) + value.detach() / len(loaded)
@@ -178,7 +177,7 @@ def train_step(run: RunState, loaded: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def self_critical_step(run: RunState, loaded: list[dict]) -> dict[str, torch.Tensor]:
-    """One step of the optimizer on captions that the student samples -> their mean loss and reward, gradient norm."""
+    """One optimizer step on captions that the student samples -> mean loss and reward, gradient norm."""
     config, optimizer, losses = run.config, run.optimizer, {}
     set_learning_rate(optimizer, run.step, run.steps_per_epoch, config['train']['epochs'], config['optim'])
     seed_everything(run.seed, run.batches_done, rank())

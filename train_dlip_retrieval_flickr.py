@@ -3,10 +3,9 @@
     python train_dlip_retrieval_flickr.py --config configs/demo/retrieval_flickr.yaml
     python -m torch.distributed.run --nproc_per_node=8 train_dlip_retrieval_flickr.py
 
-Each epoch is evaluated on the validation images; the best by mean recall (where it ties, by the validation loss) is
-kept in OUTPUT_DIR/best.pth and measured on the test images at the end, with the teacher beside it in
-OUTPUT_DIR/table.md (`--no_test`: it is not).
-Relaunching the same command resumes.
+Each epoch is evaluated on the validation images. The best epoch by mean recall (ties: by the validation loss) is kept
+in OUTPUT_DIR/best.pth and finally measured on the test images, beside the teacher, in OUTPUT_DIR/table.md (unless
+`--no_test`). Relaunching the same command resumes.
 """
 
 if __name__ == '__main__':  # before the slow imports
@@ -60,7 +59,7 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     dataset, source = with_cache(config, teacher, dataset, tokenizer, args.seed)
     objective = build_objective(config, student, tokenizer, source, teacher)
 
-    # optimizer, and everything that a resumed run goes on with
+    # optimizer and everything else that is saved and resumed
     run = RunState(objective, tokenizer, config, output_dir, device, args.seed, len(dataset))
     settings = {'max_tokens': data['max_tokens'], 'workers': data['num_workers'], **config['eval']}
     if args.dry_run:
@@ -96,20 +95,20 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
 
 
 def train_step(run: RunState, loaded: list[dict]) -> dict[str, torch.Tensor]:
-    """One step of the optimizer over the batches of an update -> their mean losses, gradient norm and temperature."""
+    """One optimizer step on its accumulated batches -> mean losses, gradient norm and temperature."""
     config, objective, optimizer, losses = run.config, run.objective, run.optimizer, {}
     set_learning_rate(optimizer, run.step, run.steps_per_epoch, config['train']['epochs'], config['optim'])
     alpha = ramp(run.step, run.steps_per_epoch, config['ita']['alpha'], config['ita']['alpha_ramp_epochs'])
     seed_everything(run.seed, run.batches_done, rank())
     batches = [to_batch(batch, run.tokenizer, config['data']['max_tokens'], run.device) for batch in loaded]
-    with run.autocast():  # momentum encoder and teacher see all of the update before the student does
+    with run.autocast():  # momentum encoder and teacher first, on all batches
         update, batches = objective.prepare(batches, alpha, run.seed * 1_000_003 + run.batches_done)
     while batches:
         if len(batches) < len(loaded):
             run.leave_if_stopped()
         with run.exchange_gradients(now=len(batches) == 1):  # with the last batch's
             with run.autocast():
-                terms = run.model(batches.pop(0), update)  # popped: the teacher's answers are freed before backward
+                terms = run.model(batches.pop(0), update)  # pop: frees the teacher's answers before backward
             (terms['loss'] / len(loaded)).backward()
         for name, value in terms.items():
             losses[name] = losses.get(name, 0.0) + value.detach() / len(loaded)
@@ -117,7 +116,7 @@ def train_step(run: RunState, loaded: list[dict]) -> dict[str, torch.Tensor]:
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     objective.momentum.update(run.student)
-    objective.momentum.enqueue(update.ids, **update.own())  # last: an update must not meet itself in the queue
+    objective.momentum.enqueue(update.ids, **update.own())  # last: a batch in its own queue would be its own negative
     return {**losses, 'grad_norm': norm, 'temp': run.student.temp.data.clamp_(0.001, 0.5).clone()}
 
 

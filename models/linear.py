@@ -1,4 +1,4 @@
-"""Linear maps of all towers, the number format that they compute in, and the texts without padding that they run on.
+"""Linear layers of all towers, their number format, and texts without padding.
 
 float32 on AMD's CPUs goes through oneDNN: MKL, with which torch multiplies float32 matrices, keeps its AVX-512 code for
 Intel's CPUs. On an AMD EPYC it does half of what oneDNN does, which torch carries too (for convolutions and bfloat16,
@@ -21,7 +21,7 @@ from utils import logger, shorten
 
 @cache
 def prefers_onednn() -> bool:
-    """Whether this machine's float32 products are faster by oneDNN than by torch's own choice."""
+    """Whether oneDNN multiplies float32 matrices faster on this machine than torch's default."""
     try:
         cpu = Path('/proc/cpuinfo').read_text()
     except OSError:
@@ -66,7 +66,7 @@ class Linear(nn.Linear):
 
     @classmethod
     def take_over(cls, module: nn.Module) -> None:
-        """Turn every nn.Linear inside a module of another library into this one; its parameters stay."""
+        """Turn every nn.Linear inside another library's module into this class; its parameters stay."""
         for part in module.modules():
             if type(part) is nn.Linear:
                 part.__class__ = cls
@@ -99,7 +99,7 @@ FLOPS = {torch.ops.mkldnn._linear_pointwise:
 
 @cache
 def has_bf16(device_type: str) -> bool:
-    """Whether a device has instructions for bfloat16, which is slower than float32 where it is emulated."""
+    """Whether a device computes in bfloat16 natively; emulated, it is slower than float32."""
     if device_type == 'cuda':
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device_type != 'cpu' or bool(torch.backends.mkldnn.is_available()
@@ -107,7 +107,7 @@ def has_bf16(device_type: str) -> bool:
 
 
 def arithmetic(precision: str, device: torch.device) -> torch.dtype:
-    """What 'fp32' or 'bf16' computes in on a device: float32, which is said, where bfloat16 would be emulated.
+    """The dtype of 'fp32' or 'bf16' on a device: float32, with a warning, where bfloat16 would be emulated.
 
     Raises:
         ValueError: neither of the two.

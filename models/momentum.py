@@ -59,7 +59,7 @@ class MomentumQueue(nn.Module):
 
     @torch.no_grad()
     def update(self, student: BLIP) -> None:
-        """own = momentum * own + (1 - momentum) * student's; call it after each optimizer step."""
+        """own = momentum * own + (1 - momentum) * student's, after each optimizer step"""
         ours, theirs = self.pairs(student)
         torch._foreach_lerp_(ours, theirs, 1 - self.momentum)
 

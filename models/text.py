@@ -129,8 +129,7 @@ class Attention(nn.Module):
         length, group = q.shape[2], q.shape[0] // k.shape[0]
         if group > 1:
             q = q.unflatten(0, (-1, group)).transpose(1, 2).flatten(2, 3)  # [images, heads, group * T, D]
-        log_map = None
-        dropout = self.dropout if self.training else 0.0
+        log_map, dropout = None, self.dropout if self.training else 0.0
         if want_map:
             scores = (q @ k.transpose(-1, -2)).float() / math.sqrt(q.shape[-1])
             if mask is not None:

@@ -31,8 +31,8 @@ class CheckpointedBlock(Block):
 
 
 class PlainAttention(Attention):
-    """timm's attention without its options, which a block passes all the same. Queries, keys and values stay where the
-    product puts them, and so do their gradients, which timm's way copies once more."""
+    """timm's attention without its options. Queries, keys and values are views of one product, and their gradients are
+    not copied as in timm's version."""
 
     def forward(self, x: torch.Tensor, **_) -> torch.Tensor:
         q, k, v = (part.transpose(1, 2) for part in self.qkv(x).unflatten(2, (3, self.num_heads, -1)).unbind(2))
@@ -124,6 +124,6 @@ def resample_positions(pos_embed: torch.Tensor, like: torch.Tensor) -> torch.Ten
     patches = pos_embed.shape[1] - 1 if pos_embed.ndim == 3 else 0
     if pos_embed.shape == like.shape or pos_embed.shape[-1] != like.shape[-1] or len(pos_embed) != 1 \
             or patches < 1 or math.isqrt(patches) ** 2 != patches:
-        return pos_embed  # what is no square of this width is left for the strict load to report
+        return pos_embed  # the strict load reports what is not a square grid of this width
     side = int((like.shape[1] - 1) ** 0.5)
     return resample_abs_pos_embed(pos_embed, new_size=[side, side], num_prefix_tokens=1, antialias=False)

@@ -1,4 +1,4 @@
-"""What a training step computes with: its batches, and what they share."""
+"""The inputs of a training step: its batches, and the features that they share."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Batch:
     Attributes:
         lengths: tokens of each text, known to the host, so that nothing in the step waits for the device.
         stored: the answers of a stored teacher (models/distill/teacher_cache.py).
-        number: place among the batches of its update. This and what follows is filled in by `Objective.prepare`.
+        number: index among the batches of its update. `Objective.prepare` fills in this and the next two.
         width: most tokens of a text on any process.
-        targets: what the teacher says of it; None without a teacher.
+        targets: the teacher's answers; None without a teacher.
     """
 
     images: torch.Tensor
@@ -39,10 +39,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Update:
-    """What the batches of one optimizer step share, computed before all of them and without gradient.
+    """Features of all batches of an optimizer step, computed before its first forward pass, without gradient.
 
-    Rows N = batches x processes x B, in the order that one batch of them all would have: so large a batch, more
-    processes or more accumulated batches compare every row with the same columns.
+    N = batches x processes x B rows, in the order of one batch of that size: every row is compared with the same
+    columns however a batch is split over processes and accumulation.
 
     Attributes:
         ids: [N]
@@ -67,7 +67,7 @@ class Update:
 
 
 def to_batch(loaded: dict, tokenizer: Tokenizer, max_tokens: int, device: torch.device, prompt: str = '') -> Batch:
-    """What the data loader gives, tokenized and on the device.
+    """A batch of the data loader, tokenized and on the device.
 
     Raises:
         ValueError: stored targets are of other captions.
@@ -92,8 +92,8 @@ def with_start(ids: torch.Tensor, start_id: int) -> torch.Tensor:
 def row_noise(seed: int, first: int, count: int, width: int) -> torch.Tensor:
     """Uniform (0, 1) float32 [count, width] for the rows `first`, `first` + 1, ... of a global batch.
 
-    Each row is a function of its number and the seed: a process draws its own rows alone, and those that it would have
-    on any number of processes.
+    Each row depends only on its number and the seed, so a process draws just its own rows, whatever the number of
+    processes.
     """
     blocks = -(-width // 8)  # a step of the counter gives eight numbers
     generator = np.random.Generator(np.random.Philox(key=seed, counter=first * blocks))
@@ -102,8 +102,8 @@ def row_noise(seed: int, first: int, count: int, width: int) -> torch.Tensor:
 
 
 def token_share(mask: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Tokens of this batch over the mean of all of the update's: turns a mean over its own tokens into its part of the
-    mean over all of them, which the average of gradients over batches and processes then is."""
+    """Tokens of this batch over the update's mean per batch. Scaled by it, means over each batch's own tokens average,
+    over batches and processes, to the mean over all tokens."""
     return mask.sum() / mean.clamp(min=1)
 
 

@@ -17,13 +17,13 @@ from models import losses
 from models.blip import BLIP, select_images, with_negatives
 from models.distill.batch import Batch, Update, pad_to, row_noise, token_share, with_start
 from models.distill.hidden import STREAMS, HiddenStates, layer_pairs
-from models.distill.teacher import LiveTeacher, StoredTeacher
+from models.distill.teacher import Decoded, LiveTeacher, Matched, StoredTeacher
 from models.distill.terms import CONTRASTIVE, DECODER, FUSED, TEACHER_FEATURES, TERMS, check_terms
 from models.linear import Linear, Unpadded, unpadded
 from models.momentum import MomentumQueue
-from models.text import ImageKV
+from models.text import ImageKV, TextOutput
 
-LOGITS = 2 ** 25  # over the vocabulary, that are held at once
+LOGITS = 2 ** 25  # vocabulary logits in memory at once
 
 
 class Objective(nn.Module):
@@ -31,7 +31,7 @@ class Objective(nn.Module):
         student: the net to train.
         weights: weight per term of `TERMS`; 0 skips its computation.
         momentum: momentum encoder and queues, needed by the contrastive terms.
-        teacher: needed by the distillation terms: a net, or what stands for one whose answers come with the batch.
+        teacher: needed by the distillation terms: a net, or a `StoredTeacher` whose answers come with the batch.
         start_ids: the tokenizer's (cls_id, enc_id, bos_id).
         prompt_length: leading decoder tokens that carry no LM loss (4 for '[DEC] a picture of', 0 in pre-training).
         negative_all_rank: draw ITM negatives over all processes (BLIP's retrieval finetune) or the own batch.
@@ -52,9 +52,8 @@ class Objective(nn.Module):
         self.cls_id, self.enc_id, self.bos_id = start_ids
         self.prompt_length, self.negative_all_rank = prompt_length, negative_all_rank
         self.next_token_losses, self.recomputed = losses.next_token_losses, losses.recomputed
-        check_terms({term for term in TERMS if self.uses(term)}, student.config, teacher and teacher.config,
-                    momentum is not None)
-        config = student.config
+        config, used = student.config, {term for term in TERMS if self.uses(term)}
+        check_terms(used, config, teacher and teacher.config, momentum is not None)
         if self.uses('image_tokens'):
             same = config.vision_width == teacher.config.vision_width  # then the student speaks the teacher's own space
             self.token_proj = nn.Identity() if same else Linear(config.vision_width, teacher.config.vision_width)
@@ -72,9 +71,9 @@ class Objective(nn.Module):
         self._freeze_unreached()
 
     def _freeze_unreached(self) -> None:
-        """Parameters that no weighted term reaches do not train: DDP expects a gradient of every one that does.
+        """Freeze parameters that no weighted term reaches, since DDP expects a gradient of every trainable one.
 
-        One backward pass finds them, of a copy on the meta device: no tensor has values there, nothing random is drawn.
+        A backward pass of a copy on the meta device finds them: no values are computed, no random numbers are drawn.
         """
         meta = partial(torch.zeros, dtype=torch.long, device='meta')
         copies = {id(x): nn.Parameter(x.detach().to('meta'), x.requires_grad) for x in self.parameters()}
@@ -110,7 +109,7 @@ class Objective(nn.Module):
 
     @property
     def projections(self) -> dict[str, torch.Tensor]:
-        """Parameters of the learned projections to the teacher's width, by name."""
+        """Parameters of the learned projections to the teacher's width."""
         return {name: value for name, value in self.state_dict().items()
                 if name.startswith(('token_proj.', 'fused_proj.', 'decoder_proj.', 'hidden.'))}
 
@@ -121,7 +120,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def prepare(self, batches: list[Batch], alpha: float = 0.0, seed: int = 0) -> tuple[Update, list[Batch]]:
-        """Encode what the batches of an update share; returns it, and the batches with what the teacher says of them.
+        """Compute the features that the batches of an update share, and the teacher's answers.
 
         Args:
             alpha: share of the momentum targets.

@@ -1,4 +1,4 @@
-"""What the teacher says of a batch: asked of the net in training (live), or read from what it said before (stored)."""
+"""The teacher's answers for a batch: computed while training (live), or read from a cache (stored)."""
 
 from contextlib import nullcontext
 from functools import cached_property, wraps
@@ -37,8 +37,8 @@ class Decoded(NamedTuple):
 
 
 def asked(method):
-    """A method of `LiveTargets` that runs the teacher: without gradient, and in the teacher's own precision where that
-    is not float32, so that autocast casts nothing.
+    """Decorates the methods of `LiveTargets` that run the teacher: no gradient, and no autocast where the teacher's own
+    weights are not float32.
     """
     @wraps(method)
     def run(self, *args):
@@ -49,9 +49,8 @@ def asked(method):
 
 
 class LiveTeacher:
-    """Holds a teacher that can neither train nor leave eval mode, outside the module tree.
-
-    Not a submodule, so it is neither in the optimizer, nor broadcast by DDP, nor written to checkpoints.
+    """A frozen teacher in eval mode, kept outside the module tree: neither the optimizer, nor DDP, nor a checkpoint
+    sees it.
 
     Attributes:
         layers: by hidden-state term (models/distill/hidden.py) the layers whose states are compared.
@@ -70,7 +69,7 @@ class LiveTeacher:
         return self.model.temp
 
     def compute_in(self, dtype: torch.dtype) -> None:
-        """Hold the weights in a precision, once instead of casting them in every step; the temperature stays."""
+        """Cast the weights to a precision once instead of in every step, all but the temperature."""
         temp = self.model.temp.detach().clone() if self.model.text_encoder is not None else None
         self.model.to(dtype)
         if temp is not None:
@@ -81,13 +80,13 @@ class LiveTeacher:
 
 
 class LiveTargets:
-    """A net's answers on one batch, computed when they are asked for; the image's tokens and keys once.
+    """A teacher's answers for one batch, computed on demand; image tokens and keys only once.
 
     Args:
         layers: see `LiveTeacher`.
 
     Attributes:
-        text_states: {layer: [B, T, text_width]} of the text-only pass, once `features` was asked for.
+        text_states: {layer: [B, T, text_width]} of the text-only pass, once `features` was called.
     """
 
     def __init__(self, teacher: BLIP, images: torch.Tensor, layers: dict[str, list[int]] | None = None):
@@ -112,7 +111,7 @@ class LiveTargets:
     @cached_property
     @asked
     def image_kv(self):
-        """Keys and values, which no loss sees."""
+        """Cross-attention keys and values of the images."""
         return self.teacher.project_image(self.image_tokens)
 
     @asked
@@ -153,21 +152,21 @@ class LiveTargets:
 
 
 class StoredTeacher:
-    """Stands for a net whose answers are stored (models/distill/teacher_cache.py): its architecture and temperature."""
+    """Architecture and temperature of a teacher whose answers are stored (models/distill/teacher_cache.py)."""
 
     def __init__(self, config: BLIPConfig, temp: float | None):
         self.config, self.temp = config, temp
-        self.layers: dict[str, list[int]] = {}  # of hidden states, which are not stored
+        self.layers: dict[str, list[int]] = {}  # hidden states are not stored
 
     def targets(self, images: torch.Tensor, stored: dict[str, torch.Tensor]) -> 'StoredTargets':
         return StoredTargets(stored)
 
 
 class StoredTargets:
-    """The same answers from tensors that came with the batch (the fields of `models/distill/teacher_cache.py`, padded).
+    """The same answers, from tensors that come with the batch: the fields of models/distill/teacher_cache.py, padded.
 
-    The teacher cannot have judged the hard negatives, which the student chooses while it trains: of the matching pass
-    there are the B pairs alone, and `itm_soft` teaches on those.
+    Hard negatives are chosen while the student trains, so the matching pass is stored for the B pairs alone, and
+    `itm_soft` teaches on those.
     """
 
     def __init__(self, stored: dict[str, torch.Tensor]):

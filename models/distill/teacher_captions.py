@@ -1,6 +1,6 @@
 """Sequence-level distillation (Kim and Rush 2016, arXiv 1606.07947): the teacher's beam captions of the training
-images, generated once, to train on beside the references. A student that learned them says greedily about what its
-own beam search would say."""
+images, generated once, to train on beside the references. They teach a student to caption greedily about as it would
+by beam search."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run on disk: `last.pth`, and the few before it that take its place should it be damaged."""
+"""The checkpoints of a run: `last.pth`, and a few older ones to fall back on if it is damaged."""
 
 import os
 import shutil
@@ -8,30 +8,30 @@ from pathlib import Path
 from models.weights.checkpoint import not_finite, read_checkpoint
 from utils import TEMPORARY, logger
 
-# What a run's checkpoint holds beside the net.
+# Keys of a run's checkpoint besides the net's.
 PARTS = ('objective', 'optimizer', 'config', 'seed', 'epoch', 'batch', 'steps_per_epoch', 'world_size', 'meters')
 
 
 class CheckpointManager:
     """Args:
         folder: of the run.
-        keep: checkpoints before the last that stay, as `epoch3_batch1000.pth`.
+        keep: older checkpoints to keep, as `epoch3_batch1000.pth`.
     """
 
     def __init__(self, folder: Path, keep: int):
         self.folder, self.keep = folder, keep
         self.last = folder / 'last.pth'
-        self.later_name: str | None = None  # what the last.pth on disk is called once a newer one has taken its place
+        self.later_name: str | None = None  # name that last.pth gets when a newer one replaces it
 
     def older(self) -> list[Path]:
-        """The checkpoints before the last, newest first."""
+        """The older checkpoints, newest first."""
         return sorted(self.folder.glob('epoch*_batch*.pth'), key=lambda path: -path.stat().st_mtime_ns)
 
     def newest(self) -> tuple[Path, dict] | None:
-        """The newest checkpoint that can be read and holds no NaN; None where there is none at all.
+        """The newest checkpoint that can be read and holds no NaN; None if there are no checkpoints.
 
         Raises:
-            ValueError: there are some, and all are damaged; or one is no run's state, such as a best.pth.
+            ValueError: all of them are damaged, or one holds no run's state (such as a best.pth).
         """
         damaged = []
         for path in (self.last, *self.older()):
@@ -63,7 +63,7 @@ class CheckpointManager:
             state: its `epoch`, `batch` and `steps_per_epoch`.
 
         Raises:
-            OSError: it cannot be written; the one before it is whole.
+            OSError: it cannot be written; the previous checkpoint is intact.
         """
         if self.later_name and self.last.exists():
             older = self.folder / self.later_name
@@ -82,11 +82,11 @@ class CheckpointManager:
             forgotten.unlink()
 
     def sweep(self) -> None:
-        """Delete what processes that were killed left half written."""
+        """Delete files that killed processes left half-written."""
         for leftover in self.folder.glob(f'*{TEMPORARY}'):
             leftover.unlink()
 
 
 def name_of(state: dict) -> str | None:
-    """None: not kept, as the checkpoint after it differs by the epoch's evaluation alone."""
+    """None at the end of an epoch: that checkpoint is not kept, since the one after the evaluation replaces it."""
     return None if state['batch'] == state['steps_per_epoch'] else f'epoch{state["epoch"]}_batch{state["batch"]}.pth'

@@ -16,7 +16,7 @@ class Board:
     """Where a run can be watched: TensorBoard, and Weights & Biases if `train.wandb_project` is set.
 
     Args:
-        first_step: what was written after it, by a process that was killed, is hidden.
+        first_step: events after it, which a killed process wrote, are hidden.
 
     Raises:
         ImportError: `train.wandb_project` without the package.
@@ -90,13 +90,13 @@ def pyplot():
 def plot_curves(logs: list[Path], png: Path) -> None:
     """Draw every `train_*`, `val_*` and `test_*` number of JSON-lines logs over the epochs, one small panel each.
 
-    A record's place is its `progress` (fractional epoch) or, at the end of an epoch, its `epoch` + 1; what is logged
-    at both is drawn from the former; a single value is no curve.
+    A record's x position is its `progress` (fractional epoch) or, at the end of an epoch, `epoch` + 1. Numbers that
+    are logged at both are drawn from the former. A series of one value is not drawn.
     """
     plt = pyplot()
     series: dict[str, list[tuple[float, float]]] = {}
     rows = [row for log in logs for row in read_log(log)]
-    finer = {name for row in rows if 'progress' in row for name in row}  # of these the epochs' means would be spikes
+    finer = {name for row in rows if 'progress' in row for name in row}  # their epoch means would look like spikes
     for row in rows:
         for name, value in row.items():
             if name.startswith(('train_', 'val_', 'test_')) and isinstance(value, int | float) and (

@@ -1,4 +1,4 @@
-"""How a process was launched: its place among the processes of a run, its device, and whose end ends it too."""
+"""How a process was launched: its rank, its device, and the parent whose death ends it."""
 
 import itertools
 import json

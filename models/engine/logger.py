@@ -13,7 +13,7 @@ from utils import logger, shorten
 
 
 class Logger:
-    """What a run writes down: a line, `steps.txt` and TensorBoard at each interval, `log.txt` and curves each epoch.
+    """Logs a line, `steps.txt` and TensorBoard scalars at each interval, `log.txt` and curves after each epoch.
 
     Attributes:
         meters: means of this epoch.
@@ -23,7 +23,7 @@ class Logger:
     def __init__(self, output_dir: Path, config: dict, device: torch.device):
         self.output_dir, self.config, self.device = output_dir, config, device
         self.meters, self.interval = Meters(), Meters()
-        self.unchecked: list[tuple[int, list[str], dict]] = []  # (step, captions, losses) not yet looked at
+        self.unchecked: list[tuple[int, list[str], dict]] = []  # (step, captions, losses) not yet checked
         self.bad_images = BadImages(config['data']['max_bad_fraction'], logger)
         self.board: Board | None = None
 
@@ -32,7 +32,7 @@ class Logger:
         self.interval.load_state_dict(interval)
 
     def open(self, epoch: int, progress: float, step: int) -> None:
-        """Forget the logged steps and epochs that will be made again, and start to log. The main process calls it."""
+        """Drop the logged steps and epochs that will be repeated, and start to log. The main process calls it."""
         forget_after(self.output_dir, epoch, progress)
         self.board = Board(self.output_dir, self.config, step)
 
@@ -43,7 +43,7 @@ class Logger:
         self.clock, self.batch_samples = Clock(steps_left), samples
 
     def record(self, step: int, batches: list[dict], losses: dict[str, torch.Tensor]) -> None:
-        """Take in a finished step. On a GPU its losses are looked at later, in `check_finite`, which waits for them."""
+        """Record a finished step. On a GPU its losses are checked later, in `check_finite`, which waits for them."""
         for batch in batches:
             self.bad_images.update(batch)
         self.unchecked.append((step, [text for batch in batches for text in batch['caption']], losses))

@@ -1,4 +1,4 @@
-"""What the logs of a run are made of: running means, throughput and ETA, files of JSON lines."""
+"""Parts of a run's logs: running means, throughput and ETA, JSON-lines files."""
 
 import json
 import resource
@@ -43,11 +43,11 @@ class Meters:
         return {name: value / count for name, (value, count) in total.items()}
 
     def state_dict(self) -> list[dict]:
-        """The sums and counts of every process, in the order of their ranks; all of them must ask."""
+        """The sums and counts of every process, in rank order; all processes must call it."""
         return gather_objects({name: (float(self.sums[name]), self.counts[name]) for name in self.sums})
 
     def load_state_dict(self, parts: list[dict]) -> None:
-        """Each process takes its own part again; of another number of processes the first one takes all."""
+        """Each process takes its own part; if their number has changed, the first one takes all."""
         if len(parts) == world_size():
             parts = parts[rank():rank() + 1]
         elif not is_main():
@@ -117,7 +117,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def forget_after(folder: Path, epoch: int, position: float) -> None:
-    """Drop from a run's logs what a resumed run will do again: steps after `position`, epochs from `epoch` on."""
+    """Drop from a run's logs what a resumed run repeats: steps after `position`, epochs from `epoch` on."""
     for name in ('steps.txt', 'log.txt'):
         rewrite_log(folder / name, lambda row: (
             row['progress'] <= position + 1e-9 if 'progress' in row else row['epoch'] < epoch))

@@ -31,8 +31,7 @@ def build_optimizer(model: torch.nn.Module, optim: dict, device: torch.device,
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Take over a checkpoint's averages. Settings are those of the optimizer at hand, but for the learning rate, which
-    the schedule sets."""
+    """Load a checkpoint's moments but keep the optimizer's own settings; the schedule sets the learning rate."""
     own = [{key: value for key, value in group.items() if key not in ('params', 'lr')}
            for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
@@ -41,7 +40,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def parallel(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
-    """The module with its gradients averaged over the processes; of one process the module itself."""
+    """The module in DistributedDataParallel; on one process the module itself."""
     if world_size() == 1:
         return model
     # The queues are equal on all ranks by construction; torch < 2.13 has one switch for both buffer syncs.
@@ -54,8 +53,8 @@ def parallel(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, steps_per_epoch: int, epochs: int, optim: dict
                       ) -> None:
-    """Give the optimizer the learning rate of a step, counted from the start of the run; what starts from published
-    weights gets it times `optim.pretrained_lr_scale`."""
+    """Set the learning rate of a step, counted from the start of the run; parameters that start from published weights
+    get it times `optim.pretrained_lr_scale`."""
     lr = learning_rate(step, steps_per_epoch, epochs, optim['lr'], optim['min_lr'], optim['warmup_steps'],
                        optim['warmup_lr'], optim['lr_scheduler'], optim['lr_decay_rate'])
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""What may change when a run is resumed, which is said, and what may not, which is refused by name."""
+"""What may change when a run is resumed (it is logged) and what may not (it is refused by name)."""
 
 from pathlib import Path
 
@@ -21,13 +21,13 @@ def changed_settings(old: dict, new: dict) -> list[str]:
 
 
 def compare(path: Path, state: dict, config: dict, **now) -> None:
-    """Say which settings differ from those of the checkpoint that a run goes on with.
+    """Log the settings that differ from those of the checkpoint that a run resumes.
 
     Args:
         now: see `differences`.
 
     Raises:
-        ValueError: something differs that cannot change within a run; names it, and the settings.
+        ValueError: something differs that cannot change within a run; names it and the settings.
     """
     before = dict(with_new_names(flatten(state['config']), shorten(path)))
     changed, differ = changed_settings(before, dict(flatten(config))), differences(state, **now)
@@ -47,13 +47,13 @@ def compare(path: Path, state: dict, config: dict, **now) -> None:
 
 def differences(state: dict, *, seed: int, samples: int, architecture: BLIPConfig, vocab: list[str],
                 trained: list[str], kept: dict[str, torch.Tensor]) -> list[str]:
-    """In which of the things that cannot change within a run a checkpoint differs from the run at hand.
+    """What differs between a checkpoint and the current run that cannot change within a run.
 
     Args:
-        state: what the file holds; a file of an earlier version has no `samples` and `trained`.
+        state: the checkpoint; one of an earlier version has no `samples` and `trained`.
         samples: of the training set.
         trained: names of the parameters that the optimizer holds, in its order.
-        kept: the tensors beside the student's.
+        kept: the objective's tensors besides the student's.
     """
     found = []
     if state['seed'] != seed:
@@ -78,10 +78,10 @@ def differences(state: dict, *, seed: int, samples: int, architecture: BLIPConfi
 
 
 def place_in_epoch(state: dict, batch_size: int, processes: int, samples: int) -> int:
-    """The batch of its epoch at which a run goes on.
+    """The batch of its epoch at which a run resumes.
 
-    An epoch's order is a function of the seed alone, so that another number of processes goes on at the same place of
-    it or, where no batch of theirs ends there, a little before.
+    The order of an epoch depends on the seed alone, so another number of processes resumes at the same place or, where
+    none of its batches ends there, a little before it.
 
     Raises:
         ValueError: no batch ends there with another `train.batch_size`.

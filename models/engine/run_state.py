@@ -1,4 +1,4 @@
-"""The state of a training run: what it saves, resumes and stops with. The loop itself is in each script."""
+"""The state of a training run: saving, resuming and stopping. The training loop is in each script."""
 
 import math
 import os
@@ -24,22 +24,22 @@ from utils import logger
 
 
 class RunState:
-    """Everything a training run must keep, in `output_dir/last.pth`; a run found there is resumed.
+    """Everything a training run saves to `output_dir/last.pth`; a run found there is resumed.
 
-    A step is an update of the optimizer. It takes `optim.grad_accum_steps` batches and gives what one batch of them all
-    would, but for the negatives of ITM (`Objective.draw_negatives`); the last step of an epoch may have fewer.
+    A step is an update of the optimizer. It takes `optim.grad_accum_steps` batches (the last step of an epoch may have
+    fewer) and equals a step on one batch of them all, except for ITM's negatives (`Objective.draw_negatives`).
 
-    The randomness of a step is a function of (seed, batch, rank) and that of a batch one of (seed, epoch), so that a
-    resumed run needs nothing but its position beside weights, optimizer, queues and meters. The checkpoints before the
-    last (`train.keep_checkpoints` of them) stay beside it, and take its place should it be damaged.
+    The random numbers of a step depend on (seed, batch, rank) and the data order on (seed, epoch). A resumed run thus
+    needs only its position, besides weights, optimizer, queues and meters. The previous `train.keep_checkpoints`
+    checkpoints are kept as well, in case the last one is damaged.
 
     Args:
-        objective: the module that is trained: it holds the `student`, and a frozen `teacher` or None.
+        objective: the module to train; it holds the `student` and a frozen `teacher` or None.
         config: the script's settings (`optim` and `train` are read here).
         samples: of the training set.
 
     Attributes:
-        model: the objective, whose gradients are averaged over the processes.
+        model: the objective, wrapped so that gradients are averaged over the processes.
         epoch, batch: position in the data: the next batch to train on, on each process.
         best: (score, negative validation loss) of the best epoch so far.
     """
@@ -88,7 +88,7 @@ class RunState:
 
     @property
     def batches_done(self) -> int:
-        """Batches trained on since the start of the run, on each process."""
+        """Batches per process since the start of the run."""
         return self.epoch * self.batches_per_epoch + self.batch
 
     @property
@@ -108,7 +108,7 @@ class RunState:
     # ------------------------------------------------------------ checkpoints
 
     def save(self) -> None:
-        """Write the run's whole state to `last.pth`; all processes call it, the main one writes.
+        """Write the whole state of the run to `last.pth`. All processes call it; the main one writes.
 
         Raises:
             FloatingPointError: a loss, a weight or the optimizer's state is not finite; nothing is written.
@@ -126,8 +126,8 @@ class RunState:
                                                                          self.config, **state))
 
     def keep_best(self, score: float, loss: float, **extra) -> None:
-        """Write the student alone to `best.pth` if its score is the highest so far or, where that ties, its validation
-        loss the lowest."""
+        """Write the student alone to `best.pth` if its score is the highest so far; ties are broken by the validation
+        loss."""
         if (score, -loss) > self.best:
             self.best = score, -loss
             if is_main():
@@ -138,10 +138,10 @@ class RunState:
         return {key: value for key, value in self.objective.state_dict().items() if not key.startswith('student.')}
 
     def _resume(self) -> None:
-        """Go on with the newest checkpoint, if there is one: with its state, and with the settings of the config.
+        """Resume the newest checkpoint, if there is one, with the settings of the config.
 
         Raises:
-            ValueError: it is of a run that cannot go on with these settings; names what differs.
+            ValueError: its run cannot be resumed with these settings; names what differs.
         """
         found = self.checkpoints.newest()
         if found is None:
@@ -164,10 +164,10 @@ class RunState:
 
     @contextmanager
     def updates(self, loader) -> Iterator[Iterator[list[dict]]]:
-        """The batches of each step that is left of this epoch, as an iterator of lists.
+        """An iterator over the remaining steps of this epoch; each item is the list of a step's batches.
 
-        After the first finished step there is something to save: until the block ends SIGTERM and SIGINT are then held
-        back, and obeyed before the next batch.
+        Once a step is finished there is something to save: from then on SIGTERM and SIGINT take effect before the next
+        batch.
 
         Raises:
             SystemExit: one of them arrived (exit code 0); the state was saved, unless no step was made.
@@ -193,8 +193,8 @@ class RunState:
             yield batches
 
     def leave_if_stopped(self) -> None:
-        """Save and leave if a signal has come to any process; all ask at the same place, before a batch. The gradients
-        of an unfinished step are forgotten."""
+        """Save and exit if any process has received a signal. All processes call it, before a batch; an unfinished step
+        is discarded."""
         if any_process(STOP.received):
             self.save()
             logger.info('stopped by a signal; the same command resumes from %s', self.output_dir / 'last.pth')
@@ -204,7 +204,7 @@ class RunState:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def exchange_gradients(self, now: bool) -> AbstractContextManager:
-        """Within it, a backward pass averages the gradients over the processes; `now` False: it only adds to them."""
+        """A block whose backward pass averages the gradients over the processes or, if not `now`, only adds to them."""
         return nullcontext() if now or world_size() == 1 else self.model.no_sync()
 
     def step_done(self, batches: list[dict], losses: dict[str, torch.Tensor]) -> None:
@@ -219,7 +219,7 @@ class RunState:
             self.held.enter_context(STOP.hold())
 
     def is_due(self, every: int) -> bool:
-        """Whether this is one of every `every` steps of the epoch, or its last; 0: never."""
+        """True every `every` steps of the epoch and at its last step; never for 0."""
         return every > 0 and (self.epoch_done or self.step_in_epoch % every == 0)
 
     def log_interval(self) -> None:
@@ -227,11 +227,11 @@ class RunState:
                               self.batches_done / self.batches_per_epoch, self.lr)
 
     def end_epoch(self, validation: dict, samples: list[tuple[Path, str]] = ()) -> None:
-        """Log the epoch, save, and go on to the next one.
+        """Log the epoch, save, and start the next one.
 
         Args:
             validation: figures by name, which are logged as `val_NAME`.
-            samples: (image, the student's caption) of a few held-out images, to be looked at.
+            samples: (image, the student's caption) of a few held-out images, for `samples.png`.
         """
         stats = {'train_lr': self.lr, **self.log.meters.means()}
         stats |= {f'val_{name}': value for name, value in validation.items()}

@@ -1,4 +1,4 @@
-"""What the training scripts set up alike."""
+"""Set-up that the training scripts share."""
 
 import argparse
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ from models.weights.sources import load_tokenizer
 @contextmanager
 def script_run(description: str, config: str, output_dir: str, argv: list[str] | None, tests: bool = False
                ) -> Iterator[tuple[argparse.Namespace, dict, torch.device, Path]]:
-    """The frame of a training script: its options and config, its process joined with the others and seeded, signals
-    listened to, and the output folder, which is this run's alone during the block.
+    """Read options and config, handle signals, join the other processes, lock the output folder for this run and seed:
+    what every training script starts with -> (args, config, device, output folder).
 
     Args:
         tests: the script ends with the test split (see `script_arguments`).
@@ -40,8 +40,8 @@ def script_run(description: str, config: str, output_dir: str, argv: list[str] |
 
 
 def build_nets(config: dict, task: str) -> tuple[Tokenizer, BLIP, BLIP | None]:
-    """The tokenizer, the student, initialised as the config says, and the frozen teacher or None, at the student's
-    image size."""
+    """The tokenizer, the student as the config initialises it, and the frozen teacher (or None) at the student's image
+    size."""
     tokenizer = load_tokenizer(config['tokenizer'])
     teacher = build_teacher(config, tokenizer, task)
     student = build_student(config['model'], tokenizer, task, teacher)
@@ -49,7 +49,7 @@ def build_nets(config: dict, task: str) -> tuple[Tokenizer, BLIP, BLIP | None]:
 
 
 def epoch_loader(run: RunState, dataset) -> DataLoader:
-    """The batches that are left of the epoch that a run is in."""
+    """A loader of the remaining batches of the current epoch."""
     config = run.config
     return make_loader(dataset, config['train']['batch_size'], seed=run.seed, epoch=run.epoch, start_step=run.batch,
                        workers=config['data']['num_workers'], rank=rank(), world_size=world_size())

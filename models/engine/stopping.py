@@ -1,4 +1,4 @@
-"""What SIGTERM, SIGHUP and Ctrl-C do to a training."""
+"""How training answers SIGTERM, SIGHUP and Ctrl-C."""
 
 import signal
 import sys
@@ -11,8 +11,8 @@ from utils import listen, say
 
 
 class StopSignal:
-    """What SIGTERM, SIGHUP and SIGINT do to a training: they end the process at once or, within `hold`, are remembered
-    until the loop has saved its state. After one of them Ctrl-C kills.
+    """SIGTERM, SIGHUP and SIGINT end the process at once or, within `hold`, once the loop has saved its state. After
+    one of them Ctrl-C kills the process.
 
     Attributes:
         received: whether a signal has come.
@@ -23,7 +23,7 @@ class StopSignal:
         self.received, self.held, self.waiting, self.code = False, False, False, None
 
     def listen(self, code: int | None = None) -> None:
-        """Take the signals from now on; those that came before are forgotten."""
+        """Handle signals from now on; earlier ones are forgotten."""
         self.received, self.held, self.waiting, self.code = False, False, False, code
         listen(self._receive)
 
@@ -44,7 +44,7 @@ class StopSignal:
 
     @contextmanager
     def ends(self):
-        """A block whose failure, after a signal, only says that the signal has ended another process of the run."""
+        """A block in which a RuntimeError after a signal means that the signal has ended another process of the run."""
         try:
             yield
         except RuntimeError:
@@ -64,7 +64,7 @@ class StopSignal:
 
     @contextmanager
     def hold(self):
-        """A block that a signal does not end; after it, it does."""
+        """A block that a signal does not interrupt: it takes effect afterwards."""
         before, self.held = self.held, True
         try:
             yield
@@ -74,7 +74,7 @@ class StopSignal:
             self.leave()
 
     def unless_received(self, wait: Callable):
-        """`wait()`, or None once a signal has come, within `hold` too: for what loses nothing by being cut short."""
+        """`wait()`, or None once a signal has come, within `hold` too; for waits that may be cut short."""
         try:
             self.waiting = self.held
             try:
