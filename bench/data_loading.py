@@ -17,16 +17,16 @@ if __name__ == '__main__':  # run by its path, a script looks for modules in its
 import argparse
 import json
 import os
-import statistics
-import subprocess
-import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
+from bench.common import fresh, in_turns
 from configs.rules import whole
-from utils import ROOT, clean_exit
+from eval.table import markdown
+from utils import clean_exit
 
 OURS = """
 from data.datasets import PairDataset
@@ -66,16 +66,17 @@ first = time.perf_counter() - started
 for _ in range(min(batches, len(loader)) - 1):
     next(iterator)
 workers = [worker.pid for worker in iterator._workers]
-print(json.dumps([first, kib('self', 'Rss') / 1024, *(kib(pid, 'Private_Clean', 'Private_Dirty') / 1024
-                                                      for pid in workers)]))
+own = [kib(pid, 'Private_Clean', 'Private_Dirty') / 1024 for pid in workers]
+print(json.dumps([first, kib('self', 'Rss') / 1024, max(own), sum(own)]))
 """
 BUILD = """
-import resource, sys, time
+import json, resource, sys, time
 from pathlib import Path
 from data.index import build_index
 before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
 build_index(Path(sys.argv[1]))
-print(time.perf_counter() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+print(json.dumps([time.perf_counter() - started, grown]))
 """
 
 
@@ -93,12 +94,6 @@ def write_pairs(folder: Path, count: int) -> Path:
     return path
 
 
-def child(code: str, path: Path, *arguments) -> str:
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(path), *map(str, arguments)], cwd=ROOT,
-                          text=True, check=True, stdout=subprocess.PIPE)
-    return done.stdout.splitlines()[-1]
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--pairs', type=whole(1), default=5_000_000)
@@ -107,23 +102,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as place:
         few, many = (write_pairs(Path(place) / name, count) for name, count in (('few', 1000), ('many', args.pairs)))
-        child(BUILD, few)
-        seconds, grown = map(float, child(BUILD, many).split())
-        print('| all.json (MB) | its index (MB) | index built in (s) | memory for it (MiB) |\n|---:|---:|---:|---:|')
-        print(f'| {many.stat().st_size / 1e6:.0f} | {os.path.getsize(f"{many}.arrow") / 1e6:.0f} | {seconds:.0f} | '
-              f'{grown:.0f} |\n', flush=True)
+        fresh(BUILD, few)
+        seconds, grown = fresh(BUILD, many)
+        print(markdown([{'all.json (MB)': f'{many.stat().st_size / 1e6:.0f}',
+                         'its index (MB)': f'{os.path.getsize(f"{many}.arrow") / 1e6:.0f}',
+                         'index built in (s)': f'{seconds:.0f}', 'memory for it (MiB)': f'{grown:.0f}'}]), flush=True)
         sides = {f'{name}, {count}': (code, path) for count, path in (('1,000', few), (f'{args.pairs:,}', many))
                  for name, code in (('ours', OURS), ('json.load', THEIRS))}
-        rows = {name: [] for name in sides}
-        for _ in range(args.rounds):
-            for name, (code, path) in sides.items():
-                first, main_process, *workers = json.loads(child(CHILD % code, path, args.batches))
-                rows[name].append((first, main_process, max(workers), sum(workers)))
-    print('| pairs | first batch (s) | main process (MiB) | largest worker (MiB) | 4 workers (MiB) |')
-    print('|---|---:|---:|---:|---:|')
-    for name, results in rows.items():
-        medians = [statistics.median(column) for column in zip(*results, strict=True)]
-        print(f'| {name} | {medians[0]:.1f} | {medians[1]:.0f} | {medians[2]:.0f} | {medians[3]:.0f} |')
+        medians = in_turns({name: partial(fresh, CHILD % code, path, args.batches)
+                            for name, (code, path) in sides.items()}, args.rounds)
+    print(markdown([{'pairs': name, 'first batch (s)': f'{first:.1f}', 'main process (MiB)': f'{main_process:.0f}',
+                     'largest worker (MiB)': f'{largest:.0f}', '4 workers (MiB)': f'{workers:.0f}'}
+                    for name, (first, main_process, largest, workers) in medians.items()]))
     print(f'\nMedians of {args.rounds}; memory after {args.batches} batches of 64; files in the page cache; the first '
           f'batch is counted from the start of the process, imports included.')
 

@@ -12,18 +12,16 @@ if __name__ == '__main__':  # run by its path, a script looks for modules in its
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 import argparse
-import json
-import statistics
-import subprocess
-import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
+from bench.common import fresh, in_turns
 from bench.inference import SERVED
 from configs.rules import whole
-from data.distributed import progress
+from eval.table import markdown
 from models.blip import BLIP
 from models.tokenizer import Tokenizer
 from models.weights.checkpoint import architecture
@@ -81,17 +79,12 @@ def main(argv: list[str] | None = None) -> None:
         sides = {'transformers base': (TRANSFORMERS, folders['base'])}
         sides |= {f'DLIP {precision} {backend}': (DLIP.format(precision, backend), folders['small'])
                   for precision, backend in SERVED}
-        times = {side: [] for side in sides}
-        for _ in progress(range(args.rounds), desc='rounds'):
-            for side, (code, folder) in sides.items():
-                command = [sys.executable, '-W', 'ignore', '-c', CHILD.format(code), str(folder), str(picture)]
-                out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-                times[side].append(json.loads(out.stdout.splitlines()[-1]))
-    print('| side | imports (s) | load (s) | first caption (s) | second (s) | third (s) | all of it (s) |')
-    print('|---|---:|---:|---:|---:|---:|---:|')
-    for side, rows in times.items():
-        medians = [statistics.median(column) for column in zip(*rows, strict=True)]
-        print(f'| {side} | {" | ".join(f"{value:.2f}" for value in [*medians, sum(medians)])} |')
+        times = in_turns({side: partial(fresh, CHILD.format(code), folder, picture)
+                          for side, (code, folder) in sides.items()}, args.rounds)
+    columns = [f'{name} (s)' for name in ('imports', 'load', 'first caption', 'second', 'third', 'all of it')]
+    print(markdown([{'side': side} | {name: f'{value:.2f}' for name, value in
+                                      zip(columns, [*medians, sum(medians)], strict=True)}
+                    for side, medians in times.items()]))
 
 
 if __name__ == '__main__':

@@ -15,16 +15,15 @@ if __name__ == '__main__':  # run by its path, a script looks for modules in its
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 import argparse
-import json
-import statistics
-import subprocess
-import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from bench.common import fresh, in_turns
 from configs.rules import whole
+from eval.table import markdown
 from models.blip import BLIP
 from models.tokenizer import Tokenizer
 from models.weights.checkpoint import architecture
@@ -43,6 +42,7 @@ logging.disable_progress_bar()
 start()
 model = BlipForConditionalGeneration.from_pretrained(source).eval()
 """
+# Seconds to load, seconds until all weights were read, MiB after the imports, MiB at most.
 CHILD = """
 import json, re, sys, time
 import torch
@@ -56,13 +56,6 @@ loaded = time.perf_counter() - started[0][0]
 total = sum(float(weight.sum()) for weight in model.parameters())  # as its first use would, read every weight
 print(json.dumps([loaded, time.perf_counter() - started[0][0], started[0][1], peak()]))
 """
-
-
-def load_once(code: str, source: Path) -> list[float]:
-    """Seconds to load, seconds until all weights were read, MiB after the imports, MiB at most."""
-    out = subprocess.run([sys.executable, '-c', CHILD.format(code), str(source)], cwd=ROOT, capture_output=True,
-                         text=True, check=True)
-    return json.loads(out.stdout.splitlines()[-1])
 
 
 def write_sources(folder: Path) -> dict[str, Path]:
@@ -89,19 +82,14 @@ def main(argv: list[str] | None = None) -> None:
                  **{f'DLIP, {name}': (OURS, source) for name, source in sources.items()}}
         sizes = {name: sum(file.stat().st_size for file in ([source] if source.is_file() else source.iterdir()))
                  for name, (_, source) in sides.items()}
-        results = {name: [] for name in sides}
-        for _ in range(args.rounds):
-            for name, side in sides.items():
-                results[name].append(load_once(*side))
-    medians = {name: [statistics.median(column) for column in zip(*rows, strict=True)]
-               for name, rows in results.items()}
+        medians = in_turns({name: partial(fresh, CHILD.format(code), source) for name, (code, source) in sides.items()},
+                           args.rounds)
     reference = medians['transformers, folder']
-    print('| load | file (MiB) | load (s) | its ratio | until read (s) | ratio of that | imports (MiB) | peak (MiB) | '
-          'ratio of peaks |')
-    print('|---|---:|---:|---:|---:|---:|---:|---:|---:|')
-    for name, (seconds, read, before, peak) in medians.items():
-        print(f'| {name} | {sizes[name] / 2 ** 20:.0f} | {seconds:.2f} | {seconds / reference[0]:.2f} | {read:.2f} | '
-              f'{read / reference[1]:.2f} | {before:.0f} | {peak:.0f} | {peak / reference[3]:.2f} |')
+    print(markdown([{'load': name, 'file (MiB)': f'{sizes[name] / 2 ** 20:.0f}', 'load (s)': f'{seconds:.2f}',
+                     'its ratio': f'{seconds / reference[0]:.2f}', 'until read (s)': f'{read:.2f}',
+                     'ratio of that': f'{read / reference[1]:.2f}', 'imports (MiB)': f'{before:.0f}',
+                     'peak (MiB)': f'{peak:.0f}', 'ratio of peaks': f'{peak / reference[3]:.2f}'}
+                    for name, (seconds, read, before, peak) in medians.items()]))
     print(f'\nMedians of {args.rounds} loads each, files in the page cache.')
 
 

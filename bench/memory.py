@@ -12,16 +12,17 @@ if __name__ == '__main__':  # run by its path, a script looks for modules in its
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 import argparse
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
 from bench.train_step import CLS, DEC, ENC, VOCABULARY, random_batch
 from configs.rules import whole
 from data.distributed import progress
+from eval.table import markdown
 from models.blip import BLIP
 from models.distill.batch import Batch
 from models.distill.objective import Objective
@@ -34,8 +35,9 @@ from utils import clean_exit
 GIB = 2 ** 30
 
 
-def measure(image_size: int, layers: int, precision: str, batch_size: int, rounds: int) -> str:
-    """A row of the table."""
+def measure(image_size: int, layers: int, precision: str, batch_size: int, rounds: int, threads: int) -> dict[str, str]:
+    """A row of the table; call it in a process of its own."""
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
     student = BLIP(architecture('small', image_size, VOCABULARY), vit_ckpt_layer=layers)
     objective = Objective(student, {'ita': 1.0, 'itm': 1.0, 'lm': 1.0}, (CLS, ENC, DEC),
@@ -53,8 +55,10 @@ def measure(image_size: int, layers: int, precision: str, batch_size: int, round
         objective.zero_grad(set_to_none=True)
         if number:
             times.append(time.perf_counter() - started)
-    return (f'| {image_size} | {precision} | {layers} of 12 | {saved.bytes / GIB:.2f} | {before:.2f} | '
-            f'{memory_used(torch.device("cpu")):.2f} | {1000 * statistics.median(times):.0f} |')
+    return {'px': str(image_size), 'precision': precision, 'recomputed blocks': f'{layers} of 12',
+            'kept, GiB': f'{saved.bytes / GIB:.2f}', 'process before, GiB': f'{before:.2f}',
+            'process at most, GiB': f'{memory_used(torch.device("cpu")):.2f}',
+            f'ms for {batch_size} pairs': f'{1000 * statistics.median(times):.0f}'}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,20 +66,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--batch', type=whole(1), default=8, help='default: %(default)s')
     parser.add_argument('--rounds', type=whole(1), default=2, help='default: %(default)s')
     parser.add_argument('--threads', type=whole(1), default=2, help='default: %(default)s')
-    parser.add_argument('--row', nargs=3, metavar=('PX', 'BLOCKS', 'PRECISION'), help='this row alone')
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    if args.row:
-        image_size, layers, precision = args.row
-        print(measure(int(image_size), int(layers), precision, args.batch, args.rounds))
-        return
-    print(f'| px | precision | recomputed blocks | kept, GiB | process before, GiB | process at most, GiB | ms for '
-          f'{args.batch} pairs |\n|---:|---|---:|---:|---:|---:|---:|', flush=True)
     rows = [(size, layers, precision) for size in (224, 384) for precision in ('fp32', 'bf16') for layers in (0, 4, 12)]
-    for row in progress(rows, desc='rows'):
-        command = [sys.executable, '-m', 'bench.memory', '--batch', str(args.batch), '--rounds', str(args.rounds),
-                   '--threads', str(args.threads), '--row', *map(str, row)]
-        print(subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip(), flush=True)
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), max_tasks_per_child=1) as pool:
+        measured = [pool.submit(measure, *row, args.batch, args.rounds, args.threads) for row in rows]
+        print(markdown([row.result() for row in progress(measured, desc='rows')]))
 
 
 if __name__ == '__main__':

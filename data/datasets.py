@@ -24,8 +24,8 @@ from data.index import COLUMNS, build_index, read_index
 from data.transforms import EvalTransform, TrainTransform, WholeTransform
 from utils import logger, shorten
 
-MOST_HELD_OUT = 1000  # images: enough for a curve, and soon looked at
-MAX_TRIES = 20  # broken images in a row that end the run
+MOST_HELD_OUT = 1000  # images: enough for a curve, and quick to evaluate
+MAX_TRIES = 20  # consecutive broken images that end the run
 
 
 @contextmanager
@@ -43,14 +43,14 @@ def seeded(*parts: int):
 
 
 def first_readable(pairs: Iterable[tuple], transform: TrainTransform, max_words: int, *seeds: int) -> dict:
-    """The first of some pairs whose image can be read, for training.
+    """The first of some pairs whose image can be read, as a training item.
 
-    An item is a dict of image (uint8 [3, S, S]), caption, id and bad: a (path, kind, message) of each broken image
-    that was met before it.
+    An item is a dict of image (uint8 [3, S, S]), caption, id and bad: (path, kind, message) of each broken image that
+    was skipped before it.
 
     Args:
-        pairs: (path or open file, raw caption, id) in the order in which they stand in for each other.
-        seeds: what the item's randomness is a function of.
+        pairs: (path or open file, raw caption, id), in the order in which they replace each other.
+        seeds: of the item's random numbers.
 
     Raises:
         ValueError: too many images in a row are broken; names the first.
@@ -78,7 +78,7 @@ def first_readable(pairs: Iterable[tuple], transform: TrainTransform, max_words:
 class Captioned(torch.utils.data.Dataset):
     """Images with one caption each, for training; the captions of an image share its id.
 
-    An item is that of `first_readable`: the next pair with a readable image stands in for a broken one.
+    An item is that of `first_readable`: the next pair with a readable image replaces a broken one.
 
     Args:
         table: columns image_root (path, in bytes: no file system promises UTF-8), caption and id. Arrow keeps them
@@ -128,7 +128,7 @@ class Captioned(torch.utils.data.Dataset):
         return first_readable(following, self.transform, self.max_words, self.seed, self.epoch, index)
 
     def examples(self, count: int) -> list[str]:
-        """Image files to be looked at, spread over the set."""
+        """Image files to look at, spread over the set."""
         count = min(count, len(self))
         return [self.pair(i * len(self) // count)[0] for i in range(count)]
 
@@ -214,7 +214,7 @@ class AnnotatedTrain(Captioned):
 
 
 class AnnotatedWhole(Captioned):
-    """Those images, one item each, whole as evaluation sees them; the id is the image's number.
+    """The same images, one item each, uncropped as in evaluation; the id is the image's index.
 
     Attributes:
         references: per image its captions.
@@ -235,7 +235,7 @@ def as_table(rows: list[tuple[Path, str, int]]) -> pa.Table:
 class ImageTextEval(torch.utils.data.Dataset):
     """Held-out images with all their captions; item i is the transformed image i (float32 [3, S, S]).
 
-    No image may be missing or broken here: the metrics would be of another set than they say.
+    No image may be missing or broken here: the metrics would describe another set.
 
     Attributes:
         texts: all captions, cleaned, image by image.

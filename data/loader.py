@@ -74,7 +74,7 @@ class Room(NamedTuple):
 
 
 class InSharedMemory:
-    """A collate function whose batches already lie in shared memory when a worker process hands them over.
+    """A collate function that puts batches into shared memory before a worker process hands them over.
 
     The queue between the processes would move them there too. But it drops a batch for which there is no room, and
     training would wait for that batch for ever.
@@ -165,7 +165,7 @@ def load(dataset, workers: int, collate_fn: Callable = default_collate, **option
 
 def make_loader(dataset: Captioned | WithTargets | ShardDataset, batch_size: int, *, seed: int, epoch: int,
                 start_step: int, workers: int, rank: int, world_size: int) -> DataLoader:
-    """The training batches of an epoch from `start_step` on: what was seen before is not read again.
+    """The training batches of an epoch from `start_step` on; earlier ones are not read.
 
     The worker processes start with the iteration and take the dataset's epoch from here, so iterate a loader before
     the next one is made.
@@ -187,10 +187,10 @@ def make_loader(dataset: Captioned | WithTargets | ShardDataset, batch_size: int
 
 
 class BadImages:
-    """Counts the broken images of a run by kind, names each once in the log, and stops when there are too many.
+    """Counts the broken images of a run by kind, logs each once, and stops the run when there are too many.
 
     Args:
-        max_share: of the images met, once they are 200.
+        max_share: of the images read, once they are 200.
     """
 
     def __init__(self, max_share: float, logger):

@@ -81,7 +81,7 @@ class DLIPProd(Batches):
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike, name: str | None = None, **options) -> 'DLIPProd':
-        """What `save_pretrained` wrote, or a BLIP of transformers: a folder or a name on the Hugging Face hub."""
+        """Load what `save_pretrained` wrote or a BLIP of transformers, from a folder or by its name on the hub."""
         return cls(name, source, **options)
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -108,24 +108,24 @@ class DLIPProd(Batches):
 
         Args:
             sample: draw each token; otherwise beam search, which is greedy with one beam.
-            top_k, top_p: draw from the so many most likely tokens (0: all), and from the nucleus of this mass.
+            top_k, top_p: draw from the `top_k` likeliest tokens (0: all) and the nucleus of probability `top_p`.
             temperature: of drawing; below 1 likely tokens become likelier.
             num_beams: None: as many as the checkpoint was evaluated with, else 3.
             max_length, min_length: in tokens, counting the prompt's four. None: what the checkpoint was evaluated with,
                 else 30 and 10 (of a checkpoint without prompt: 27 and 7).
             repetition_penalty: above 1 the tokens of a caption so far become less likely (CTRL, arXiv 1909.05858).
-            no_repeat_ngram_size: no sequence of so many tokens, the prompt's included, appears twice; 0: any may.
+            no_repeat_ngram_size: no sequence of this many tokens, the prompt's included, appears twice; 0: no limit.
             length_penalty: beams compare by log-probability / length^length_penalty.
             early_stopping: an image is done when it has `num_beams` captions, though a longer one might be better.
-            num_captions: above 1 the list holds a list of so many captions for each image, of beams the best ones.
-            prefix: the captions begin so; its tokens count in the lengths.
+            num_captions: above 1: a list of this many captions for each image, the best ones of the beams.
+            prefix: how every caption begins; its tokens count in the lengths.
             forbid: a phrase, or a list of them, that captions never contain as whole words. Nor do words appear that
                 begin with a forbidden one and are spelled by further tokens.
             seed: makes sampling repeatable.
             scores: give (caption, mean log-probability) in the place of each caption: of its tokens after the prefix,
                 by the net alone. The lower, the more doubtful.
             batch_size: images per forward pass; None: as many as `memory` holds.
-            on_error: 'raise', or 'skip': None in the place of what is no readable image.
+            on_error: 'raise', or 'skip': None for an image that cannot be read.
 
         >>> dlip.generate('prod/examples/05.jpg')
         ['within a green square there is a blue star on white']
@@ -187,7 +187,7 @@ class DLIPProd(Batches):
                        on_error: str = 'raise') -> torch.Tensor:
         """Images -> unit-norm embeddings [N, embed_dim].
 
-        on_error: 'raise', or 'skip': a row of NaN in the place of what is no readable image.
+        on_error: 'raise', or 'skip': a row of NaN for an image that cannot be read.
 
         >>> dlip.get_image_feat('prod/examples/05.jpg').shape
         torch.Size([1, 256])
@@ -257,8 +257,8 @@ class DLIPProd(Batches):
         are named in a warning and left out.
 
         Args:
-            images: None opens an index that is there as it is.
-            folder: where the index is or shall be.
+            images: None opens an existing index as it is.
+            folder: of the index; it is created if need be.
 
         >>> index = dlip.index('prod/examples', 'output/index')
         >>> len(index)
