@@ -1,4 +1,4 @@
-"""Arrow columns of texts. A regular expression finds the few texts that need a change; only those become Python strings."""
+"""Arrow columns of texts. A regular expression finds the few that need a change: only those become Python strings."""
 
 import json
 import re

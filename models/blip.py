@@ -155,13 +155,13 @@ def build_text_tower(config: BLIPConfig, cross_attention: bool = True) -> TextTo
 
 
 def compile_layers(vision: VisionTower, *texts: TextTower | None, **options) -> None:
-    """torch.compile of the towers' layers, in place. Equal layers share a compiled form, and texts of every length do;
-    forms of whole towers would not be faster, and take several times as long to compile.
+    """torch.compile of the towers' layers, in place. Equal layers share a compiled form, as do texts of every length;
+    compiling whole towers is not faster and takes several times as long.
 
     Args:
         options: torch.compile's.
     """
-    # A layer has a form for each kind of pass of teacher and student: with more than 8 nothing is wrong.
+    # A layer has a form for each kind of pass of teacher and student, so more than the default 8 are expected.
     torch._dynamo.config.recompile_limit = 64
     for block in vision.blocks:
         block.compile(**options)
@@ -180,6 +180,6 @@ def select_images(image_kv: ImageKV, image_index: torch.Tensor | None) -> ImageK
 
 
 def with_negatives(image_kv: ImageKV, negatives: ImageKV) -> ImageKV:
-    """Keys and values for matching 3 B texts: the first and the last B of them with the images of `image_kv` [B], those
-    between with the negative images' [B]."""
+    """Keys and values for matching 3 B texts: the first and last B with the images of `image_kv` [B], the middle B with
+    the negative images [B]."""
     return [(*own, *other) for own, other in zip(image_kv, negatives, strict=True)]

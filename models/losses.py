@@ -17,7 +17,7 @@ IGNORE = -100  # label of a position that carries no loss
 
 
 def in_float32(function):
-    """A function that gets its floating-point tensors as float32 and runs with autocast off."""
+    """Decorator: floating-point tensors arrive as float32, and autocast is off."""
     @wraps(function)
     def run(*args, **kwargs):
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
@@ -140,8 +140,8 @@ def lm_loss(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float =
 def in_chunks(function, size: int, *rows: torch.Tensor) -> torch.Tensor:
     """`function(*rows)`, a tensor of means over M rows, from chunks of at most `size` rows.
 
-    More than one are computed again for the backward pass, so that what a row makes large, logits over a vocabulary,
-    is never held for all rows at once.
+    If there is more than one chunk, each is recomputed in the backward pass, so that large intermediate results (logits
+    over a vocabulary) are never held for all rows at once.
     """
     count = len(rows[0])
     if count <= size:
@@ -168,9 +168,9 @@ def top_k_kl_loss(logits: torch.Tensor, ids: torch.Tensor, log_probs: torch.Tens
                   ) -> torch.Tensor:
     """`logit_kl_loss` where of the teacher only its k most probable classes are known, and of the others their sum.
 
-    The others share it equally against the student's log-probabilities, as label smoothing has taught a teacher to do
-    nearly; then this equals the full KL. (As one more class they would lose what smoothing teaches: of the demo's
-    teacher 0.05 of a KL of 2.)
+    The others are taken as equally probable, as they nearly are for a teacher trained with label smoothing; if they
+    were, this would equal the full KL. (As a single class they would lose what smoothing teaches: 0.05 of a KL of 2
+    for the demo's teacher.)
 
     Args:
         logits: [M, V]
@@ -221,9 +221,9 @@ def cosine_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def hidden_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """Squared error of layer-normalised states [..., E], mean over E -> [...]
 
-    TinyBERT's hidden-state loss (arXiv 1909.10351) on states that a layer norm without weights has whitened, as in
-    feature distillation (Wei et al. 2022, arXiv 2205.14141): the residual stream's size, which grows with the layers
-    and differs from token to token, teaches nothing. 0 (equal up to scale and shift) to 4, 2 for unrelated states.
+    TinyBERT's hidden-state loss (arXiv 1909.10351) on states whitened by a layer norm without weights, as in feature
+    distillation (Wei et al. 2022, arXiv 2205.14141): the norm of the residual stream grows with depth and varies from
+    token to token, and need not be learned. From 0 (equal up to scale and shift) to 4; 2 for unrelated states.
     """
     student, teacher = (F.layer_norm(x, x.shape[-1:]) for x in (student, teacher))
     return (student - teacher).square().mean(-1)

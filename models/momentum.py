@@ -1,4 +1,4 @@
-"""Momentum encoder and feature queues (MoCo, ALBEF, BLIP): one home for pre-training and retrieval finetuning."""
+"""Momentum encoder and feature queues (MoCo, ALBEF, BLIP), for pre-training and retrieval finetuning."""
 
 import torch
 import torch.nn.functional as F
@@ -10,14 +10,14 @@ from models.linear import Linear, Unpadded
 from models.norm import autocast_dtype
 from models.vit import VisionTower, resample_positions
 
-NO_ID = torch.iinfo(torch.long).min  # of a queue entry that is nobody's pair: no sample's id
+NO_ID = torch.iinfo(torch.long).min  # id of a queue entry without a sample
 
 
 class MomentumQueue(nn.Module):
     """An exponential moving average of the student's two feature towers, and the last `queue_size` features.
 
-    Only what the features need is kept: no cross-attention, no matching head, no decoder. Parameter names are
-    the student's, so that the average pairs them by name.
+    It holds only what the features need: no cross-attention, matching head or decoder. Parameters have the student's
+    names, by which the average pairs them.
 
     Args:
         student: the net to follow; the momentum encoder starts equal to it.

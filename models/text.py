@@ -106,8 +106,8 @@ class Attention(nn.Module):
         """hidden [R, T, width], or [M, width] of unpadded texts; k, v [R or images, heads, N, D]; mask bool, True = may
         attend.
 
-        With `negatives`, keys and values as well, the second third of the rows attends to them, and the first and the
-        last one to k and v: the images' keys and values are not copied for either.
+        Given `negatives`, further keys and values, the second third of the rows attends to them and the other rows to k
+        and v, without copying either.
         """
         q = self.split(spread(self.self.query(hidden), texts))
         if negatives:
@@ -232,10 +232,10 @@ class TextTower(nn.Module):
                 cache: KVCache | None = None, layers: Collection[int] = ()) -> TextOutput:
         """ids [R, T] int64; mask [R, T], 1 = token, 0 = pad (right-padded), or `Unpadded`; None = no pads.
 
-        With a cache, `ids` continue the cached positions (causal, no pads). `want_maps` returns the last
-        layer's attention maps. `first_only` computes position 0 alone in the last layer (bidirectional; hidden is
-        [R, 1, width]): all that an embedding or a matching score reads; not where `layers`, the indices of those whose
-        states are returned, has the last one.
+        With a cache, `ids` continue the cached positions (causal, no pads). `want_maps` returns the last layer's
+        attention maps, `layers` the states of the layers with these indices. `first_only` computes the last layer for
+        position 0 alone, all that an embedding or a matching score needs (bidirectional; hidden is [R, 1, width]); it
+        is ignored if `layers` contains the last one.
         """
         start, length = cache.length if cache else 0, ids.shape[1]
         texts, mask = (mask, mask.mask) if isinstance(mask, Unpadded) else (None, mask)
@@ -249,7 +249,7 @@ class TextTower(nn.Module):
             extend = None if cache is None else (lambda k, v, i=i: cache.extend(i, k, v))
             last = i == len(self.layers) - 1
             first = first_only and last and i not in layers
-            # compiled, a cache would need a form for every length, and a layer for one position repays none
+            # not compiled: a cache, which would need a form for every length, and a layer for one position
             run = layer if cache is None and not first else layer.forward
             hidden, self_map, cross_map = run(hidden, attend, image_kv[i] if image_kv is not None else None,
                                               want_maps and last, extend, first, texts)

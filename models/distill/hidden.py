@@ -1,4 +1,4 @@
-"""Hidden-representation distillation: states of chosen layers beside the teacher's, through learned projections."""
+"""Hidden-state distillation: states of chosen layers against the teacher's, through learned projections."""
 
 import torch
 from torch import nn

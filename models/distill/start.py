@@ -1,4 +1,4 @@
-"""How a script builds its objective: loss weights, momentum encoder and queues, projections to the teacher's width."""
+"""Builds a script's objective: loss weights, momentum encoder and queues, projections to the teacher's width."""
 
 import torch
 
@@ -36,7 +36,7 @@ def build_objective(config: dict, student: BLIP, tokenizer: Tokenizer, source: B
 
 
 def loss_weights(loss: dict[str, float], teacher: BLIP | None) -> dict[str, float]:
-    """The config's weights; without a teacher its terms are off, which is said once."""
+    """The config's weights; without a teacher its terms are off, which is logged."""
     if teacher is not None or not any(loss.get(term) for term in TEACHER_TERMS):
         return loss
     logger.info('teacher.weights is null: the distillation terms are off')
@@ -44,11 +44,11 @@ def loss_weights(loss: dict[str, float], teacher: BLIP | None) -> dict[str, floa
 
 
 def init_projections(objective: Objective, settings: dict, teacher: BLIP | None) -> None:
-    """Start the projections to the teacher's width where the student starts: random ones would first pull it away from
+    """Initialise the projections to the teacher's width to match the student; random ones would first pull it away from
     what it knows.
 
-    With `model.init` they are those learned in the stage before, as far as the file holds any that fit. For a narrower
-    student that inherits from the teacher, each channel is projected to the teacher's channel that it comes from.
+    With `model.init` they are loaded from that file, as far as it holds any that fit. For a narrower student that
+    inherits from the teacher, each channel is projected to the teacher's channel that it comes from.
     """
     projections = objective.projections
     if settings['init'] and projections:
@@ -70,10 +70,10 @@ def init_projections(objective: Objective, settings: dict, teacher: BLIP | None)
 
 
 def init_momentum(objective: Objective, config: dict) -> None:
-    """Start momentum encoder and queues where `model.init` ended (a `last.pth`, or a file of BLIP or dlip-v2), if they
-    fit: random queues would be trivial negatives for a good part of a finetune's first epoch. Logs what it found.
+    """Load momentum encoder and queues from `model.init` (a `last.pth`, or a file of BLIP or dlip-v2) if they fit, and
+    log what was found: random queues would be trivial negatives for much of a finetune's first epoch.
 
-    The queues of a teacher are taken over from a run with the same `teacher.weights` only, that filled them.
+    A teacher's queues are loaded only if they were filled with the same `teacher.weights`.
     """
     source, momentum = config['model']['init'], objective.momentum
     if not source:

@@ -1,4 +1,4 @@
-"""The terms of the loss by name, the passes that they are computed from, and what they need of the nets."""
+"""Loss terms by name, the passes that compute them, and what they require of the nets."""
 
 from models.blip import BLIPConfig
 from models.distill.hidden import STREAMS
@@ -9,15 +9,15 @@ TEACHER_TERMS = ('image_tokens', 'image_feat', 'text_feat', 'fused_feat', 'decod
 TERMS = ('ita', 'itm', 'lm', *TEACHER_TERMS)
 VISION = ('image_tokens', 'vision_hidden')  # terms of the vision tower alone
 CONTRASTIVE = ('ita', 'itm', 'ita_soft', 'itm_soft', 'image_feat', 'text_feat', 'text_hidden')  # of both features
-TEACHER_FEATURES = ('ita_soft', 'image_feat', 'text_feat', 'text_hidden')  # terms that ask for a teacher's features
+TEACHER_FEATURES = ('ita_soft', 'image_feat', 'text_feat', 'text_hidden')  # terms that need a teacher's features
 FUSED = ('itm', 'itm_soft', 'fused_feat', 'self_attn', 'cross_attn', 'fused_hidden')  # terms of the matching pass
 DECODER = ('lm', 'lm_logits', 'decoder_feat', 'decoder_self_attn', 'decoder_cross_attn', 'decoder_hidden')
 MAPS = ('self_attn', 'cross_attn', 'decoder_self_attn', 'decoder_cross_attn')
-MISSING_IN = {'caption': 'text_encoder', 'retrieval': 'text_decoder', 'pretrain': None}  # part that a task has not
+MISSING_IN = {'caption': 'text_encoder', 'retrieval': 'text_decoder', 'pretrain': None}  # the part that a task lacks
 
 
 def asks_for_features(config: dict) -> bool:
-    """Whether a run of this config asks its teacher for features, and so fills the teacher's queues."""
+    """Whether a run of this config uses a teacher's features, and so fills the teacher's queues."""
     return any(config.get('loss', {}).get(term) for term in TEACHER_FEATURES)
 
 
