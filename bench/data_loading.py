@@ -33,7 +33,7 @@ from data.datasets import PairDataset
 from data.loader import make_loader
 from data.transforms import TrainTransform
 dataset = PairDataset(path, TrainTransform(16, 0.5, False), 30)
-loader = make_loader(dataset, 64, seed=0, epoch=0, start_step=0, workers=4, rank=0, world_size=1)
+loader = make_loader(dataset, 64, seed=0, epoch=0, start_batch=0, workers=4, rank=0, world_size=1)
 """
 THEIRS = """
 import json

@@ -7,7 +7,7 @@ sides:
 
 - transformers: `BlipForConditionalGeneration` / `BlipForImageTextRetrieval` base, float32, as loaded;
 - original: DLIP's student decoded as dlip-v2 does, the image's keys and values projected again at every step and for
-  every beam, with autograd on and torch's own linear maps;
+  every beam, with autograd on and torch's own linear layers;
 - DLIP: this repository's student, at each precision and backend of DLIPProd, with its output error beside it; those of
   ONNX are exported first;
 - DLIP, BLIP-Base: the weights of transformers' captioner in this repository's net, served in the same ways but ONNX.
@@ -90,7 +90,7 @@ class OriginalDecoder(search.Decoder):
         self.image_tokens = self.image_tokens[keep]
 
 
-def with_plain_linear_maps(model: BLIP) -> BLIP:
+def with_plain_linear_layers(model: BLIP) -> BLIP:
     model = copy.deepcopy(model)
     for part in model.modules():
         if type(part) is Linear:
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(0)
         theirs = transformers_base(image_size)
         student = BLIP(architecture('small', image_size, len(tokenizer))).eval()
-        plain = with_plain_linear_maps(student)
+        plain = with_plain_linear_layers(student)
         nets, base = served(student), served(same_weights(theirs[0]))
         nets |= {f'DLIP {precision} onnx': exported(student, tokenizer, precision) for precision in EXPORTED}
         for batch in args.batch:

@@ -2,7 +2,7 @@
 
     python -m bench.loading
 
-Writes random weights of the real size once per format: the original `.pth`, the same with momentum twins and an
+Writes random weights of the real size once per format: the original `.pth`, the same with a momentum encoder and an
 optimizer beside the net (what a training checkpoint holds), and a folder of safetensors. Each load is a fresh process;
 the sides take turns, medians are printed. transformers maps the file and reads a weight at its first use, ours checks
 every weight for NaN, so the time until all weights have been read is given too. Memory is the largest resident set,
@@ -66,9 +66,9 @@ def write_sources(folder: Path) -> dict[str, Path]:
                'training .pth': folder / 'training.pth'}
     write_folder(sources['folder'], model, tokenizer, {})
     torch.save({'model': weights}, sources['original .pth'])
-    twins = {f'visual_encoder_m.{name}': weight.clone() for name, weight in model.visual_encoder.state_dict().items()}
+    average = {f'visual_encoder_m.{name}': weight.clone() for name, weight in model.visual_encoder.state_dict().items()}
     state = {name: weight.clone() for name, weight in model.state_dict().items()}
-    torch.save({'model': weights | twins, 'optimizer': {'exp_avg': state}}, sources['training .pth'])
+    torch.save({'model': weights | average, 'optimizer': {'exp_avg': state}}, sources['training .pth'])
     return sources
 
 

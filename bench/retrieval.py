@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 import torch
 
-from bench.inference import with_plain_linear_maps
+from bench.inference import with_plain_linear_layers
 from configs.rules import whole
 from data.distributed import progress
 from eval.retrieval import Texts, matching_logits, nearest, text_feats
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = Tokenizer.from_file(ROOT / 'tests' / 'vocab.txt')
     config = architecture('small', IMAGE_SIZE, len(tokenizer), 'retrieval')
     model = BLIP(config).eval()
-    plain = with_plain_linear_maps(model)
+    plain = with_plain_linear_layers(model)
     tokens = torch.randn(args.images, 1 + (IMAGE_SIZE // config.patch_size) ** 2, config.vision_width)
     captions = random_texts(tokenizer, 5 * args.images)
     texts = Texts(tokenizer, captions, MAX_TOKENS, torch.device('cpu'))

@@ -150,7 +150,7 @@ class OurStep:
 
 @torch.no_grad()
 def best_product(device: str, precision: str) -> float:
-    """Operations a second of a large linear map."""
+    """Operations a second of a large linear layer."""
     side = 8192 if device == 'cuda' else 2048
     x, linear, times = torch.randn(side, side, device=device), Linear(side, side).to(device), []
     with torch.autocast(device, torch.bfloat16, enabled=precision == 'bf16'):

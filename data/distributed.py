@@ -103,7 +103,7 @@ def to_device(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 def seed_everything(*parts: int) -> None:
     """Seed python, numpy and torch from a tuple of integers.
 
-    Training seeds every step by (seed, step, rank): a resumed run draws what the uninterrupted run drew.
+    Training seeds every step by (seed, batch, rank), so that a resumed run draws what the uninterrupted run drew.
     """
     state = int(np.random.SeedSequence(parts).generate_state(1)[0])
     random.seed(state)

@@ -1,4 +1,4 @@
-"""Batches: the same global batches whatever the number of processes, resumable at any step."""
+"""Batches: the same global batches whatever the number of processes, resumable at any batch."""
 
 import errno
 import math
@@ -33,18 +33,18 @@ class DistributedBatchSampler:
     incomplete batch is dropped.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, epoch: int, start_step: int, rank: int,
+    def __init__(self, length: int, batch_size: int, seed: int, epoch: int, start_batch: int, rank: int,
                  world_size: int):
         self.order = np.random.default_rng((seed, epoch)).permutation(length)
-        self.batch_size, self.rank, self.start = batch_size, rank, start_step
-        self.world_size, self.steps = world_size, length // (batch_size * world_size)
+        self.batch_size, self.rank, self.start = batch_size, rank, start_batch
+        self.world_size, self.batches = world_size, length // (batch_size * world_size)
 
     def __len__(self) -> int:
-        return max(0, self.steps - self.start)
+        return max(0, self.batches - self.start)
 
     def __iter__(self):
-        for step in range(self.start, self.steps):
-            first = (step * self.world_size + self.rank) * self.batch_size
+        for batch in range(self.start, self.batches):
+            first = (batch * self.world_size + self.rank) * self.batch_size
             yield self.order[first:first + self.batch_size].tolist()
 
 
@@ -164,8 +164,8 @@ def load(dataset, workers: int, collate_fn: Callable = default_collate, **option
 
 
 def make_loader(dataset: Captioned | WithTargets | ShardDataset, batch_size: int, *, seed: int, epoch: int,
-                start_step: int, workers: int, rank: int, world_size: int) -> DataLoader:
-    """The training batches of an epoch from `start_step` on; earlier ones are not read.
+                start_batch: int, workers: int, rank: int, world_size: int) -> DataLoader:
+    """The training batches of an epoch from `start_batch` on; earlier ones are not read.
 
     The worker processes start with the iteration and take the dataset's epoch from here, so iterate a loader before
     the next one is made.
@@ -173,17 +173,17 @@ def make_loader(dataset: Captioned | WithTargets | ShardDataset, batch_size: int
     Raises:
         ValueError: fewer samples than one global batch.
     """
-    steps = len(dataset) // (batch_size * world_size)
-    if not steps:
+    batches = len(dataset) // (batch_size * world_size)
+    if not batches:
         raise ValueError(f'{len(dataset)} training samples are less than one batch of {batch_size} x {world_size} '
                          f'processes: lower train.batch_size')
     options = {'workers': workers, 'collate_fn': collate, 'pin_memory': torch.cuda.is_available()}
     dataset.epoch = epoch
     if isinstance(dataset, ShardDataset):
-        stream = ShardStream(dataset, batch_size, steps, start_step, rank)
+        stream = ShardStream(dataset, batch_size, batches, start_batch, rank)
         return load(stream, batch_size=batch_size, **options)
-    batches = DistributedBatchSampler(len(dataset), batch_size, seed, epoch, start_step, rank, world_size)
-    return load(dataset, batch_sampler=batches, **options)
+    sampler = DistributedBatchSampler(len(dataset), batch_size, seed, epoch, start_batch, rank, world_size)
+    return load(dataset, batch_sampler=sampler, **options)
 
 
 class BadImages:

@@ -158,25 +158,25 @@ class ShardDataset:
 
 
 class ShardStream(IterableDataset):
-    """The items (see `first_readable`) of a process's batches `start_step` up to `steps` of the dataset's epoch.
+    """The items (see `first_readable`) of a process's batches `start_batch` up to `batches` of the dataset's epoch.
 
     Batch k of a process is made by its worker k modulo their number. With another number of processes or workers the
     epoch is cut into other runs: a run that is resumed within an epoch then sees some of its samples twice and others
     not before the next.
     """
 
-    def __init__(self, dataset: ShardDataset, batch_size: int, steps: int, start_step: int, rank: int):
-        self.dataset, self.batch_size, self.steps = dataset, batch_size, steps
-        self.start_step, self.rank = start_step, rank
+    def __init__(self, dataset: ShardDataset, batch_size: int, batches: int, start_batch: int, rank: int):
+        self.dataset, self.batch_size, self.batches = dataset, batch_size, batches
+        self.start_batch, self.rank = start_batch, rank
 
     def __iter__(self) -> Iterator[dict]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        lane = (self.start_step + worker) % workers  # the loader asks worker 0 first
-        before, size = (sum(len(range(other, self.steps, workers)) for other in range(lane)),
-                        len(range(lane, self.steps, workers)))
-        done = len(range(lane, self.start_step, workers))
-        first = (self.rank * self.steps + before) * self.batch_size
+        lane = (self.start_batch + worker) % workers  # the loader asks worker 0 first
+        before, size = (sum(len(range(other, self.batches, workers)) for other in range(lane)),
+                        len(range(lane, self.batches, workers)))
+        done = len(range(lane, self.start_batch, workers))
+        first = (self.rank * self.batches + before) * self.batch_size
         return self.items(first, first + size * self.batch_size, done * self.batch_size)
 
     def items(self, first: int, last: int, done: int) -> Iterator[dict]:

@@ -46,8 +46,8 @@ def pairs(path: Path, seed: int = 0) -> PairDataset:
     return PairDataset(path, TRANSFORM, 30, seed)
 
 
-def loader(dataset, batch_size=4, seed=0, epoch=0, start_step=0, workers=0, rank=0, world_size=1):
-    return make_loader(dataset, batch_size, seed=seed, epoch=epoch, start_step=start_step, workers=workers, rank=rank,
+def loader(dataset, batch_size=4, seed=0, epoch=0, start_batch=0, workers=0, rank=0, world_size=1):
+    return make_loader(dataset, batch_size, seed=seed, epoch=epoch, start_batch=start_batch, workers=workers, rank=rank,
                        world_size=world_size)
 
 
@@ -292,14 +292,14 @@ def test_two_processes_see_the_global_batches_of_one(all_json):
 
 
 def test_resumed_epoch_is_the_rest_of_it(all_json):
-    whole, rest = list(loader(pairs(all_json))), loader(pairs(all_json), start_step=3)
+    whole, rest = list(loader(pairs(all_json))), loader(pairs(all_json), start_batch=3)
     assert len(rest) == 2 and all(map(equal, whole[3:], rest))
     read = []
     dataset = pairs(all_json)
     dataset.pair = lambda index: read.append(index) or PairDataset.pair(dataset, index)
-    next(iter(loader(dataset, start_step=4)))
+    next(iter(loader(dataset, start_batch=4)))
     assert len(read) == 4  # what was seen before is not opened again
-    assert len(loader(dataset, start_step=5)) == len(list(loader(dataset, start_step=5))) == 0
+    assert len(loader(dataset, start_batch=5)) == len(list(loader(dataset, start_batch=5))) == 0
 
 
 def test_epochs_and_seeds_augment_and_shuffle_differently(all_json):

@@ -69,7 +69,7 @@ def test_all_processes_stop_when_one_meets_too_many_broken_pictures(pretrained, 
     def edit(records):
         records *= 6
         (tmp_path / 'broken.jpg').write_bytes(b'')
-        sampler = DistributedBatchSampler(len(records), 8, seed=1, epoch=0, start_step=0, rank=1, world_size=2)
+        sampler = DistributedBatchSampler(len(records), 8, seed=1, epoch=0, start_batch=0, rank=1, world_size=2)
         for row in sum(sampler, []):
             records[row] = records[row] | {'image_root': str(tmp_path / 'broken.jpg')}
     data = broken_set(scenes, tmp_path, edit)

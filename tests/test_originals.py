@@ -194,12 +194,12 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
 
 
 def test_dlip_v2_training_and_half_files(tmp_path, bert_tokenizer):
-    """The pre-training form has queues, momentum twins and an optimizer beside the net; `_half` files are float16."""
+    """The pre-training form has queues, momentum encoder and optimizer beside the net; `_half` files are float16."""
     weights = golden('pretrain_student_tiny.pth')['model']
     assert {'image_queue', 'queue_ptr', 'vl_proj.weight'} <= weights.keys()
-    twins = {f'{name.partition(".")[0]}_m.{name.partition(".")[2]}': weight for name, weight in weights.items()
+    momentum = {f'{name.partition(".")[0]}_m.{name.partition(".")[2]}': weight for name, weight in weights.items()
              if name.startswith(('visual_encoder.', 'text_encoder.', 'text_proj.', 'vision_proj.'))}
-    form = {'model': weights | twins, 'optimizer': {'state': {}}, 'config': HEADS, 'epoch': 3}
+    form = {'model': weights | momentum, 'optimizer': {'state': {}}, 'config': HEADS, 'epoch': 3}
     torch.save(form, tmp_path / 'dlip_pretrain.pth')
     half = {name: weight.half() if weight.is_floating_point() else weight for name, weight in weights.items()}
     torch.save({'model': half, 'config': HEADS}, tmp_path / 'dlip_pretrain_half.pth')

@@ -75,8 +75,8 @@ def dataset(source, seed: int = 0) -> ShardDataset:
     return ShardDataset(str(source), TRANSFORM, 30, seed)
 
 
-def epoch(source, batch_size=2, seed=0, epoch=0, start_step=0, workers=0, rank=0, world_size=1) -> list[dict]:
-    return list(make_loader(dataset(source, seed), batch_size, seed=seed, epoch=epoch, start_step=start_step,
+def epoch(source, batch_size=2, seed=0, epoch=0, start_batch=0, workers=0, rank=0, world_size=1) -> list[dict]:
+    return list(make_loader(dataset(source, seed), batch_size, seed=seed, epoch=epoch, start_batch=start_batch,
                             workers=workers, rank=rank, world_size=world_size))
 
 
@@ -128,7 +128,7 @@ def test_a_sample_is_transformed_as_its_seed_epoch_and_number_say(cc3m):
 def test_a_resumed_epoch_is_the_rest_of_it(cc3m, workers, starts):
     whole = epoch(cc3m, workers=workers)
     for start in starts:
-        assert same(whole[start:], epoch(cc3m, workers=workers, start_step=start)), start
+        assert same(whole[start:], epoch(cc3m, workers=workers, start_batch=start)), start
 
 
 def test_resume_opens_only_the_shards_that_are_left(cc3m, monkeypatch):
@@ -137,7 +137,7 @@ def test_resume_opens_only_the_shards_that_are_left(cc3m, monkeypatch):
     epoch(cc3m)
     whole, first = opened[:], opened[0]
     opened.clear()
-    epoch(cc3m, start_step=11)
+    epoch(cc3m, start_batch=11)
     assert len(whole) == 3 and first not in opened and opened == whole[-len(opened):]
 
 
@@ -292,7 +292,7 @@ def test_a_command_that_ends_early(cc3m, capfd):
     assert 0 < count_images(f'pipe:head -c 9000 {cc3m}/00002.tar') < 8
     data = dataset(f'pipe:cat {cc3m}/00000.tar::{cc3m}/00001.tar')
     data.urls[0] = f'pipe:head -c 9000 {cc3m}/00000.tar; exit 3'  # fails later than it was counted
-    batches = list(make_loader(data, 2, seed=0, epoch=0, start_step=0, workers=0, rank=0, world_size=1))
+    batches = list(make_loader(data, 2, seed=0, epoch=0, start_batch=0, workers=0, rank=0, world_size=1))
     lost = [message for batch in batches for _, _, message in batch['bad']]
     assert len(batches) == 9 and lost and all('are lost: the command failed (exit code 3)' in text for text in lost)
     assert 'Traceback' not in capfd.readouterr().err
@@ -310,7 +310,7 @@ def test_broken_and_captionless_samples_are_replaced_and_the_former_counted(tmp_
     assert len(batches) == 11 and set(ids(batches)) == {0, 1, 2, 4, 7, 8, 9, 10}  # numbered are those with a picture
     bad = {(Path(path).name, kind) for batch in batches for path, kind, _ in batch['bad']}
     assert bad == {('000000003.jpg', 'not an image'), ('000000007.jpg', 'damaged')}
-    assert same(batches[5:], epoch(tmp_path, batch_size=1, start_step=5))
+    assert same(batches[5:], epoch(tmp_path, batch_size=1, start_batch=5))
 
 
 def test_a_shard_that_breaks_off_is_filled_from_others(cc3m):
@@ -322,7 +322,7 @@ def test_a_shard_that_breaks_off_is_filled_from_others(cc3m):
     assert len(batches) == 13 and 0 < there < 13 and set(ids(batches)) == {*range(there), *range(13, 26)}
     assert {entry[:2] for entry in lost} == {(f'{cc3m}/00000.tar', 'damaged')}
     assert f'{len(lost)} samples of {cc3m}/00000.tar are lost: ' in lost[0][2]
-    assert same(batches[6:], epoch(cc3m, start_step=6))
+    assert same(batches[6:], epoch(cc3m, start_batch=6))
     for tar in cc3m.glob('*.tar'):
         tar.unlink()
         tar.touch()

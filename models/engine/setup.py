@@ -51,5 +51,5 @@ def build_nets(config: dict, task: str) -> tuple[Tokenizer, BLIP, BLIP | None]:
 def epoch_loader(run: RunState, dataset) -> DataLoader:
     """A loader of the remaining batches of the current epoch."""
     config = run.config
-    return make_loader(dataset, config['train']['batch_size'], seed=run.seed, epoch=run.epoch, start_step=run.batch,
+    return make_loader(dataset, config['train']['batch_size'], seed=run.seed, epoch=run.epoch, start_batch=run.batch,
                        workers=config['data']['num_workers'], rank=rank(), world_size=world_size())
