@@ -23,7 +23,7 @@ import torch
 
 from data.datasets import AnnotatedTrain, AnnotatedWhole, Captioned, ImageTextEval
 from data.distributed import barrier, is_main, rank, seed_everything, to_device
-from data.transforms import EvalTransform, TrainTransform, normalise
+from data.transforms import TrainTransform, normalise
 from eval.caption import evaluate_captions
 from eval.cider import CiderReward
 from eval.table import finetune_table
@@ -61,9 +61,7 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     dataset = AnnotatedTrain(data['root'], transform, data['max_words'], args.seed, data['split'],
                              data['teacher_captions'])
     images = AnnotatedWhole(data['root'], model['image_size'], data['max_words'], data['split'])
-    held_out = {split: ImageTextEval(data['root'], split, EvalTransform(model['image_size'], data['image_memory']),
-                                     data['max_words'], data['split'])
-                for split in ('val', 'test')}
+    held_out = {split: ImageTextEval.from_config(data, split, model['image_size']) for split in ('val', 'test')}
     pairs = first_captions(held_out['val'], data['max_words'])
 
     # student, optional teacher or its stored targets, losses

@@ -20,7 +20,7 @@ import torch
 
 from data.datasets import AnnotatedTrain, ImageTextEval
 from data.distributed import barrier, rank, seed_everything
-from data.transforms import EvalTransform, TrainTransform
+from data.transforms import TrainTransform
 from eval.retrieval import evaluate_retrieval
 from eval.table import finetune_table
 from eval.validation import first_captions, validation
@@ -47,9 +47,7 @@ def finetune(args: argparse.Namespace, config: dict, device: torch.device, outpu
     # data
     transform = TrainTransform(model['image_size'], data['min_scale'], data['randaugment'], data['image_memory'])
     dataset = AnnotatedTrain(data['root'], transform, data['max_words'], args.seed, data['split'])
-    held_out = {split: ImageTextEval(data['root'], split, EvalTransform(model['image_size'], data['image_memory']),
-                                     data['max_words'], data['split'])
-                for split in ('val', 'test')}
+    held_out = {split: ImageTextEval.from_config(data, split, model['image_size']) for split in ('val', 'test')}
     pairs = first_captions(held_out['val'], data['max_words'])
 
     # student, optional teacher or its stored targets, momentum encoder and queues, losses

@@ -259,6 +259,12 @@ class ImageTextEval(torch.utils.data.Dataset):
         for text, image in enumerate(self.text_to_image):
             self.image_to_texts[image].append(text)
 
+    @classmethod
+    def from_config(cls, data: dict, split: str, image_size: int) -> 'ImageTextEval':
+        """A split of a config's `data` settings."""
+        transform = EvalTransform(image_size, data['image_memory'])
+        return cls(data['root'], split, transform, data['max_words'], data['split'])
+
     def __len__(self) -> int:
         return len(self.paths)
 

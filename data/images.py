@@ -210,7 +210,7 @@ def least_scale(image: Image.Image, memory: float) -> int:
         if needed <= memory:
             return scale
     raise BrokenImage(f'{pixels / 1e6:.0f} megapixels, which take {needed:.1f} GiB of memory to decode, '
-                        f'of which {memory:g} are allowed (data.image_memory, DLIPProd\'s memory)', 'too large')
+                      f'of which {memory:g} are allowed (data.image_memory, DLIPProd\'s memory)', 'too large')
 
 
 @contextmanager

@@ -144,7 +144,7 @@ def build(out: Path, pretrain: int, flickr: dict[str, int], kinds: dict[str, flo
         splits[split] = [(f'{split}{i:06d}.jpg', scene) for i, scene in enumerate(scenes)]
         for start in range(0, count, SHARD):
             jobs.append((write_flickr_images, (folder / 'flickr30k-images', splits[split][start:start + SHARD],
-                                                 rng.getrandbits(32))))
+                                               rng.getrandbits(32))))
     write_flickr_annotation(folder, splits)
     (out / 'vocab.txt').write_text('\n'.join(vocabulary()) + '\n')
     bar = progress(None, total=pretrain + sum(flickr.values()), desc='rendering scenes')

@@ -143,8 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     loaded = {name: load_model(checkpoint, device, 'caption', args.tokenizer)[:2]
               for name, checkpoint in compared(args).items()}  # all at once: a bad one ends it before hours of work
     for name, (model, tokenizer) in loaded.items():
-        dataset = ImageTextEval(data['root'], args.split, EvalTransform(model.config.image_size, data['image_memory']),
-                                data['max_words'], data['split'])
+        dataset = ImageTextEval.from_config(data, args.split, model.config.image_size)
         figures[name], said[name] = evaluate_captions(
             model, tokenizer, dataset, device=device, meteor=True, spice=args.spice, prompt=data['prompt'],
             workers=data['num_workers'], **config['eval'])

@@ -24,7 +24,6 @@ import torch
 from configs import load_config
 from data.datasets import ImageTextEval
 from data.distributed import is_main
-from data.transforms import EvalTransform
 from eval.caption import evaluate_captions
 from eval.common import hardware, machine_options, spread, write_json
 from eval.metrics import retrieval_metrics
@@ -54,11 +53,6 @@ class Net:
     figures: dict[str, float | str]
 
 
-def dataset_for(model: BLIP, data: dict) -> ImageTextEval:
-    return ImageTextEval(data['root'], 'test', EvalTransform(model.config.image_size, data['image_memory']),
-                         data['max_words'], data['split'])
-
-
 def evaluate(name: str, for_each: tuple[tuple[BLIP, Tokenizer], tuple[BLIP, Tokenizer]], configs: tuple[dict, dict],
              device: torch.device, **scores) -> Net:
     """Retrieval and captions of the test split.
@@ -70,13 +64,14 @@ def evaluate(name: str, for_each: tuple[tuple[BLIP, Tokenizer], tuple[BLIP, Toke
     logger.info('evaluating: %s', name)
     (retrieval, tokenizer), (caption, caption_tokenizer) = for_each
     for_retrieval, for_caption = configs
-    dataset = dataset_for(retrieval, for_retrieval['data'])
+    dataset = ImageTextEval.from_config(for_retrieval['data'], 'test', retrieval.config.image_size)
     i2t, t2i = retrieval_scores(retrieval, tokenizer, dataset, device=device,
                                 max_tokens=for_retrieval['data']['max_tokens'],
                                 workers=for_retrieval['data']['num_workers'], **for_retrieval['eval'])
     recalls = retrieval_metrics(i2t, t2i, dataset.image_to_texts, dataset.text_to_image)
-    said, records = evaluate_captions(caption, caption_tokenizer, dataset_for(caption, for_caption['data']),
-                                      device=device, prompt=for_caption['data']['prompt'],
+    captioned = ImageTextEval.from_config(for_caption['data'], 'test', caption.config.image_size)
+    said, records = evaluate_captions(caption, caption_tokenizer, captioned, device=device,
+                                      prompt=for_caption['data']['prompt'],
                                       workers=for_caption['data']['num_workers'], **scores, **for_caption['eval'])
     return Net((retrieval, tokenizer), (caption, caption_tokenizer), t2i, records, {**recalls, **said})
 
@@ -95,7 +90,7 @@ def caption_cards(teacher: Net, student: Net, count: int) -> list[tuple[Path, li
 
 def text_queries(net: Net, data: dict, count: int = 5) -> list[tuple[str, list[tuple[Path, float, bool]]]]:
     """Captions, each of another image and another of its phrasings, with their top images."""
-    dataset = dataset_for(net.retrieval[0], data)
+    dataset = ImageTextEval.from_config(data, 'test', net.retrieval[0].config.image_size)
     texts = [dataset.image_to_texts[image][i % len(dataset.image_to_texts[image])]
              for i, image in enumerate(spread(len(dataset), count))]
     return [(dataset.texts[text], top_images(dataset, net.scores_t2i, text)) for text in texts]

@@ -23,7 +23,6 @@ import torch
 from configs import load_config
 from data.datasets import ImageTextEval
 from data.distributed import gather_objects, is_main, progress
-from data.transforms import EvalTransform
 from eval.common import compared, evaluation_parser, hardware, image_batches, shard, spread, write_json
 from eval.metrics import retrieval_metrics
 from eval.page import image_hits, section, table, text_hits, write_page
@@ -182,8 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     loaded = {name: load_model(checkpoint, device, 'retrieval', args.tokenizer)[:2]
               for name, checkpoint in compared(args).items()}  # all at once: a bad one ends it before hours of work
     for name, (model, tokenizer) in loaded.items():
-        dataset = ImageTextEval(data['root'], args.split, EvalTransform(model.config.image_size, data['image_memory']),
-                                data['max_words'], data['split'])
+        dataset = ImageTextEval.from_config(data, args.split, model.config.image_size)
         started = time.perf_counter()
         i2t, t2i = retrieval_scores(model, tokenizer, dataset, device=device, max_tokens=data['max_tokens'],
                                     workers=data['num_workers'], **config['eval'])

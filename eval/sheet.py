@@ -105,7 +105,7 @@ class Sheet:
             self.text(MARGIN + 24, self.y + (side + 36 - 24 * len(lines)) // 2, query, 18, bold=True, width=520)
             for i, (path, _, right) in enumerate(hits):
                 self.image(WIDTH - MARGIN - 18 - (len(hits) - i) * (side + 24) + 12, self.y + 18, path, side,
-                             GOOD if right else None)
+                           GOOD if right else None)
             self.y += side + 36 + 14
         self.y += 24
 

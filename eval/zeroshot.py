@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     metrics, classes = zeroshot_metrics(scores, [label for _, label in dataset.samples], dataset.classes)
     best, guesses = scores.max(1)
     images = [{'image': path, 'class': dataset.classes[label], 'predicted': dataset.classes[guess], 'score': score}
-                for (path, label), guess, score in zip(dataset.samples, guesses.tolist(), best.tolist(), strict=True)]
+              for (path, label), guess, score in zip(dataset.samples, guesses.tolist(), best.tolist(), strict=True)]
     write_json(output_dir / 'zeroshot.json', {
         'checkpoint': args.checkpoint, 'root': str(args.root), 'templates': templates, **metrics, 'classes': classes,
         'images': images})
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [{'class': row['class'], 'images': str(row['images']), 'top-1 %': f'{row["top1"]:.1f}',
              'taken for': ', '.join(f'{name} ({count})' for name, count in row['taken_for'][:3])} for row in classes]
     cards = [caption_card(Path(image['image']), [(image['class'], image['predicted'],
-                                                    image['class'] == image['predicted'])])
+                                                  image['class'] == image['predicted'])])
              for image in (images[i] for i in spread(len(images), SHOWN))]
     setting = f'{len(images)} images of {len(classes)} classes, {len(templates)} prompts each'
     write_page(output_dir / 'zeroshot.html', f'Zero-shot classification of {args.root}',
