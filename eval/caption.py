@@ -78,7 +78,7 @@ def caption_images(model: BLIP, tokenizer: Tokenizer, paths: list, prompt: str =
 
 
 def scenes_of(dataset) -> dict[str, Scene] | None:
-    """File name -> scene, where the pictures are rendered scenes: by the `scenes.json` beside the annotation, if it is
+    """File name -> scene, where the images are rendered scenes: by the `scenes.json` beside the annotation, if it is
     ours and no file of the user's."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         states = json.loads((Path(dataset.root) / 'scenes.json').read_text(encoding='utf-8'))

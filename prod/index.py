@@ -24,7 +24,7 @@ from data.json_lines import JsonLines
 from prod import cells
 from prod.arguments import checked
 from prod.defaults import on_its_own_devices
-from prod.images import find_pictures
+from prod.images import find_images
 from utils import atomic_write, logger, shorten, shown
 
 CHUNK = 1 << 16  # rows copied at once

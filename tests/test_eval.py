@@ -409,7 +409,7 @@ def test_right_captions_score_full_marks(dataset, flickr):
 def test_a_scenes_json_of_the_users_is_left_alone(dataset, tmp_path, content):
     (tmp_path / 'scenes.json').write_text(content)
     result, _ = score_captions(SimpleNamespace(root=tmp_path, paths=dataset.paths, references=dataset.references),
-                               [['a picture']] * 14)
+                               [['an image']] * 14)
     assert 'exact' not in result
 
 

@@ -255,13 +255,13 @@ def test_several_images_of_a_key_and_repeated_names(tmp_path, caplog):
 
 @pytest.mark.parametrize('number', [0, 2])
 def test_a_broken_header_costs_one_sample(tmp_path, number):
-    path = write_tar(tmp_path / '0.tar', [sample(f'picture {i}', i) for i in range(6)])
+    path = write_tar(tmp_path / '0.tar', [sample(f'image {i}', i) for i in range(6)])
     with tarfile.open(path) as tar:
         place = tar.getmember(f'0000{number}.jpg').offset
     content = bytearray(path.read_bytes())
     content[place:place + 100] = b'\xff' * 100
     path.write_bytes(content + content)  # and joined tars are read to the end
-    assert sorted(found(path).values()) == [f'picture {i}' for i in range(6) if i != number]
+    assert sorted(found(path).values()) == [f'image {i}' for i in range(6) if i != number]
 
 
 def test_what_is_no_tar(cc3m, tmp_path):

@@ -17,11 +17,11 @@ from models import losses
 from models.blip import BLIP, select_images, with_negatives
 from models.distill.batch import Batch, Update, pad_to, row_noise, token_share, with_start
 from models.distill.hidden import STREAMS, HiddenStates, layer_pairs
-from models.distill.teacher import Decoded, LiveTeacher, Matched, StoredTeacher
+from models.distill.teacher import LiveTeacher, StoredTeacher
 from models.distill.terms import CONTRASTIVE, DECODER, FUSED, TEACHER_FEATURES, TERMS, check_terms
 from models.linear import Linear, Unpadded, unpadded
 from models.momentum import MomentumQueue
-from models.text import ImageKV, TextOutput
+from models.text import ImageKV
 
 LOGITS = 2 ** 25  # vocabulary logits in memory at once
 
