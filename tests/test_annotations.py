@@ -383,7 +383,7 @@ def test_errors_say_what_was_looked_for(tmp_path):
         (root / 'dataset_flickr30k.json').write_text(content)
         with pytest.raises(ValueError, match=f'dataset_flickr30k.json.*{message}'):
             load_annotated(root, 'train')
-    (flickr(root, 'karpathy') / 'flickr30k-images').rename(root / 'images')
+    (flickr(root, 'karpathy') / 'flickr30k-images').rename(root / 'pictures')
     with pytest.raises(FileNotFoundError, match='looked for train0.jpg in it and in the folders flickr30k-images'):
         load_annotated(root, 'train')
 

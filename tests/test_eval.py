@@ -182,6 +182,7 @@ def test_without_reranking_scores_are_cosines(dataset, tokenizer):
     assert (everything != NOT_RANKED).all()
 
 
+@pytest.mark.slow
 def test_retrieval_script_on_two_processes(files, tmp_path):
     """Straight after pre-training, without a finetune."""
     options = ['--config', files.retrieval_config, '--checkpoint', files.pretrain, '--device', 'cpu']
@@ -194,6 +195,7 @@ def test_retrieval_script_on_two_processes(files, tmp_path):
     assert '<img' in (tmp_path / 'one' / 'retrieval_test.html').read_text()
 
 
+@pytest.mark.slow
 def test_a_teacher_stands_beside_the_student(files, tmp_path, capsys, monkeypatch):
     """An original file as the teacher of a pre-trained net without finetune."""
     monkeypatch.setattr(metrics, 'java_works', lambda: False)  # METEOR would take most of the time
@@ -243,6 +245,7 @@ REFERENCES = {'a': ['a man is riding a horse', 'A person, on a horse!'], 'b': ['
               'c': ['nothing at all']}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('words', ['simple', 'ptb'])
 def test_caption_metrics_equal_pycocoevalcap(words, monkeypatch):
     from pycocoevalcap.bleu.bleu import Bleu
@@ -435,6 +438,7 @@ def test_speed_counts_flops_and_parameters(tokenizer):
     assert rows['beam-3 caption (ms)']['student'] > 0
 
 
+@pytest.mark.slow
 def test_report(files, tmp_path, capsys):
     curves = tmp_path / 'pretrain' / 'curves.png'
     curves.parent.mkdir()

@@ -183,6 +183,7 @@ class FaultyFile:
             self.write(line)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('same_object', [True, False])
 def test_an_interruption_at_any_write_leaves_right_pairs(tmp_path, monkeypatch, same_object):
     monkeypatch.setattr(index_module, 'UNUSED', 0)
@@ -227,6 +228,7 @@ def write(place, letter: str) -> None:
         index.add(names, features(names))
 
 
+@pytest.mark.slow
 def test_writers_readers_and_a_kill_at_once(tmp_path):
     place = tmp_path / 'index'
     writers = {letter: FORKSERVER.Process(target=write, args=(place, letter)) for letter in 'xyz'}

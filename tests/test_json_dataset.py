@@ -164,6 +164,7 @@ def test_at_most_so_many_shards_are_under_way():
     assert list(json_dataset.in_order(pool, abs, list(range(100)), 4)) == list(range(1, 101)) and pool.most == 4
 
 
+@pytest.mark.slow
 def test_a_killed_build_is_redone(tmp_path):
     for i in range(40):
         write_shard(tmp_path / 'cc3m' / f'{i:05d}', {f'{i:05d}{j}': 'a dog' for j in range(50)})

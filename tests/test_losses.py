@@ -284,6 +284,7 @@ def test_pads_change_no_loss(small_tokenizer, batch):
 PAIRS = [('image_tokens', 'vision_hidden'), ('text_feat', 'text_hidden'), ('image_tokens', 'lm'), ('ita', 'cross_attn')]
 
 
+@pytest.mark.slow
 def test_any_set_of_terms_trains_on_two_processes(tmp_path):
     """DDP waits for a gradient of every parameter that trains; each term alone and a few pairs."""
     code = tmp_path / 'sets.py'

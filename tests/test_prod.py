@@ -203,6 +203,7 @@ def test_a_checkpoint_that_lacks_what_the_name_needs(folder, caption, retrieval,
             call()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('default, backend', [(torch.float64, 'torch'), (torch.bfloat16, 'torch'), ('meta', 'torch'),
                                               (torch.bfloat16, 'openvino')])
 def test_what_a_notebook_sets_for_all_of_torch_changes_nothing(folder, picture, tmp_path, default, backend):

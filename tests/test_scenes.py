@@ -21,6 +21,8 @@ from data.scenes import ARRANGEMENTS, BACKGROUNDS, COLOURS, FILLS, SHAPES, SIZES
 from data.transforms import swap_left_right
 from models.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ['--pretrain', '120', '--flickr_train', '6', '--flickr_val', '4', '--flickr_test', '8']
 

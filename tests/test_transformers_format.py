@@ -30,6 +30,8 @@ from models.weights.transformers_format import write_folder
 from prod import DLIPProd, export
 from utils import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def config(tokenizer, task: str = 'pretrain', **changes) -> BLIPConfig:
     return BLIPConfig(**NANO | {'image_size': 64, 'text_heads': 4} | changes, vocab_size=len(tokenizer), task=task)

@@ -48,6 +48,7 @@ def test_the_demo_teacher_knows_shapes_and_colours(folders, tmp_path, capsys, ki
     assert (tmp_path / 'zeroshot.html').read_text().count('<img') == 42
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same(folders, tmp_path):
     options = ['--checkpoint', TEACHER, '--root', str(folders / 'shape'), '--device', 'cpu']
     zeroshot.main([*options, '--output_dir', str(tmp_path / 'one')])
