@@ -142,6 +142,7 @@ def unpadded(mask: torch.Tensor, lengths: list[int]) -> Unpadded:
     count, column = np.array(lengths)[:, None], np.arange(mask.shape[1])
     rows = np.flatnonzero(column < count)
     places = np.cumsum(count)[:, None] - count + np.minimum(column, count - 1)
+    mask = mask.contiguous()  # of a part of a wider one, layers would compile another form
     return Unpadded(mask, *(to_device(torch.from_numpy(numbers.ravel()), mask.device) for numbers in (rows, places)))
 
 
