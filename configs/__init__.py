@@ -210,7 +210,10 @@ def read_size(size: str, source: str = 'model size') -> dict[str, int]:
     """
     file, _, name = size.rpartition(':')
     path = Path(file or SIZES)
-    table = read_yaml(path)
+    try:
+        table = read_yaml(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f'{source}: {error}') from None
     if name not in table:
         raise ValueError(f'{source}: unknown size {shorten(name)}; {shorten(path)} has {", ".join(map(str, table))}')
     block, where = table[name], f'{shorten(path)}: {name}'

@@ -138,7 +138,8 @@ def rows_of(path: Path, layout: Layout) -> Iterator[Row]:
     try:
         for row in layout.read(path):
             row = row._replace(captions=[text for text in row.captions if text is not None])
-            if not all(isinstance(text, str) for text in (row.image, *row.captions, row.split or '')):
+            split = [] if row.split is None else [row.split]
+            if not all(isinstance(text, str) for text in (row.image, *row.captions, *split)):
                 raise TypeError(f'no text: {str(row)[:80]}')
             yield row
             count += 1

@@ -291,9 +291,16 @@ def line(path: str, row: int | None = None, size: int | None = None, mtime: int 
 
 
 def stamped(paths: Iterable[str | os.PathLike]) -> dict[str, tuple[int, int] | None]:
-    """The one real path of each file, however it is spelled -> its size and time of change (ns), None if it is gone."""
+    """The one real path of each file, however it is spelled -> its size and time of change (ns), None if it is gone.
+
+    Raises:
+        TypeError: one of them is no path.
+    """
     real, stamps = cache(os.path.realpath), {}
-    for path in map(os.fsdecode, paths):
+    for path in paths:
+        if not isinstance(path, str | bytes | os.PathLike):
+            raise TypeError(f'images must be a folder or a list of paths, got {shorten(path)} among them')
+        path = os.fsdecode(path)
         folder, name = os.path.split(path)
         path = os.path.join(real(folder), name)
         if os.path.islink(path):

@@ -379,7 +379,8 @@ def test_errors_say_what_was_looked_for(tmp_path):
         load_annotated(root, 'train', 'random')
     for content, message in (('', 'line 1: not JSON'), ('{"images":\n\n[}', 'line 3: not JSON'), ('[]', 'entry 1'),
                              ('{"images": [{"split": "train"}]}', "entry 1: no 'filename'.*ownload it again"),
-                             ('{"images": []}', 'download it again')):
+                             ('{"images": []}', 'download it again'),
+                             ('{"images": [{"filename": "a", "sentences": [], "split": {}}]}', 'entry 1: no text')):
         (root / 'dataset_flickr30k.json').write_text(content)
         with pytest.raises(ValueError, match=f'dataset_flickr30k.json.*{message}'):
             load_annotated(root, 'train')

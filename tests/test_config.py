@@ -134,6 +134,8 @@ def test_a_path_that_is_no_file_is_named(tmp_path):
     assert 'is a folder: name a YAML file' in refusal(tmp_path)
     with pytest.raises(FileNotFoundError, match='no config file .*nowhere.yaml'):
         load_config(tmp_path / 'nowhere.yaml', SHIPPED)
+    with pytest.raises(FileNotFoundError, match='model.size: no config file nowhere.yaml'):
+        load_config(SHIPPED, SHIPPED, ['model.size=nowhere.yaml:small'])
 
 
 @pytest.mark.parametrize('override, value', [

@@ -325,6 +325,8 @@ def test_what_is_no_index_is_refused(retrieval, pictures, tmp_path):
     (tmp_path / 'none').mkdir()
     with pytest.raises(FileNotFoundError, match='no images in the folder'):
         retrieval.index(tmp_path / 'none', tmp_path / 'new')
+    with pytest.raises(TypeError, match='images must be a folder or a list of paths, got None among them'):
+        retrieval.index([None], tmp_path / 'new')
     with pytest.raises(ValueError, match='is empty: add images'):
         retrieval.search('a dog', retrieval.index([], tmp_path / 'new'))
     (tmp_path / 'old').mkdir()
