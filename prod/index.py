@@ -166,7 +166,8 @@ class ImageIndex:
             if len(self) < len(features):
                 scores[[row for row, path in enumerate(self._paths) if path is None]] = -torch.inf
         best, zero = scores.topk(min(k, len(scores))), (scores == 0).nonzero()[:, 0]
-        lost = not features[zero if rows is None else rows[zero]].any(1).all()  # overwritten with zeros
+        zero = (zero if rows is None else rows[zero]).numpy()  # numpy takes one number of torch for a plain index
+        lost = not features[zero].any(1).all()  # overwritten with zeros
         if lost or not (best.values.abs() <= 1.01 * query.norm()).all():
             raise ValueError(f'the index {self.folder} is damaged (its features are no embeddings): delete it, and the '
                              f'next run makes it again')

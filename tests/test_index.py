@@ -250,6 +250,14 @@ def test_writers_readers_and_a_kill_at_once(tmp_path):
     assert_paired(index)
 
 
+@pytest.mark.parametrize('others', [0, 1, 2])
+def test_an_embedding_may_be_orthogonal_to_the_query(tmp_path, others):
+    axes, names = torch.eye(len(PROBE))[:others + 1], ['same', 'b', 'c'][:others + 1]
+    index = ImageIndex(tmp_path / 'index', PROBE)
+    index.add(names, axes)
+    assert dict(index.search(axes[0], 3)) == {name: float(name == 'same') for name in names}
+
+
 def test_a_reader_that_opened_before_keeps_what_it_saw(tmp_path, monkeypatch):
     monkeypatch.setattr(index_module, 'UNUSED', 0)
     writer = ImageIndex(tmp_path / 'index', PROBE)
